@@ -1,0 +1,31 @@
+"""Saved models: a sharded Hugging Face checkpoint with one file an expert, and one map that commits it.
+
+The folder::
+
+    model.safetensors.index.json    the map: which file holds which tensor, and all that is known of the experts
+    base-1-00001-of-00001.safetensors
+    gate.1.safetensors
+    expert.0.1.safetensors          expert 0, version 1
+    maps/1.json                     maps that were replaced; their files stay
+    bundle.json                     what the map says, for people; derived
+
+Files are never changed once the map lists them. Publishing is one ``os.replace`` of the map.
+"""
+
+from __future__ import annotations
+
+from ragmoe.bundle._map import MAP_NAME, BundleMap, EncoderRef, ExpertEntry, LineageStep
+from ragmoe.bundle.read import is_bundle, read_bundle, read_map
+from ragmoe.bundle.write import write_bundle
+
+__all__ = [
+    "MAP_NAME",
+    "BundleMap",
+    "EncoderRef",
+    "ExpertEntry",
+    "LineageStep",
+    "is_bundle",
+    "read_bundle",
+    "read_map",
+    "write_bundle",
+]

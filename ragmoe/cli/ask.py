@@ -1,0 +1,91 @@
+"""``ragmoe ask``: one question, its answer, and the passage it stands in."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ragmoe._errors import UsageError
+
+if TYPE_CHECKING:
+    from ragmoe.corpus.types import Passage
+    from ragmoe.models import Answer
+
+
+def ask(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    index: Annotated[Path, typer.Option(metavar="DIR", help="The index to look it up in.", show_default=False)],
+    passages: Annotated[int, typer.Option("-m", "--passages", min=1, help="How many retrieved passages are read.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Answer a question from an index, with the passage it comes from, or say that nothing answers it."""
+    if not question.strip():
+        raise UsageError("the question is empty")
+    from ragmoe.index import Index
+    from ragmoe.models import load
+
+    opened = Index.open(index)
+    answer = load(bundle).answer([question], opened, passages=passages)[0]
+    passage = opened.passage(answer.passage_id) if answer.passage_id is not None else None
+    if as_json:
+        typer.echo(json.dumps(_record(question, answer, passage), ensure_ascii=False, indent=2))
+    else:
+        _print(answer, passage)
+
+
+def _record(question: str, answer: Answer, passage: Passage | None) -> dict[str, Any]:
+    span = _span(answer, passage)
+    return {
+        "question": question,
+        "answered": answer.answered,
+        "answer": answer.final_text or None,
+        "best_guess": answer.text or None,
+        "answer_type": answer.answer_type,
+        "score": answer.score,
+        # JSON knows no infinity, which is what a question without anything to read gets.
+        "no_answer_score": answer.no_answer_score if abs(answer.no_answer_score) < float("inf") else None,
+        "passage": passage
+        and {
+            "id": passage.id,
+            "title": passage.title,
+            "domain": passage.domain,
+            "text": passage.text,
+            "start": span and span[0],
+            "end": span and span[1],
+        },
+    }
+
+
+def _span(answer: Answer, passage: Passage | None) -> tuple[int, int] | None:
+    """Where the answer stands in the passage; None for yes, no and maybe."""
+    if passage is None or answer.start is None or not answer.text:
+        return None
+    return answer.start, answer.start + len(answer.text)
+
+
+def _print(answer: Answer, passage: Passage | None) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=sys.stdout)
+    if answer.answered:
+        console.print(Text(answer.text, style="bold green"))
+    else:
+        console.print(Text("Nothing here answers it.", style="bold"))
+        if answer.text:
+            console.print(Text(f"best guess: {answer.text}", style="dim"))
+    if passage is None:
+        return
+    head = Text(f"\n{passage.id}", style="cyan")
+    head.append(f"  {passage.title}" if passage.title else "", style="bold")
+    head.append(f"  score {answer.score:.2f}", style="dim")
+    console.print(head)
+    text = Text(passage.text, style="" if answer.answered else "dim")
+    if span := _span(answer, passage):
+        text.stylize("bold reverse" if answer.answered else "underline", *span)
+    console.print(text)

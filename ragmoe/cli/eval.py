@@ -1,0 +1,323 @@
+"""``ragmoe eval``: run tasks, list them, compare two runs, run an experiment."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ragmoe._errors import ConfigError, DataError, RagmoeError, UsageError
+
+if TYPE_CHECKING:
+    from ragmoe.evaluation.results import Results
+    from ragmoe.evaluation.tables import Table
+    from ragmoe.evaluation.task import Task
+
+app = typer.Typer(help="Run and compare evaluations.", no_args_is_help=True)
+
+_TASKS = Path("eval") / "tasks"
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+DataOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="What ${RAGMOE_DATA} stands for in the files.", show_default=False)
+]
+
+
+@app.command()
+def run(
+    tasks: Annotated[
+        list[str],
+        typer.Argument(metavar="TASK...", help="Task files, or names that `ragmoe eval ls` lists.", show_default=False),
+    ],
+    model: Annotated[Path, typer.Option(metavar="BUNDLE", help="The model to evaluate.", show_default=False)],
+    index: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The index, in place of the task's.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="At most N questions of each domain.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where samples and results go.  [default: runs/eval/BUNDLE]")
+    ] = None,
+    data: DataOption = None,
+    resume: Annotated[bool, typer.Option(help="Take over questions that were read already.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a model on tasks; a run that was stopped goes on where it was."""
+    _set_data(data)
+    loaded = [_find_task(name).limited(limit) for name in tasks]
+    if twice := {task.name for task in loaded if [t.name for t in loaded].count(task.name) > 1}:
+        raise UsageError(f"two tasks are called {min(twice)!r}; their results would overwrite each other")
+    for task in loaded:
+        task.load_questions()
+    from ragmoe.evaluation import Retrieval, evaluate
+    from ragmoe.evaluation.opening import index_of_task
+    from ragmoe.evaluation.results import to_lm_eval
+    from ragmoe.models import load
+
+    reader = load(model)
+    base = out or Path("runs") / "eval" / "-".join(model.resolve().parts[-2:]).strip("/")
+    results = []
+    shared: dict[Path, Retrieval] = {}
+    with _progress() as show:
+        for task in loaded:
+            opened = index_of_task(task, given=index, progress=show.stage)
+            retrieval = shared.setdefault(opened.folder, Retrieval(opened))
+            folder = base / (task.name if limit is None or out else f"{task.name}-limit{limit}")
+            result = evaluate(
+                reader,
+                task,
+                retrieval.index,
+                out=folder,
+                resume=resume,
+                progress=show.questions,
+                retrieval=retrieval,
+                name=str(model),
+            )
+            _write_report(result, folder)
+            results.append(result)
+    if as_json:
+        _print_json(to_lm_eval(results))
+    else:
+        for result in results:
+            _print_tables(_tables(result))
+        typer.echo(f"samples and results: {base}", err=True)
+    _complain(results, base)
+
+
+@app.command()
+def ls(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of task files.")] = _TASKS,
+    as_json: JsonOption = False,
+) -> None:
+    """List tasks: how to name them, what they give the reader, and what they are."""
+    from ragmoe.evaluation.tables import Table
+    from ragmoe.evaluation.task import load_task
+
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise ConfigError(
+            f"there is no task (*.yaml) in {folder}", hint="ragmoe eval ls DIR, or ragmoe eval run FILE.yaml"
+        )
+    rows = []
+    for file in files:
+        try:
+            task = load_task(file)
+            rows.append(
+                {"task": file.stem, "file": str(file), "setting": task.setting_name, "description": task.description}
+            )
+        except ConfigError as error:
+            rows.append({"task": file.stem, "file": str(file), "setting": "wrong", "description": error.message})
+    if as_json:
+        _print_json(rows)
+        return
+    cells = [[row["task"], row["setting"], " ".join(row["description"].split())] for row in rows]
+    note = (
+        f"Evaluate one: ragmoe eval run {rows[0]['task'] if folder == _TASKS else files[0]} --model BUNDLE --index DIR"
+    )
+    _print_tables([Table(f"Tasks in {folder}", ["task", "setting", "what it is"], cells, note=note, labels=3)])
+
+
+@app.command()
+def compare(
+    run_a: Annotated[
+        Path, typer.Argument(metavar="RUN_A", help="Folder of an evaluation (--out).", show_default=False)
+    ],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of another.", show_default=False)],
+    metric: Annotated[str, typer.Option(help="f1, em, f1_thresholded or em_thresholded.")] = "f1",
+    as_json: JsonOption = False,
+) -> None:
+    """Show by how much run A is better than run B, with the 95 % interval; both must have asked the same questions."""
+    from ragmoe.evaluation import compare as compare_samples
+    from ragmoe.evaluation import find_runs
+    from ragmoe.evaluation.perturbation import REAL
+    from ragmoe.evaluation.scoring import SCORES
+    from ragmoe.evaluation.tables import Table, bounds, number
+
+    if metric not in SCORES:
+        raise UsageError(f"there is no metric {metric!r}; there are: {', '.join(SCORES)}")
+    found = []
+    for a, b in _pairs(find_runs(run_a), find_runs(run_b), run_a, run_b):
+        setting = a.setting if a.setting == b.setting else f"{a.setting} − {b.setting}"
+        result = compare_samples([a.samples[REAL]], [b.samples[REAL]], metric=metric, setting=setting)
+        found.append((a.name, result))
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(
+            {"a": str(run_a), "b": str(run_b), "comparisons": [{"task": task, **asdict(c)} for task, c in found]}
+        )
+        return
+    for task, c in found:
+        rows = [[d, number(v[0], 2, sign=True), bounds(v[1], v[2], sign=True)] for d, v in c.per_domain.items()]
+        rows.append(["macro", number(c.difference, 2, sign=True), bounds(c.low, c.high, sign=True)])
+        note = f"{c.n} questions, resampled by {c.documents} documents; {c.left_out} left out for want of a score."
+        title = f"{task} ({c.setting}): {metric} of {run_a} minus {run_b}"
+        _print_tables([Table(title, ["domain", "difference", "95 % interval"], rows, note=note)])
+
+
+@app.command()
+def experiment(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The experiment.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[a.b=c ...]", help="For the training of every arm.", show_default=False),
+    ] = None,
+    data: DataOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where models and samples go.  [default: runs/NAME]")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="ARM", help="Run only this arm; may be repeated.", show_default=False)
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="0,1", help="In place of the file's seeds.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train and evaluate the arms of an experiment and write its result; one that was stopped goes on."""
+    _set_data(data)
+    from ragmoe.evaluation.experiment import load_experiment
+    from ragmoe.evaluation.experiment_run import run_experiment
+
+    loaded = load_experiment(file, overrides=overrides or (), seeds=_seeds(seeds))
+    with _progress() as show:
+        outcome = run_experiment(
+            loaded,
+            out=out,
+            only=only or (),
+            say=show.say,
+            progress=show.questions,
+            index_progress=show.stage,
+            show_training=True,
+        )
+    if as_json:
+        _print_json(outcome.result.model_dump())
+    else:
+        _print_tables(outcome.tables)
+    for path in outcome.written:
+        typer.echo(f"wrote {path}", err=True)
+    if outcome.missing:
+        typer.echo(f"not run yet: {', '.join(outcome.missing)}", err=True)
+    results = [run for by_task in outcome.runs.values() for runs in by_task.values() for run in runs]
+    _complain(results, out or Path("runs") / loaded.name)
+
+
+class _Show:
+    """Progress on stderr: one bar for each stage of an index and each condition of an evaluation."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars = bars
+        self._tasks: dict[str, Any] = {}
+
+    def say(self, line: str) -> None:
+        """A line above the bars; those of the step before go."""
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks = {}
+        self._bars.console.print(line, markup=False, highlight=False)
+
+    def questions(self, done: int, total: int, condition: str) -> None:
+        """Called by an evaluation."""
+        self.stage("questions" if condition == "real" else f"{condition} neighbours", done, total)
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Called by the building of an index."""
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total)
+        self._bars.update(self._tasks[name], completed=done, total=total)
+
+
+@contextmanager
+def _progress() -> Iterator[_Show]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        yield _Show(bars)
+
+
+def _set_data(data: Path | None) -> None:
+    if data is None:
+        return
+    if not data.is_dir():
+        raise UsageError(f"--data {data}: there is no such folder")
+    os.environ["RAGMOE_DATA"] = str(data.resolve())
+
+
+def _find_task(name: str) -> Task:
+    """A task by its file, or by its name in ``eval/tasks``."""
+    from ragmoe.evaluation.task import load_task
+
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} or path.exists():
+        return load_task(path)
+    known = sorted(file.stem for file in _TASKS.glob("*.yaml"))
+    if name not in known:
+        there = ", ".join(known) or "none"
+        raise UsageError(f"there is no task file {name!r}; tasks in {_TASKS}: {there}", hint="ragmoe eval ls")
+    return load_task(_TASKS / f"{name}.yaml")
+
+
+def _pairs(
+    a: dict[str, Results], b: dict[str, Results], folder_a: Path, folder_b: Path
+) -> list[tuple[Results, Results]]:
+    """The tasks that both have; two single runs are compared whatever their tasks are called."""
+    if len(a) == len(b) == 1:
+        return [(next(iter(a.values())), next(iter(b.values())))]
+    common = [name for name in a if name in b]
+    if not common:
+        raise DataError(f"no task in common: {folder_a} has {', '.join(a)}; {folder_b} has {', '.join(b)}")
+    return [(a[name], b[name]) for name in common]
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds {text}: expected whole numbers with commas between them, such as 0,1,2") from None
+
+
+def _tables(result: Results) -> list[Table]:
+    from ragmoe.evaluation.report import report
+
+    return report({result.model: [result]})
+
+
+def _write_report(result: Results, folder: Path) -> None:
+    from ragmoe.evaluation.report import to_markdown
+    from ragmoe.evaluation.samples import write_text
+
+    write_text(folder / "report.md", to_markdown(_tables(result), result.name))
+
+
+def _complain(results: Sequence[Results], folder: Path) -> None:
+    """Failed questions are never passed over: the figures are out, and so is the exit code."""
+    failed = [sample for result in results for sample in result.errors]
+    if failed:
+        raise RagmoeError(
+            f"{len(failed)} questions failed and are in no mean; {failed[0].id}: {failed[0].error}",
+            hint=f"the records are in {folder}; the same command tries only these again",
+        )
+
+
+def _print_tables(tables: Sequence[Table]) -> None:
+    from rich.console import Console
+
+    # Into a pipe rich would fold at 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in tables:
+        console.print(table.rich())
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, ensure_ascii=False, indent=2))

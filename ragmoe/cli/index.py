@@ -1,0 +1,327 @@
+"""``ragmoe index``: build, search, info, verify."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ragmoe._errors import IndexFolderError, UsageError
+
+if TYPE_CHECKING:
+    from ragmoe.corpus.types import Passage
+    from ragmoe.index.build import BuildOptions, BuildPlan
+    from ragmoe.index.folder import Hit
+    from ragmoe.index.manifest import Manifest
+
+app = typer.Typer(help="Build, search, inspect and verify indexes.", no_args_is_help=True)
+
+
+class OnErrorChoice(StrEnum):
+    """What to do about a bad line."""
+
+    fail = "fail"
+    skip = "skip"
+
+
+class LongChoice(StrEnum):
+    """What to do about passages longer than the encoder reads."""
+
+    windows = "windows"
+    truncate = "truncate"
+
+
+IndexArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The index folder.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+@app.command()
+def build(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE...",
+            help="jsonl, parquet, csv, txt, md or html files, folders of them, globs, or hub:NAME[:CONFIG][:SPLIT].",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The index folder to write.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A YAML file with sources, out and options; flags win.")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="minilm (offline), a folder, or a Hub id.  [default: minilm]")
+    ] = None,
+    domain: Annotated[str | None, typer.Option(metavar="NAME", help="The domain of records that name none.")] = None,
+    chunk_words: Annotated[int | None, typer.Option(help="Words in a chunk at most.  [default: 200]")] = None,
+    chunk_overlap: Annotated[
+        int | None, typer.Option(help="Words that neighbouring chunks share.  [default: 40]")
+    ] = None,
+    rechunk: Annotated[bool | None, typer.Option("--rechunk", help="Cut also passages that bring an id.")] = None,
+    on_error: Annotated[
+        OnErrorChoice | None, typer.Option(help="At a bad line: stop, or skip and count it.  [default: fail]")
+    ] = None,
+    long_passages: Annotated[
+        LongChoice | None,
+        typer.Option(help="Passages longer than the encoder reads: mean of windows, or cut.  [default: windows]"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read, check and estimate; write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a build that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the index that is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build an index folder from sources or a recipe."""
+    flags: dict[str, Any] = {
+        "sources": tuple(sources) if sources else None,
+        "out": out,
+        "encoder": encoder,
+        "domain": domain,
+        "chunk_words": chunk_words,
+        "chunk_overlap": chunk_overlap,
+        "rechunk": rechunk,
+        "on_error": on_error and on_error.value,
+        "long_passages": long_passages and long_passages.value,
+    }
+    options = _options(recipe, {key: value for key, value in flags.items() if value is not None}, resume, overwrite)
+    from ragmoe.index.build import plan_build
+
+    plan = plan_build(options)
+    _print_plan(plan)
+    if dry_run:
+        if as_json:
+            _print_json(_plan_summary(plan))
+        return
+    manifest = _run(plan)
+    if as_json:
+        _print_json({"out": str(options.out), "skipped_lines": plan.skipped, **manifest.model_dump()})
+    else:
+        typer.echo(
+            f"{options.out}: {manifest.passages:,} passages, generation {manifest.generation}, {manifest.digest[:12]}"
+        )
+
+
+@app.command()
+def search(
+    folder: IndexArgument,
+    query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many passages.")] = 10,
+    retriever: Annotated[
+        str | None, typer.Option(metavar="NAME", help="dense, bm25, hybrid or blend.  [default: blend]")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The encoder, where its folder has moved since the build.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search an index: rank, score, domain, id, title and beginning of each passage."""
+    if not query.strip():
+        raise UsageError("the query is empty")
+    from ragmoe.index.folder import Index
+
+    index = Index.open(folder, encoder=encoder, retriever=retriever)
+    hits = index.search([query], k)[0]
+    found = [(hit, index.passage(hit.passage_id)) for hit in hits]
+    if as_json:
+        _print_json(
+            [
+                {"rank": hit.rank, "score": hit.score, "id": p.id, "domain": p.domain, "title": p.title, "text": p.text}
+                for hit, p in found
+            ]
+        )
+        return
+    if not found:
+        typer.echo("nothing found", err=True)
+        return
+    _print_hits(found)
+
+
+@app.command()
+def info(folder: IndexArgument, as_json: JsonOption = False) -> None:
+    """Show what an index says about itself."""
+    from ragmoe.index.manifest import read_manifest
+
+    manifest = read_manifest(folder)
+    if as_json:
+        _print_json(manifest.model_dump())
+        return
+    encoder, long, cut = manifest.encoder, manifest.long_passages, manifest.chunking
+    size = sum(record.bytes for record in manifest.files.values())
+    _print_pairs(
+        {
+            "folder": f"{folder} (generation {manifest.generation}, {_size(size)} in {len(manifest.files)} files)",
+            "passages": f"{manifest.passages:,}: {_domains(manifest.domains)}",
+            "encoder": f"{encoder.id} ({encoder.digest[:12]}), width {encoder.width}, reads {encoder.max_length}",
+            "prompts": f"query {encoder.query_prompt!r}, passage {encoder.passage_prompt!r}",
+            "long passages": f"{long.longer:,} ({long.share:.1%}) exceed what the encoder reads: {_LONG[long.mode]}",
+            "chunking": f"{cut.chunks:,} passages are chunks of {cut.words} words, overlap {cut.overlap}",
+            "faiss": f"{manifest.faiss.factory}: {manifest.faiss.reason}",
+            "skipped lines": str(manifest.skipped),
+            "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
+            "digest": manifest.digest,
+        },
+        sys.stdout,
+    )
+
+
+@app.command()
+def verify(
+    folder: IndexArgument,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The encoder, where its folder has moved since the build.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check digests, counts and shapes, and encode a sample again; exit 1 if anything differs."""
+    from ragmoe.index.verify import verify_index
+
+    problems = verify_index(folder, encoder=encoder)
+    if as_json:
+        _print_json({"ok": not problems, "problems": problems})
+        if problems:
+            raise typer.Exit(1)
+        return
+    if problems:
+        raise IndexFolderError(
+            f"{folder} is damaged: {'; '.join(problems)}",
+            hint=f"build it anew: ragmoe index build ... --out {folder} --overwrite",
+        )
+    typer.echo(f"{folder}: all is well")
+
+
+def _print_hits(found: list[tuple[Hit, Passage]]) -> None:
+    from rich.table import Table
+
+    names = ("rank", "score", "domain", "id", "title")
+    rows = [(str(hit.rank), f"{hit.score:.4f}", p.domain, p.id, _short(p.title, 40)) for hit, p in found]
+    console = _console(sys.stdout)
+    # Ids must stay whole, to be copied: only the text gives way to a narrow terminal.
+    used = sum(max(len(cell) for cell in column) + 2 for column in zip(names, *rows, strict=True))
+    table = Table(box=None, pad_edge=False)
+    for name in (*names, "text"):
+        table.add_column(name, justify="right" if name in names[:2] else "left", no_wrap=True)
+    for row, (_, p) in zip(rows, found, strict=True):
+        table.add_row(*_plain(*row, _short(p.text, max(console.width - used, 20))))
+    console.print(table, soft_wrap=True)
+
+
+def _short(text: str, length: int) -> str:
+    flat = " ".join(text[: 4 * length].split())
+    return flat if len(flat) <= length else flat[: length - 1] + "…"
+
+
+def _options(recipe: Path | None, flags: dict[str, Any], resume: bool, overwrite: bool) -> BuildOptions:
+    """The options of a build: a recipe's, and flags over them."""
+    from ragmoe.index.build import BuildOptions
+
+    given: dict[str, Any] = {}
+    if recipe is not None:
+        if "sources" in flags:
+            raise UsageError("both sources and --recipe were given; expected one of them")
+        from ragmoe.index.recipe import read_recipe
+
+        given = read_recipe(recipe).model_dump()
+        given |= {"sources": tuple(given["sources"]), "out": Path(given["out"])}
+    given |= flags
+    if not given.get("sources"):
+        raise UsageError("nothing to build from", hint="ragmoe index build SOURCE... --out DIR, or --recipe FILE")
+    if not given.get("out"):
+        raise UsageError("no folder to write to: --out DIR is missing")
+    return BuildOptions(**given, resume=resume, overwrite=overwrite)
+
+
+def _run(plan: BuildPlan) -> Manifest:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console(sys.stderr)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        try:
+            return plan.run(progress)
+        except KeyboardInterrupt:
+            typer.echo("stopped; what is encoded is kept: add --resume to go on", err=True)
+            raise
+
+
+_LONG = {"windows": "the token-weighted mean of overlapping windows", "truncate": "cut"}
+
+
+def _print_plan(plan: BuildPlan) -> None:
+    options, encoder = plan.options, plan.encoder
+    skipped = f"{len(plan.skipped)}" + (f", the first: {plan.skipped[0]}" if plan.skipped else "")
+    _print_pairs(
+        {
+            "passages": f"{len(plan.chunks):,}: {_domains(plan.domains)}",
+            "skipped lines": skipped,
+            "encoder": f"{encoder.id}, width {encoder.width}, reads {encoder.max_length} tokens",
+            "long passages": f"about {plan.longer_share:.1%} are longer than that: {_LONG[options.long_passages]}",
+            "faiss": f"{plan.choice.factory}: {plan.choice.reason}",
+            "needs about": f"{_size(plan.disk_bytes)} of disk, {_size(plan.memory_bytes)} of memory beside the encoder",
+        },
+        sys.stderr,
+    )
+
+
+def _plan_summary(plan: BuildPlan) -> dict[str, Any]:
+    return {
+        "dry_run": True,
+        "passages": len(plan.chunks),
+        "domains": plan.domains,
+        "skipped": len(plan.skipped),
+        "skipped_lines": plan.skipped,
+        "encoder": plan.encoder.id,
+        "longer_share": plan.longer_share,
+        "faiss": {"factory": plan.choice.factory, "reason": plan.choice.reason},
+        "disk_bytes": plan.disk_bytes,
+        "memory_bytes": plan.memory_bytes,
+    }
+
+
+def _print_pairs(pairs: dict[str, str], stream: Any) -> None:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in pairs.items():
+        table.add_row(*_plain(name, value))
+    _console(stream).print(table)
+
+
+def _plain(*cells: str) -> list[Any]:
+    """Cells whose square brackets are text, not markup."""
+    from rich.text import Text
+
+    return [Text(cell) for cell in cells]
+
+
+def _console(stream: Any) -> Any:
+    from rich.console import Console
+
+    # Into a pipe rich would fold at 80 columns, in the middle of ids.
+    return Console(file=stream, width=None if stream.isatty() else 160)
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
+
+
+def _domains(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name or '(no domain)'} {count:,}" for name, count in counts.items())
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

@@ -1,0 +1,138 @@
+"""``ragmoe route``: what a question's neighbours are, and where they send its tokens.
+
+L layers with experts, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ragmoe._errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LABEL, _CELL = 8, 6
+
+
+def route(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    index: Annotated[
+        Path, typer.Option(metavar="DIR", help="The index that gives the neighbours.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Draw which experts the gates prefer for a question, with its neighbours and without them."""
+    if not question.strip():
+        raise UsageError("the question is empty")
+    from ragmoe.index import Index
+    from ragmoe.models import load
+
+    model = load(bundle)
+    if not model.sparse_layers:
+        raise ModelError(f"{bundle} is a dense model: it has no gate and no experts to draw")
+    opened = Index.open(index)
+    found = _trace(model, opened, question)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        _draw(found)
+
+
+def _trace(model: Any, index: Any, question: str) -> dict[str, Any]:
+    """Everything that is drawn, as JSON holds it."""
+    from ragmoe.neighbours import Neighbours
+
+    model.check_index(index)
+    neighbours = index.neighbours([question], model.config.neighbours)
+    answer = model.answer([question], index)[0]
+    read = answer.passage_id or next(iter(neighbours.passage_ids[0]), None)
+    passages = index.passages([read] if read else [])
+    given_LE = model.route(question, passages, neighbours)
+    bare_LE = model.route(question, passages, Neighbours.empty(1, index.width))
+    shown = index.passages(neighbours.passage_ids[0])
+    return {
+        "question": question,
+        "passage": read,
+        "gate": model.config.gate,
+        "gate_sees_neighbours": model.gate_sees_neighbours,
+        "neighbours": [
+            {"id": p.id, "domain": p.domain, "title": p.title, "score": float(score)}
+            for p, score in zip(shown, neighbours.scores_BN[0].tolist(), strict=False)
+        ],
+        "layers": list(model.sparse_layers),
+        "experts": list(model.expert_names),
+        "with_neighbours": given_LE.tolist(),
+        "without_neighbours": bare_LE.tolist(),
+        "difference": (given_LE - bare_LE).tolist(),
+    }
+
+
+def _draw(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=sys.stdout)
+    console.print(Text("Neighbours (cosine)", style="bold"))
+    rows = [(f"{n['score']:.3f}", n["domain"], n["id"], n["title"]) for n in found["neighbours"]]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(justify="right", no_wrap=True)
+    for _ in range(3):
+        table.add_column(no_wrap=True)
+    # Score, domain and id stay whole, to be copied: the title gives way to a narrow terminal.
+    used = sum(2 + max((len(row[at]) for row in rows), default=0) for at in range(3))
+    for *cells, title in rows:
+        table.add_row(*map(Text, cells), Text(_short(title, max(8, console.width - used))))
+    console.print(table, soft_wrap=True)
+    named = [f"{at} {name}" for at, name in enumerate(found["experts"]) if name != f"expert {at}"]
+    if named:
+        console.print(Text("\nexperts: " + ", ".join(named)))
+    where = f"mean gate probability over the question and {found['passage'] or 'no passage'}"
+    if not found["gate_sees_neighbours"]:
+        _heat_map(console, f"\n{where}, by layer and expert", found["layers"], found["with_neighbours"])
+        console.print(Text(f"the {found['gate']} gate sees no neighbours: there is nothing to compare", style="dim"))
+        return
+    _heat_map(console, f"\nWith the neighbours: {where}", found["layers"], found["with_neighbours"])
+    _heat_map(console, "\nWithout them", found["layers"], found["without_neighbours"])
+    _heat_map(console, "\nDifference", found["layers"], found["difference"], signed=True)
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _heat_map(
+    console: Console, title: str, layers: Sequence[int], values_LE: Sequence[Sequence[float]], *, signed: bool = False
+) -> None:
+    """Layers down, experts across, in as many blocks as the width of the terminal asks for."""
+    from rich.text import Text
+
+    console.print(Text(title, style="bold"))
+    experts = len(values_LE[0])
+    most = max((abs(value) for row in values_LE for value in row), default=0.0) or 1.0
+    across = max(1, (console.width - _LABEL) // _CELL)
+    for begin in range(0, experts, across):
+        shown = range(begin, min(begin + across, experts))
+        console.print(Text("expert".ljust(_LABEL) + "".join(str(e).rjust(_CELL - 1) + " " for e in shown), style="dim"))
+        for layer, row in zip(layers, values_LE, strict=True):
+            line = Text(f"layer {layer}".ljust(_LABEL))
+            for e in shown:
+                text = f"{row[e]:+.2f}" if signed else f"{row[e]:.2f}"
+                line.append(text.rjust(_CELL - 1) + " ", style=_shade(row[e] / most))
+            console.print(line)
+
+
+def _shade(share: float) -> str:
+    """A background between black and orange (more) or blue (less), for a share between -1 and 1."""
+    strength = min(1.0, abs(share))
+    red, green, blue = (235, 140, 30) if share >= 0 else (50, 110, 235)
+    text = "black" if strength > 0.6 and share > 0 else "white"
+    return f"{text} on rgb({int(red * strength)},{int(green * strength)},{int(blue * strength)})"

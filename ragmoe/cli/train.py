@@ -1,0 +1,45 @@
+"""``ragmoe train``: from a configuration to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; see eval/experiments for examples.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Keys to change: train.steps=200 model.gate=token")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("runs/train"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where a run has left something.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show parameters, memory and the first batch, then stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Fine-tune a retrieval-conditioned reader on questions and an index."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from ragmoe import training
+    from ragmoe.training.describe import describe
+
+    resolved = training.load_config(config, overrides or [])
+    if dry_run:
+        report = describe(training.prepare(resolved))
+        print(json.dumps(report, indent=2)) if as_json else Console().print(report["text"], highlight=False, markup=False)
+        return
+    result = training.train(resolved, out=out, resume=resume, overwrite=overwrite, show=True)
+    if as_json:
+        print(json.dumps(asdict(result), default=str, indent=2))
+        return
+    counts = result.parameters
+    console = Console()
+    console.print(f"{result.bundle}: loss {result.loss:.3f} over {result.steps} steps in {result.seconds:.0f} s")
+    console.print(
+        f"{counts['total'] / 1e6:.1f} M parameters, {counts['active'] / 1e6:.1f} M active for a token, "
+        f"{counts['trained'] / 1e6:.2f} M trained"
+    )
+    console.print(f'next: ragmoe ask {result.bundle} "a question" --index {resolved.data.index}')

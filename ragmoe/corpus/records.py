@@ -1,0 +1,244 @@
+"""One reader a file format: each yields raw records with their place, bad ones included, and judges nothing.
+
+Registered by suffix; a new format is one function with ``@reads``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from ragmoe._errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A raw record.
+
+    Attributes:
+        place: where it stands, as users read it: ``FILE:LINE``, or ``FILE: row N``.
+        fields: what it says; None where it could not be read.
+        problem: why it could not be read.
+        document: it is a whole file of running text, to be cut into chunks.
+    """
+
+    place: str
+    fields: dict[str, Any] | None
+    problem: str = ""
+    document: bool = False
+
+
+RecordReader = Callable[[Path], Iterator[Record]]
+READERS: dict[str, RecordReader] = {}
+
+
+def reads(*suffixes: str) -> Callable[[RecordReader], RecordReader]:
+    """Register a reader for files with these suffixes."""
+
+    def register(reader: RecordReader) -> RecordReader:
+        READERS.update(dict.fromkeys(suffixes, reader))
+        return reader
+
+    return register
+
+
+@reads(".jsonl")
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """A JSON object a line, UTF-8; blank lines are passed over."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                yield _json_line(f"{path}:{number}", raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
+
+
+def _json_line(place: str, raw: bytes) -> Record:
+    try:
+        fields = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Record(place, None, f"not UTF-8: {error.reason} at byte {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return Record(place, None, f"not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return Record(place, None, "not JSON that can be read: nested too deeply")
+    if not isinstance(fields, dict):
+        return Record(place, None, f"expected a JSON object, got {type(fields).__name__}")
+    return Record(place, fields)
+
+
+@reads(".csv")
+def read_csv(path: Path) -> Iterator[Record]:
+    """Comma-separated with a header line; places name the line on which a row ends."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        while True:
+            try:
+                row = next(rows, None)
+            except (csv.Error, UnicodeDecodeError) as error:
+                # What follows a broken quotation or byte cannot be told apart: nothing more is read of this file.
+                yield Record(f"{path}:{rows.line_num}", None, f"not CSV: {error}")
+                return
+            if row is None:
+                return
+            place = f"{path}:{rows.line_num}"
+            if None in row:
+                yield Record(place, None, f"more columns than the header's {len(rows.fieldnames or [])}")
+            else:
+                yield Record(place, row)
+
+
+@reads(".parquet")
+def read_parquet(path: Path) -> Iterator[Record]:
+    """The rows of a parquet file, read by row group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        yield Record(str(path), None, f"not parquet: {error}")
+        return
+    number = 0
+    for batch in file.iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            number += 1
+            yield Record(f"{path}: row {number}", row)
+
+
+@reads(".txt")
+def read_txt(path: Path) -> Iterator[Record]:
+    """A whole file of running text; its name is the title."""
+    yield _document(path, lambda text: (path.stem, text))
+
+
+@reads(".md", ".markdown")
+def read_md(path: Path) -> Iterator[Record]:
+    """A Markdown file as it is; its first heading is the title."""
+
+    def parse(text: str) -> tuple[str, str]:
+        headings = (line.lstrip("#").strip() for line in text.splitlines() if line.startswith("#"))
+        return next(headings, path.stem), text
+
+    yield _document(path, parse)
+
+
+@reads(".html", ".htm")
+def read_html(path: Path) -> Iterator[Record]:
+    """The visible text of an HTML page; its ``<title>`` is the title."""
+
+    def parse(text: str) -> tuple[str, str]:
+        page = _Page()
+        page.feed(text)
+        page.close()
+        return page.title.strip() or path.stem, page.text()
+
+    yield _document(path, parse)
+
+
+def read_hub(source: str) -> Iterator[Record]:
+    """The rows of ``hub:NAME[:CONFIG][:SPLIT]`` through `datasets` (split ``train`` where none is named)."""
+    parts = source.removeprefix("hub:").split(":")
+    if not parts[0] or len(parts) > 3:
+        raise DataError(f"source {source!r} is not of the form hub:NAME[:CONFIG][:SPLIT]")
+    name, config, split = parts[0], None, "train"
+    if len(parts) == 3:
+        config, split = parts[1] or None, parts[2]
+    elif len(parts) == 2:
+        split = parts[1]
+    import datasets
+
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # datasets raises many kinds: offline, unknown name, unknown split
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"source {source!r} cannot be loaded: {first}",
+            hint="forms: hub:NAME, hub:NAME:SPLIT, hub:NAME:CONFIG:SPLIT; they need the network or a filled cache",
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield Record(f"{source}: row {number}", dict(row))
+
+
+def _document(path: Path, parse: Callable[[str], tuple[str, str]]) -> Record:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        return Record(f"{path}:{line}", None, f"not UTF-8: {error.reason}")
+    title, body = parse(io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True))
+    return Record(str(path), {"title": title, "text": body}, document=True)
+
+
+class _Page(HTMLParser):
+    """Collects what a browser would show, a line break where a block ends."""
+
+    _HIDDEN = frozenset({"script", "style", "template", "noscript", "head"})
+    _BLOCKS = frozenset(
+        [
+            "p",
+            "div",
+            "li",
+            "ul",
+            "ol",
+            "tr",
+            "table",
+            "section",
+            "article",
+            "header",
+            "footer",
+            "main",
+            "nav",
+            "aside",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "h5",
+            "h6",
+            "br",
+            "hr",
+            "blockquote",
+            "pre",
+        ]
+    )
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.title = ""
+        self._pieces: list[str] = []
+        self._hidden: list[str] = []
+        self._in_title = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in self._HIDDEN:
+            self._hidden.append(tag)
+        # An unclosed <head> or <noscript> must not swallow the page.
+        if tag == "body":
+            self._hidden.clear()
+        self._in_title = tag == "title"
+        if tag in self._BLOCKS:
+            self._pieces.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._hidden:
+            del self._hidden[self._hidden.index(tag) :]
+        if tag == "title":
+            self._in_title = False
+        if tag in self._BLOCKS:
+            self._pieces.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if self._in_title:
+            self.title += data
+        elif not self._hidden:
+            self._pieces.append(data)
+
+    def text(self) -> str:
+        lines = (" ".join(line.split()) for line in "".join(self._pieces).splitlines())
+        return "\n".join(line for line in lines if line)

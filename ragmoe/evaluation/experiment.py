@@ -1,0 +1,172 @@
+"""Experiments: a file that names arms, seeds and tasks; each arm is trained, evaluated and compared.
+
+    ragmoe eval experiment eval/experiments/core7.yaml --data DIR
+
+This file reads and checks one; experiment_run.py runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from ragmoe._errors import ConfigError, UsageError
+from ragmoe.evaluation.task import Task, describe, expand, load_task, parse_task, read_yaml
+
+UNTRAINED = "untrained"
+
+
+class Experiment(BaseModel):
+    """An experiment as its YAML gives it; paths are relative to the folder of the file.
+
+    Attributes:
+        index: an index folder, or a recipe (YAML) that is built where it does not stand yet.
+        train: configuration of ``ragmoe train``, a path or a mapping; index and seed are put in.
+        arms: for each what it changes in ``train``, such as ``{model.gate: token}``.
+        tasks: the first is the one whose figures stand in the result; the others are compared and reported as well.
+        comparisons: pairs of arms.
+        untrained: also evaluate the model that training starts from, as the arm ``untrained``.
+        result: where the result is written, as JSON and beside it as Markdown; None for the output folder only.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    description: str = ""
+    index: str
+    train: str | dict[str, Any]
+    arms: dict[str, dict[str, Any]] = Field(min_length=1)
+    seeds: list[int] = Field([0], min_length=1)
+    tasks: list[str | dict[str, Any]] = Field(min_length=1)
+    comparisons: list[tuple[str, str]] = []
+    untrained: bool = False
+    result: str | None = None
+
+    _path: Path = PrivateAttr(Path("experiment.yaml"))
+    _overrides: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        if UNTRAINED in self.arms:
+            raise ValueError(
+                f"no arm may be called {UNTRAINED!r}: set untrained: true for the model that training starts from"
+            )
+        for name in self.arms:
+            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                raise ValueError(f"the arm {name!r} names a folder: expected letters, digits, '-', '_' and '.'")
+        for pair in self.comparisons:
+            if unknown := [name for name in pair if name not in self.arm_names]:
+                raise ValueError(f"comparisons name {unknown[0]!r}; the arms are {', '.join(self.arm_names)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds has duplicates: {self.seeds}")
+        return self
+
+    @property
+    def path(self) -> Path:
+        """The file it was read from."""
+        return self._path
+
+    @property
+    def folder(self) -> Path:
+        """What its paths are relative to."""
+        return self._path.parent
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """``a.b=c`` for the training configuration of every arm, from the command line."""
+        return self._overrides
+
+    @property
+    def arm_names(self) -> list[str]:
+        """All arms, the untrained one first where it is asked for."""
+        return [UNTRAINED] * self.untrained + list(self.arms)
+
+    def resolve(self, path: str) -> Path:
+        """A path of this file with its variables and its folder put in."""
+        return self.folder / expand(path, f"experiment {self.name}")
+
+    def load_tasks(self) -> list[Task]:
+        """The tasks, read and checked; ConfigError where two have the same name."""
+        tasks = [
+            parse_task(entry, self.folder, f"{self._path}: tasks")
+            if isinstance(entry, dict)
+            else load_task(self.resolve(entry))
+            for entry in self.tasks
+        ]
+        names = [task.name for task in tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(
+                f"{self._path}: two tasks are called {twice[0]!r}; their results would overwrite each other"
+            )
+        return tasks
+
+    def training(self, arm: str, seed: int, index: Path) -> Any:
+        """The resolved training configuration (``TrainingConfig``) of an arm.
+
+        The untrained arm has that of the first arm: at step 0 they are the same model.
+        """
+        from ragmoe.training.config import load_config
+        from ragmoe.training.config import read_yaml as read_training
+
+        changes = self.arms[arm if arm in self.arms else next(iter(self.arms))]
+        source, folder = self.train, self.folder
+        if isinstance(source, str):
+            path = self.resolve(source)
+            if not path.is_file():
+                raise ConfigError(f"{self._path}: train names {path}, which does not exist")
+            source, folder = read_training(path), path.parent
+        content = merge(source, {"data": {"index": str(index.resolve())}, "seed": seed})
+        for key, value in changes.items():
+            content = merge(content, nest(key, value))
+        try:
+            return load_config(content, self._overrides, folder=folder)
+        except ConfigError as error:
+            raise ConfigError(f"{self._path}: arm {arm}: {error.message}", hint=error.hint) from None
+
+
+def load_experiment(
+    path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None
+) -> Experiment:
+    """Read an experiment's YAML file.
+
+    Args:
+        overrides: ``a.b=c`` for the training configuration of every arm.
+        seeds: in place of the file's.
+
+    Raises:
+        ConfigError: it is missing, no YAML, or has an unknown key or a wrong value.
+    """
+    path = Path(path)
+    content = read_yaml(path, "experiment", "ragmoe eval experiment FILE.yaml")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(content).__name__}")
+    try:
+        experiment = Experiment.model_validate({**content, **({"seeds": list(seeds)} if seeds is not None else {})})
+    except ValidationError as error:
+        raise ConfigError(
+            f"{path}: {describe(error)}", hint=f"an experiment may have: {', '.join(Experiment.model_fields)}"
+        ) from None
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f"expected a.b=c, got {override!r}", hint="for example: train.steps=100")
+    experiment._path, experiment._overrides = path, tuple(overrides)
+    return experiment
+
+
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """``a.b`` and c as {a: {b: c}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nested mappings with changes put in."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,240 @@
+"""Reports: one run, or several arms beside each other, as tables for the terminal and for Markdown.
+
+Everywhere an arm is the list of its runs, one a seed; figures are means over the seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from ragmoe.evaluation.perturbation import REAL
+from ragmoe.evaluation.results import Results
+from ragmoe.evaluation.retrieval import METRICS
+from ragmoe.evaluation.statistics import Comparison, compare, interval, seed_spread
+from ragmoe.evaluation.tables import NONE, Table, bounds, markdown, number
+
+Arms = Mapping[str, Sequence[Results]]
+
+
+def report(arms: Arms, *, seconds: Mapping[str, float | None] | None = None) -> list[Table]:
+    """All tables about one task. ``seconds``: training time by arm, where the arms were trained for this."""
+    tables = [
+        quality(arms),
+        properties(arms, seconds or {}),
+        retrieval(arms),
+        load(arms),
+        perturbations(arms),
+        kinds(arms),
+    ]
+    return [table for table in tables if table is not None]
+
+
+def quality(arms: Arms) -> Table:
+    """F1 and EM by domain and macro, with interval, spread over seeds, and coverage."""
+    first = next(iter(arms.values()))[0]
+    real, every = first.real, list(arms.values())
+    rows = [
+        [domain, _n(block), *(_pair(runs, _domain(domain)) for runs in every)]
+        for domain, block in real["per_domain"].items()
+        if block["answerable"]
+    ]
+    rows.append(["macro", _n(real["macro"]), *(_pair(runs, lambda r: r.real["macro"]) for runs in every)])
+    spans = [interval([run.samples[REAL] for run in runs]) for runs in every]
+    rows.append(["95 % of macro F1", "", *(bounds(span.low, span.high) if span else NONE for span in spans)])
+    if any(len(runs) > 1 for runs in every):
+        spreads = [seed_spread([run.samples[REAL] for run in runs]) for runs in every]
+        rows.append(["s.d. over seeds", "", *(number(spread, 2) for spread in spreads)])
+    rows.append(["F1 past threshold", "", *(number(_mean(runs, _macro("f1_thresholded"))) for runs in every)])
+    rows.append(["coverage", "", *(_coverage(runs) for runs in every)])
+    return Table(
+        f"{first.name} ({first.setting}): F1 / EM",
+        ["domain", "n", *arms],
+        rows,
+        note="Best guess on answerable questions, 0 to 100; macro is the mean over domains; the interval resamples "
+        f"{real['macro']['documents']} documents within domains.",
+    )
+
+
+def properties(arms: Arms, seconds: Mapping[str, float | None]) -> Table:
+    """Size, time and routing of each arm."""
+    rows = []
+    for name, runs in arms.items():
+        routing = [
+            number(_mean(runs, _nested("routing", key)), 3) for key in ("gate_entropy", "normalised_mi", "max_load")
+        ]
+        sizes = [_millions(runs[0].parameters.get(key)) for key in ("active", "total")]
+        rows.append([name, *sizes, *([number(seconds.get(name), 0)] if seconds else []), *routing])
+    columns = ["arm", "active", "total", *(["seconds"] if seconds else []), "gate entropy", "norm. MI", "max load"]
+    return Table(
+        "Parameters and routing",
+        columns,
+        rows,
+        note="Entropy in nats; mutual information of domain and expert; load as a share; means over layers.",
+    )
+
+
+def retrieval(arms: Arms) -> Table | None:
+    """Retrieval metrics by domain; the same for all arms, since all see the same index."""
+    found = next((run.retrieval for runs in arms.values() for run in runs if run.retrieval), None)
+    if found is None:
+        return None
+    rows = [
+        [domain, str(block["n"]), *(number(block[m], 3) for m in METRICS)]
+        for domain, block in found["per_domain"].items()
+    ]
+    rows.append(["mean", str(found["n"]), *(number(found["mean"][m], 3) for m in METRICS)])
+    return Table("Retrieval", ["domain", "n", *METRICS], rows)
+
+
+def load(arms: Arms) -> Table | None:
+    """Share of the tokens' choices that fell on each expert, in per cent, by layer (of the first seed)."""
+    rows: list[list[str]] = []
+    names: list[str] = []
+    for name, runs in arms.items():
+        routing = runs[0].real["routing"]
+        for row in routing["layers"] if routing else []:
+            rows.append([name, str(row["layer"]), *(f"{100 * share:.0f}" for share in row["load"])])
+        names = max(names, routing["experts"] if routing else [], key=len)
+    if not rows:
+        return None
+    heads = [_short(name) for name in names]
+    return Table(
+        "Load per expert, %",
+        ["arm", "layer", *heads],
+        [row + [NONE] * (len(heads) + 2 - len(row)) for row in rows],
+    )
+
+
+def perturbations(arms: Arms) -> Table | None:
+    """What becomes of quality and of routing where the gate is shown other neighbours."""
+    rows = []
+    for name, runs in arms.items():
+        conditions = [condition for condition in runs[0].conditions if condition != REAL]
+        if conditions and not any(runs[0].conditions[condition] for condition in conditions):
+            rows.append([name, "sees none", *[NONE] * 6])
+            continue
+        rows += [[name, condition, *_change(runs, condition)] for condition in conditions]
+    if not rows:
+        return None
+    return Table(
+        "Other neighbours shown to the gate",
+        ["arm", "neighbours", "F1", "change", "95 %", "routing shift", "entropy", "MI"],
+        rows,
+        note="Change of macro F1, with interval; routing shift: share of a question's load that goes to other experts.",
+        labels=2,
+    )
+
+
+def kinds(arms: Arms) -> Table | None:
+    """Yes/no/maybe questions, and how well the unanswerable are told."""
+    rows = []
+    for name, runs in arms.items():
+        yesno = [_mean(runs, _nested("yesno", key)) for key in ("accuracy", "macro_f1")]
+        none = [_mean(runs, _nested("no_answer", key)) for key in ("auroc", "accuracy", "f1_all")]
+        if any(value is not None for value in [*yesno, *none]):
+            rows.append([name, *map(number, yesno), number(none[0], 3), *map(number, none[1:])])
+    if not rows:
+        return None
+    return Table(
+        "Yes/no/maybe, and no answer",
+        ["arm", "y/n accuracy", "y/n macro F1", "no-answer AUROC", "at threshold", "F1 over all"],
+        rows,
+    )
+
+
+def comparison_table(comparisons: Sequence[tuple[str, str, Comparison]]) -> Table | None:
+    """Differences with their intervals, and the spread over seeds beside them."""
+    if not comparisons:
+        return None
+    rows = [
+        [
+            f"{a} − {b}",
+            c.setting,
+            c.metric,
+            number(c.difference, 2, sign=True),
+            bounds(c.low, c.high, sign=True),
+            f"{number(c.seed_spread.get('a'), 2)} / {number(c.seed_spread.get('b'), 2)}",
+            str(c.n),
+        ]
+        for a, b, c in comparisons
+    ]
+    few = any(min(c.seeds) < 3 for _, _, c in comparisons)
+    return Table(
+        "Comparisons",
+        ["arms", "setting", "metric", "difference", "95 % interval", "s.d. over seeds", "n"],
+        rows,
+        note="Paired bootstrap over documents within domains, after averaging the seeds of each question."
+        + (" Fewer than three seeds: what another seed would change is not known." if few else ""),
+        labels=3,
+    )
+
+
+def to_markdown(tables: Sequence[Table], title: str, lines: Sequence[str] = ()) -> str:
+    """A whole Markdown file."""
+    head = f"# {title}\n\n" + "".join(f"{line}\n" for line in lines)
+    return head + ("\n" if lines else "") + markdown(tables)
+
+
+def _mean(runs: Sequence[Results], get: Callable[[Results], float | None]) -> float | None:
+    values = [get(run) for run in runs]
+    present = [value for value in values if value is not None]
+    return fmean(present) if len(present) == len(values) else None
+
+
+def _macro(key: str) -> Callable[[Results], float | None]:
+    return lambda run: run.real["macro"][key]
+
+
+def _pair(runs: Sequence[Results], get: Callable[[Results], Mapping[str, Any]]) -> str:
+    blocks = [get(run) for run in runs]
+
+    def mean(key: str) -> float | None:
+        values = [block.get(key) for block in blocks]
+        return None if None in values else fmean(value for value in values if value is not None)
+
+    return f"{number(mean('f1'))} / {number(mean('em'))}"
+
+
+def _nested(block: str, key: str) -> Callable[[Results], float | None]:
+    return lambda run: (run.real[block] or {}).get(key)
+
+
+def _domain(name: str) -> Callable[[Results], Mapping[str, Any]]:
+    return lambda run: run.real["per_domain"].get(name, {})
+
+
+def _n(block: Mapping[str, Any]) -> str:
+    return str(block["n"]) if block["n"] == block["answerable"] else f"{block['n']} of {block['answerable']}"
+
+
+def _coverage(runs: Sequence[Results]) -> str:
+    share = _mean(runs, _macro("coverage"))
+    errors = sum(run.real["macro"]["errors"] for run in runs)
+    return NONE if share is None else f"{100 * share:.1f} %" + (f", {errors} errors" if errors else "")
+
+
+def _change(runs: Sequence[Results], condition: str) -> list[str]:
+    def mean(get: Callable[[Any], float | None]) -> float | None:
+        return _mean(runs, lambda run: get(run.conditions[condition]))
+
+    real, other = ([run.samples[name] for run in runs] for name in (REAL, condition))
+    change = compare(other, real) if all(run.real["interval"] for run in runs) else None
+    return [
+        number(mean(lambda b: b["macro"]["f1"])),
+        number(change.difference if change else None, 2, sign=True),
+        bounds(change.low, change.high, sign=True) if change else NONE,
+        number(mean(lambda b: b["change"]["routing_shift"]), 3),
+        number(mean(lambda b: (b["routing"] or {}).get("gate_entropy")), 3),
+        number(mean(lambda b: (b["routing"] or {}).get("normalised_mi")), 3),
+    ]
+
+
+def _millions(count: int | None) -> str:
+    return NONE if count is None else f"{count / 1e6:.2f} M"
+
+
+def _short(name: str) -> str:
+    """A column head: the number of an expert without a name of its own, else at most eight letters."""
+    return name.removeprefix("expert ")[:8]

@@ -1,0 +1,295 @@
+"""Evaluate a model on a task: read every question, record each as it is done, and sum up.
+
+Neighbours are what a question retrieves, never more and never less: in the ``gold`` setting the gold passage is given
+to the reader, but neither put among the neighbours nor taken from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ragmoe._errors import ModelError, RagmoeError
+from ragmoe.evaluation.items import Item, prepare
+from ragmoe.evaluation.perturbation import REAL, partners
+from ragmoe.evaluation.protocols import AnswerLike, Reader, Searchable
+from ragmoe.evaluation.results import Results, samples_name
+from ragmoe.evaluation.retrieval import DEPTH, Retrieval, first, score_retrieval
+from ragmoe.evaluation.routing import routing_shift, summarise_routing
+from ragmoe.evaluation.samples import Sample, SampleFile, digest_of
+from ragmoe.evaluation.scoring import score, summarise
+from ragmoe.evaluation.statistics import compare, interval
+from ragmoe.evaluation.task import Task, load_task
+
+if TYPE_CHECKING:
+    from ragmoe.corpus.types import Passage
+    from ragmoe.neighbours import Neighbours
+
+CHUNK = 64
+_BOUND = 1e9
+
+Progress = Callable[[int, int, str], None]
+
+
+def evaluate(
+    model: Reader,
+    task: Task | str | Path,
+    index: Searchable,
+    *,
+    out: str | Path | None = None,
+    resume: bool = True,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    retrieval: Retrieval | None = None,
+    name: str = "",
+) -> Results:
+    """Evaluate a model on a task, under the question's own neighbours and under the task's perturbations.
+
+    Args:
+        out: folder for samples and results; None keeps them in memory.
+        resume: take over what an earlier run with the same question, task, index and weights has left in ``out``.
+        limit: at most so many questions of a domain.
+        progress: called with questions done, questions in all, and the condition.
+        retrieval: of this index, where several evaluations share it.
+        name: what the model is called in reports.
+
+    Raises:
+        ConfigError, DataError: the task or its questions are wrong, or not of this index.
+        ModelError: the model does not fit the index, or could read none of the first questions.
+    """
+    task = (task if isinstance(task, Task) else load_task(task)).limited(limit)
+    model.check_index(index)
+    run = _Run(model, task, index, retrieval or Retrieval(index), Path(out) if out is not None else None, progress)
+    shown = [REAL, *(p for p in task.perturbations if run.seen)]
+    prepared = {condition: run.plan(condition) for condition in shown}
+    samples = {condition: run.read_all(condition, plan, resume) for condition, plan in prepared.items()}
+    gold = {item.question.id: item.question.gold_ids for item in run.items}
+    results = Results(
+        task=task.model_dump(mode="json"),
+        setting=task.setting_name,
+        model=name or type(model).__name__,
+        model_digest=run.model_digest,
+        index_digest=index.digest,
+        parameters=dict(model.parameter_counts()),
+        conditions={c: _figures(c, samples, model) if c in samples else None for c in [REAL, *task.perturbations]},
+        retrieval=score_retrieval(samples[REAL], gold, run.out),
+        samples=samples,
+    )
+    if run.out is not None:
+        results.write(run.out)
+    return results
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done under one condition: digests by question id, and whose neighbours are shown."""
+
+    digests: dict[str, str]
+    partners: list[int] | None
+
+
+class _Run:
+    """One model on one task; see ``evaluate``."""
+
+    def __init__(
+        self,
+        model: Reader,
+        task: Task,
+        index: Searchable,
+        retrieval: Retrieval,
+        out: Path | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.task, self.index, self.retrieval, self.out = model, task, index, retrieval, out
+        self.progress = progress or (lambda done, total, label: None)
+        self.seen = (task.neighbours or int(model.config.neighbours)) if model.gate_sees_neighbours else 0
+        self.depth = max(DEPTH, self.seen, task.passages)
+        self.items = prepare(task, index)
+        self.model_digest = model_digest(model)
+
+    def plan(self, condition: str) -> _Plan:
+        """Settle, before anything is read, what each question is shown under a condition."""
+        chosen = partners([item.question for item in self.items], [item.asked for item in self.items], condition)
+        task = self.task
+        retriever = task.retriever or self.index.retriever
+        setting = (task.setting, retriever, self.seen, task.passages if task.setting == "open" else None)
+        common = (condition, setting, self.index.digest, self.model_digest)
+        shown = [self.items[i].asked for i in chosen] if chosen else [None] * len(self.items)
+        digests = {
+            item.question.id: digest_of(item.example, item.question.domain, item.read, other, common)
+            for item, other in zip(self.items, shown, strict=True)
+        }
+        return _Plan(digests, chosen)
+
+    def read_all(self, condition: str, plan: _Plan, resume: bool) -> list[Sample]:
+        """All samples under a condition; those on the disk are not made again."""
+        file = SampleFile(self.out / samples_name(condition) if self.out else None, resume=resume)
+        done = file.done(plan.digests)
+        todo = [i for i, item in enumerate(self.items) if item.question.id not in done]
+        total, finished = len(self.items), len(self.items) - len(todo)
+        self.progress(finished, total, condition)
+        for at in range(0, len(todo), CHUNK):
+            chunk = todo[at : at + CHUNK]
+            made = self._read_chunk(chunk, condition, plan)
+            if finished == 0:
+                _require_some(made)
+            file.add(made)
+            finished += len(chunk)
+            self.progress(finished, total, condition)
+        return file.finish([item.question.id for item in self.items])
+
+    def _read_chunk(self, chunk: Sequence[int], condition: str, plan: _Plan) -> list[Sample]:
+        items = [self.items[i] for i in chunk]
+        found = self.retrieval.fetch([item.asked for item in items], retriever=self.task.retriever, depth=self.depth)
+        blank = [self._blank(item, plan, ids, condition) for item, ids in zip(items, found.passage_ids, strict=True)]
+        neighbours = self._shown(found, chunk, condition, plan)
+        able = [row for row, sample in enumerate(blank) if sample.status == "ok"]
+        passages = {row: list(self.index.passages(blank[row].read)) for row in able}
+        made = self._read_rows(able, blank, passages, neighbours)
+        return [made.get(row, sample) for row, sample in enumerate(blank)]
+
+    def _blank(self, item: Item, plan: _Plan, retrieved: Sequence[str], condition: str) -> Sample:
+        """A sample with everything that is known before the model reads."""
+        question, is_open = item.question, self.task.setting == "open"
+        read = tuple(retrieved[: self.task.passages]) if is_open else item.read
+        problem, status = item.problem, item.status
+        if not read and problem is None:
+            problem, status = "nothing was retrieved to read", "error"
+        ranks = [rank for rank, name in enumerate(retrieved, start=1) if name in question.gold_ids]
+        return Sample(
+            id=question.id,
+            digest=plan.digests[question.id],
+            example=item.example,
+            domain=question.domain,
+            doc_id=item.doc_id,
+            status=status,
+            question=item.asked,
+            answer_type=question.answer_type,
+            answers=question.answers,
+            error=problem,
+            read=read,
+            retrieved=tuple(retrieved) if condition == REAL else (),
+            gold_rank=ranks[0] if ranks else None,
+        )
+
+    def _shown(self, found: Neighbours, chunk: Sequence[int], condition: str, plan: _Plan) -> Neighbours | None:
+        """What the gate is shown: N neighbours of each question, or what the condition puts in their place."""
+        from ragmoe.neighbours import Neighbours
+
+        if not self.seen:
+            return None
+        if condition == "null":
+            return Neighbours.empty(len(chunk), self.index.width)
+        if plan.partners is not None:
+            others = [self.items[plan.partners[i]].asked for i in chunk]
+            found = self.retrieval.fetch(others, retriever=self.task.retriever, depth=self.depth)
+        return first(found, self.seen)
+
+    def _read_rows(
+        self,
+        rows: Sequence[int],
+        blank: Sequence[Sample],
+        passages: dict[int, list[Passage]],
+        neighbours: Neighbours | None,
+    ) -> dict[int, Sample]:
+        """Read some rows of a chunk together; where that fails, one by one, so that only the culprit is lost."""
+        if not rows:
+            return {}
+        samples = [blank[row] for row in rows]
+        shown = neighbours.rows(rows) if neighbours is not None else None
+        try:
+            return dict(zip(rows, self._read(samples, [passages[row] for row in rows], shown), strict=True))
+        except RagmoeError:
+            raise
+        except Exception as error:
+            if len(rows) == 1:
+                return {rows[0]: replace(samples[0], status="error", error=f"{type(error).__name__}: {error}")}
+        made: dict[int, Sample] = {}
+        for row in rows:
+            made |= self._read_rows([row], blank, passages, neighbours)
+        return made
+
+    def _read(
+        self, samples: Sequence[Sample], passages: Sequence[list[Passage]], neighbours: Neighbours | None
+    ) -> list[Sample]:
+        from ragmoe.moe.statistics import RoutingStatistics
+
+        layers = list(self.model.sparse_layers)
+        counts = RoutingStatistics(layers, len(self.model.expert_names)) if layers else None
+        # Counted by question, not by domain: each sample carries its own routing, so a resumed run has all of it.
+        labels = [sample.id for sample in samples]
+        answers = self.model.read(
+            [s.question for s in samples], passages, neighbours, statistics=counts, domains=labels
+        )
+        entropy, routing = (), {}
+        if counts is not None:
+            entropy = tuple(row["entropy"] for row in counts.summary()["layers"])
+            routing = dict(zip(counts.domains, counts.counts_DLE.astype(int).tolist(), strict=True))
+        return [
+            replace(
+                sample,
+                **_outcome(sample, answer),
+                routing=tuple(tuple(row) for row in routing.get(sample.id, ())),
+                gate_entropy=entropy if sample.id in routing else (),
+            )
+            for sample, answer in zip(samples, answers, strict=True)
+        ]
+
+
+def _outcome(sample: Sample, answer: AnswerLike) -> dict[str, Any]:
+    return {
+        "prediction": answer.text,
+        "passage_id": answer.passage_id,
+        "answered": answer.answered,
+        "score": answer.score,
+        # An infinite score has no place in JSON, nor on a ROC curve; no finite one comes near the bound.
+        "no_answer_score": max(-_BOUND, min(_BOUND, answer.no_answer_score)),
+        **score(answer, sample.answers, sample.answer_type),
+    }
+
+
+def _figures(condition: str, samples: dict[str, list[Sample]], model: Reader) -> dict[str, Any]:
+    """Everything reported of one condition."""
+    own, real = samples[condition], samples[REAL]
+    bounds = interval([own])
+    figures: dict[str, Any] = {
+        **summarise(own),
+        # Lists as JSON has them, so that figures read back equal those that were written.
+        "interval": {**asdict(bounds), "per_domain": {d: [*v] for d, v in bounds.per_domain.items()}}
+        if bounds
+        else None,
+        "routing": summarise_routing(own, list(model.sparse_layers), list(model.expert_names)),
+    }
+    if condition != REAL:
+        change = compare([own], [real]) if bounds else None
+        figures["change"] = {
+            "f1": {key: getattr(change, key) for key in ("difference", "low", "high", "n")} if change else None,
+            "routing_shift": routing_shift(real, own),
+        }
+    return figures
+
+
+def _require_some(samples: Sequence[Sample]) -> None:
+    """Stop at once where everything fails: that is no question's fault."""
+    failed = [sample for sample in samples if sample.status == "error"]
+    if len(failed) == len(samples) and len(samples) > 1:
+        raise ModelError(
+            f"all of the first {len(samples)} questions failed; {failed[0].id}: {failed[0].error}",
+            hint="nothing was recorded",
+        )
+
+
+def model_digest(model: Reader) -> str:
+    """16 hexadecimal digits over a model's weights and configuration, wherever it was loaded from."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    config = model.config.to_dict()
+    local = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    return digest_of(digest.hexdigest(), {key: value for key, value in config.items() if key not in local})

@@ -1,0 +1,15 @@
+"""Experts: what a gate chooses from."""
+
+from ragmoe.experts.base import Experts, FeedForward, experts_class, experts_names, register_experts
+from ragmoe.experts.ffn import FeedForwardExperts
+from ragmoe.experts.lora import LoraExperts
+
+__all__ = [
+    "Experts",
+    "FeedForward",
+    "FeedForwardExperts",
+    "LoraExperts",
+    "experts_class",
+    "experts_names",
+    "register_experts",
+]

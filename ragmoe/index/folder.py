@@ -1,0 +1,276 @@
+"""An opened index: search, neighbours and passages. Reads one generation, old or new, never a mixture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragmoe._errors import IndexFolderError, UsageError
+from ragmoe.corpus.chunking import Chunk
+from ragmoe.corpus.types import Passage
+from ragmoe.index.bm25 import Bm25Searcher, bm25_name
+from ragmoe.index.encoder import Encoder, check_same, load_encoder
+from ragmoe.index.manifest import Manifest, read_manifest
+from ragmoe.index.retrievers import DEFAULT, Queries, Ranking, make_retriever
+from ragmoe.index.store import PassageStore
+from ragmoe.index.vectors import FaissSearcher, unit_rows
+
+if TYPE_CHECKING:
+    from ragmoe.neighbours import Neighbours
+
+
+def embeddings_name(generation: int) -> str:
+    """float16 (passages, R), unit length up to rounding."""
+    return f"embeddings-{generation}.npy"
+
+
+def faiss_name(generation: int) -> str:
+    """The FAISS file."""
+    return f"index-{generation}.faiss"
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A passage that a query returned.
+
+    Attributes:
+        row: of the passage in the index's embeddings.
+        score: the retriever's own: a cosine, a BM25 score, or a fusion of both.
+        rank: from 1.
+    """
+
+    passage_id: str
+    row: int
+    score: float
+    rank: int
+
+
+class Index:
+    """An index folder opened for reading; made by `Index.open`."""
+
+    def __init__(self, folder: Path, manifest: Manifest, encoder: Encoder | None, retriever: str) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.retriever = retriever
+        self._encoder = encoder
+        make_retriever(retriever, self)
+        _check_sizes(folder, manifest)
+        self._store = PassageStore(folder, manifest.generation)
+        path = folder / embeddings_name(manifest.generation)
+        try:
+            self.embeddings: NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise IndexFolderError(f"{path} is damaged: {error}") from error
+        expected = (manifest.passages, manifest.encoder.width)
+        if self.embeddings.shape != expected or len(self._store) != manifest.passages:
+            raise IndexFolderError(
+                f"{folder} is damaged: {len(self._store)} passages and embeddings {self.embeddings.shape}, "
+                f"expected {expected}"
+            )
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str], *, encoder: str | Encoder | None = None, retriever: str | None = None
+    ) -> Index:
+        """Open an index folder.
+
+        Args:
+            encoder: a name or an `Encoder`; the one that the index names, loaded when first needed, if None.
+            retriever: ``dense``, ``bm25``, ``hybrid`` or ``blend``: what searches where a call names none (``blend``
+            if None).
+
+        Raises:
+            IndexFolderError: there is no index, or it is damaged.
+            EncoderMismatchError: the encoder is not the one that made it.
+            UsageError: there is no such retriever.
+        """
+        path = Path(folder)
+        manifest = read_manifest(path)
+        made = None if encoder is None else _checked(load_encoder(encoder), manifest, path)
+        while True:
+            try:
+                return cls(path, manifest, made, retriever or DEFAULT)
+            except (IndexFolderError, FileNotFoundError) as error:
+                now = read_manifest(path)
+                if now.generation == manifest.generation:
+                    if isinstance(error, FileNotFoundError):
+                        raise IndexFolderError(f"{path} is damaged: {error.filename} is missing") from error
+                    raise
+                # A build replaced the index between reading its manifest and opening its files: take the new one.
+                manifest = now
+
+    def __len__(self) -> int:
+        return self.manifest.passages
+
+    def __repr__(self) -> str:
+        return (
+            f"Index({str(self.folder)!r}, {len(self)} passages, encoder {self.manifest.encoder.id!r}, {self.retriever})"
+        )
+
+    @property
+    def width(self) -> int:
+        """R, the length of a vector."""
+        return self.manifest.encoder.width
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the manifest's content: two indexes with the same digest are the same."""
+        return self.manifest.digest
+
+    @property
+    def passage_ids(self) -> list[str]:
+        """The ids by row."""
+        return self._store.ids
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains by row."""
+        return self._store.domains
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder, loaded at first use.
+
+        Raises:
+            EncoderMismatchError: what its name stands for now is not what made the index.
+        """
+        if self._encoder is None:
+            self._encoder = _checked(load_encoder(self.manifest.encoder.id), self.manifest, self.folder)
+        return self._encoder
+
+    @cached_property
+    def faiss(self) -> FaissSearcher:
+        """The FAISS side, read at first use."""
+        return FaissSearcher(self._file(faiss_name(self.manifest.generation)), self.embeddings, self.manifest.faiss)
+
+    @cached_property
+    def bm25(self) -> Bm25Searcher:
+        """The BM25 side, read at first use."""
+        return Bm25Searcher(self._file(bm25_name(self.manifest.generation)), len(self))
+
+    def encode(self, queries: Sequence[str]) -> NDArray[np.float32]:
+        """The vectors of queries, float32 (B, R), unit length, with the query prompt."""
+        if not queries:
+            return np.zeros((0, self.width), dtype=np.float32)
+        return self.encoder.encode(queries, prompt=self.manifest.encoder.query_prompt)
+
+    def search(self, queries: Sequence[str], k: int = 10, *, retriever: str | None = None) -> list[list[Hit]]:
+        """The best passages of each query, at most ``k`` (fewer where the index or the shared words give no more)."""
+        rankings = self._rank(Queries(_listed(queries), self), k, retriever)
+        return [
+            [
+                Hit(self.passage_ids[row], int(row), float(score), rank)
+                for rank, (row, score) in enumerate(zip(rows, scores, strict=True), start=1)
+            ]
+            for rows, scores in rankings
+        ]
+
+    def neighbours(self, questions: Sequence[str], n: int = 16, *, retriever: str | None = None) -> Neighbours:
+        """What each question retrieves, as tensors: ranked by the retriever, scores always cosine.
+
+        Depends on the text of the questions and nothing else.
+        """
+        import torch
+
+        from ragmoe.neighbours import Neighbours
+
+        queries = Queries(_listed(questions), self)
+        rankings = self._rank(queries, n, retriever)
+        embeddings_BNR = np.zeros((len(questions), n, self.width), dtype=np.float32)
+        scores_BN = np.zeros((len(questions), n), dtype=np.float32)
+        mask_BN = np.zeros((len(questions), n), dtype=np.bool_)
+        for b, (rows, _) in enumerate(rankings):
+            embeddings_BNR[b, : len(rows)] = unit_rows(self.embeddings, rows)
+            scores_BN[b, : len(rows)] = embeddings_BNR[b, : len(rows)] @ queries.vectors[b]
+            mask_BN[b, : len(rows)] = True
+        ids = [[self.passage_ids[row] for row in rows] for rows, _ in rankings]
+        return Neighbours(torch.from_numpy(embeddings_BNR), torch.from_numpy(scores_BN), torch.from_numpy(mask_BN), ids)
+
+    def passage(self, passage_id: str) -> Passage:
+        """The passage of an id.
+
+        Raises:
+            IndexFolderError: the index holds no such passage.
+        """
+        return self._store.passage(self.row(passage_id))
+
+    def passages(self, passage_ids: Sequence[str]) -> list[Passage]:
+        """The passages of some ids, in their order."""
+        return [self.passage(name) for name in passage_ids]
+
+    def find(self, passage_id: str) -> Passage | None:
+        """The passage of an id, None where there is none."""
+        row = self._store.row_of.get(passage_id)
+        return None if row is None else self._store.passage(row)
+
+    def row(self, passage_id: str) -> int:
+        """The row of an id.
+
+        Raises:
+            IndexFolderError: the index holds no such passage.
+        """
+        row = self._store.row_of.get(passage_id)
+        if row is None:
+            raise IndexFolderError(
+                f"{self.folder} holds no passage {passage_id!r}; it holds {len(self)}, such as {self.passage_ids[0]!r}"
+            )
+        return row
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All passages with where each stands in what it was cut from: what `remap_questions` needs."""
+        return (self._store.chunk(row) for row in range(len(self)))
+
+    def iterate(self) -> Iterator[Passage]:
+        """All passages by row."""
+        return iter(self._store)
+
+    def windows(self) -> NDArray[np.int64]:
+        """int64 (passages,): how many windows of the encoder each passage fills."""
+        return self._store.windows
+
+    def _rank(self, queries: Queries, k: int, retriever: str | None) -> list[Ranking]:
+        if k < 1:
+            raise UsageError(f"{k} passages were asked for; expected at least 1")
+        found = make_retriever(retriever or self.retriever, self)
+        return found.rank(queries, min(k, len(self))) if queries.texts else []
+
+    def _file(self, name: str) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            now = read_manifest(self.folder).generation
+            reason = "is missing" if now == self.manifest.generation else f"was replaced meanwhile by generation {now}"
+            raise IndexFolderError(f"{self.folder}: {name} {reason}", hint="open the index again")
+        return path
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Refuse an index whose files are not all there in full."""
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise IndexFolderError(f"{folder} is damaged: {name} is missing", hint=f"see: ragmoe index verify {folder}")
+        if path.stat().st_size != record.bytes:
+            raise IndexFolderError(
+                f"{folder} is damaged: {name} has {path.stat().st_size} bytes, expected {record.bytes}",
+                hint=f"see: ragmoe index verify {folder}",
+            )
+
+
+def _checked(encoder: Encoder, manifest: Manifest, folder: Path) -> Encoder:
+    record = manifest.encoder
+    check_same(built_with=(record.id, record.digest, record.width), got=encoder, folder=folder)
+    return encoder
+
+
+def _listed(texts: Sequence[str]) -> Sequence[str]:
+    # A single string is a sequence of strings too, and would be searched letter by letter.
+    if isinstance(texts, str):
+        raise UsageError("a single string was given; expected a list of queries")
+    return texts

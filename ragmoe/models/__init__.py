@@ -1,0 +1,46 @@
+"""Models: one file a Hugging Face family, and ``load`` for any saved bundle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ragmoe._errors import BundleError
+from ragmoe.bundle import is_bundle
+from ragmoe.models.bert import (
+    QuestionAnsweringOutput,
+    RagmoeBertConfig,
+    RagmoeBertForQuestionAnswering,
+    RagmoeBertModel,
+)
+from ragmoe.models.reading import Answer
+
+
+def load(bundle: str | os.PathLike[str]) -> RagmoeBertForQuestionAnswering:
+    """Open a saved model, ready to read, with its tokenizer.
+
+    Args:
+        bundle: the folder that ``ragmoe train`` or ``save_pretrained`` wrote.
+
+    Raises:
+        BundleError: when it is missing or damaged.
+    """
+    folder = Path(bundle)
+    if not is_bundle(folder):
+        have = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else None
+        raise BundleError(
+            f"{folder} is not a bundle: expected model.safetensors.index.json, "
+            + (f"found {', '.join(have) or 'nothing'}" if have is not None else "there is no such folder"),
+            hint="ragmoe train CONFIG.yaml writes one",
+        )
+    return RagmoeBertForQuestionAnswering.from_pretrained(folder).eval()
+
+
+__all__ = [
+    "Answer",
+    "QuestionAnsweringOutput",
+    "RagmoeBertConfig",
+    "RagmoeBertForQuestionAnswering",
+    "RagmoeBertModel",
+    "load",
+]

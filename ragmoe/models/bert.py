@@ -1,0 +1,458 @@
+"""BERT-family encoders whose feed-forward networks are mixtures of experts, with a question-answering head.
+
+    model = RagmoeBertForQuestionAnswering.from_dense("path/to/bert", gate="retrieval", experts=8)
+
+This file holds the network. What a user calls on it (read, answer, route) is in reading.py, saving in saving.py.
+
+B questions, M passages a question, Q = B*M sequences, T positions, D width, N neighbours, R encoder width, E experts.
+A sequence's candidates are C = 4 + T: "no answer here", yes, no, maybe, and each of its tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, BertConfig
+from transformers import BertModel as DenseBertModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPreTrainedModel
+
+from ragmoe._errors import ModelError
+from ragmoe.experts import Experts, FeedForward
+from ragmoe.gates import Gate, Routing, gate_class
+from ragmoe.models.loss import answer_loss
+from ragmoe.models.reading import ReaderMixin
+from ragmoe.models.saving import BundleMixin, quiet_loading
+from ragmoe.moe import MoELayer, load_balance_loss, z_loss
+from ragmoe.neighbours import Neighbours
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_CANDIDATES = ("", "yes", "no", "maybe")
+
+
+@strict
+class RagmoeBertConfig(BertConfig):
+    """A BERT configuration and what its sparse layers add.
+
+    Args:
+        gate: name of the gate (see ``ragmoe.gates.gate_names()``).
+        experts, top_k: E experts a sparse layer, K of them for each token.
+        expert_kind: ``lora`` or ``ffn``; ``expert_rank`` is the rank of the former.
+        shared_expert: full experts stand beside the dense network instead of in its place.
+        sparse_layers: which layers are sparse; None means every second one, beginning with the second.
+        gate_width: width of the retrieval gate's attention.
+        neighbour_width: width R of the index's embeddings; ``neighbours`` how many of them the gate sees.
+        balance_loss, z_loss: weights of the routing losses.
+        max_length, stride: tokens of a sequence, and how far the windows of a longer passage overlap.
+        max_answer_tokens: longest answer read.
+        no_answer_threshold: a question is left unanswered where "no answer here" beats the best answer by more
+            than this; calibrated by training.
+        expert_names: one for each expert; None means that they are unnamed.
+        encoder, index_digest: of the index the model was trained with.
+    """
+
+    model_type = "ragmoe_bert"
+
+    gate: str = "retrieval"
+    experts: int = 8
+    top_k: int = 2
+    expert_kind: str = "lora"
+    expert_rank: int = 16
+    shared_expert: bool = False
+    sparse_layers: list[int] | None = None
+    gate_width: int = 64
+    gate_noise: float = 0.0
+    token_dropout: float = 0.0
+    normalise_weights: bool | None = None
+    neighbour_width: int = 384
+    neighbours: int = 16
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+    max_length: int = 384
+    stride: int = 96
+    max_answer_tokens: int = 128
+    no_answer_threshold: float = 0.0
+    expert_names: list[str] | None = None
+    encoder: dict[str, Any] | None = None
+    index_digest: str | None = None
+
+    def resolved_sparse_layers(self) -> list[int]:
+        """The sparse layers, checked."""
+        if self.sparse_layers is None:
+            return list(range(1, self.num_hidden_layers, 2))
+        wrong = [i for i in self.sparse_layers if not 0 <= i < self.num_hidden_layers]
+        if wrong:
+            raise ModelError(f"sparse_layers has {wrong}, but the layers are 0 to {self.num_hidden_layers - 1}")
+        return sorted(set(self.sparse_layers))
+
+    def check(self) -> None:
+        """Raise ModelError where settings contradict each other; called when a model is built."""
+        self.resolved_sparse_layers()
+        names = self.expert_names
+        if names is not None and not len(names) == len(set(names)) == self.experts:
+            raise ModelError(f"expert_names is {names}: expected {self.experts} different names, one for each expert")
+
+
+@dataclass
+class QuestionAnsweringOutput(ModelOutput):
+    """What the reader returns.
+
+    Attributes:
+        loss: answer loss plus weighted routing losses, where labels were given.
+        answer_loss, balance_loss, z_loss: its parts, unweighted; the routing losses are means over sparse layers.
+        start_logits, end_logits: (Q, 4 + T), -inf-like where a token cannot be an answer.
+        routings: one for each sparse layer.
+        hidden_states: of the embeddings and each layer, (Q, T, D) each, where asked for.
+    """
+
+    loss: Tensor | None = None
+    answer_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    routings: tuple[Routing, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class RagmoeBertLayer(BertLayer):
+    """A BERT layer that is sparse where the configuration says so, and takes the neighbours by argument."""
+
+    def __init__(self, config: RagmoeBertConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx=layer_idx)
+        self.moe: MoELayer | None = None
+        if layer_idx in config.resolved_sparse_layers():
+            self.moe = MoELayer(config)
+            if not (self.moe.experts.needs_dense or config.shared_expert):
+                self.intermediate = None
+                self.output.dense = None
+
+    @property
+    def dense(self) -> FeedForward | None:
+        """The feed-forward network every token runs through, where the layer has one."""
+        if self.intermediate is None:
+            return None
+        return FeedForward(self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output.dense)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, neighbours: Neighbours | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """One layer: states (Q, T, D), and its routing where it is sparse."""
+        attended_QTD, _ = self.attention(hidden_states, attention_mask)
+        routing = None
+        if self.moe is None:
+            y_QTD = cast(FeedForward, self.dense)(attended_QTD)
+        else:
+            y_QTD, routing = self.moe(attended_QTD, self.dense, neighbours)
+        return self.output.LayerNorm(self.output.dropout(y_QTD) + attended_QTD), routing
+
+
+class RagmoeBertEncoder(nn.Module):
+    """The layers, one after the other."""
+
+    def __init__(self, config: RagmoeBertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(RagmoeBertLayer(config, i) for i in range(config.num_hidden_layers))
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, neighbours: Neighbours | None
+    ) -> tuple[list[Tensor], tuple[Routing, ...]]:
+        states, routings = [hidden_states], []
+        for layer in self.layer:
+            hidden_states, routing = layer(hidden_states, attention_mask, neighbours)
+            states.append(hidden_states)
+            if routing is not None:
+                routings.append(routing)
+        return states, tuple(routings)
+
+
+class RagmoeBertPreTrainedModel(BundleMixin, BertPreTrainedModel):
+    """Loading, saving and initialisation shared by the models of this file."""
+
+    config_class = RagmoeBertConfig
+    config: RagmoeBertConfig
+    _no_split_modules: ClassVar[list[str]] = ["BertEmbeddings", "RagmoeBertLayer"]
+    # The base class records outputs by hooks on BertLayer; ours are returned by the layers themselves.
+    _can_record_outputs: ClassVar[dict[str, Any]] = {}
+    # forward takes any keyword, which Trainer would read as "divides its loss by num_items_in_batch itself".
+    accepts_loss_kwargs = False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the decorator in this file's text, but it is in experts/ffn.py: silently eager.
+        return True
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As in transformers, but ModelError for re-entrant checkpointing: it loses the routing losses' gradients."""
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ModelError("re-entrant checkpointing loses the gradients of the routing losses: set it to False")
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Gate):
+            # Not saved, so from_pretrained leaves it as uninitialised memory.
+            init.ones_(module.available)
+            init.zeros_(module.balance_bias)
+        if isinstance(module, Gate | Experts):
+            module.reset_parameters()
+
+
+class RagmoeBertModel(RagmoeBertPreTrainedModel):
+    """The encoder without a head."""
+
+    def __init__(self, config: RagmoeBertConfig) -> None:
+        super().__init__(config)
+        config.check()
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = RagmoeBertEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        neighbours: Neighbours | None = None,
+    ) -> tuple[list[Tensor], tuple[Routing, ...]]:
+        """All hidden states (embeddings first, (Q, T, D) each) and the routings of the sparse layers."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        x_QTD = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=x_QTD, attention_mask=attention_mask)
+        return self.encoder(x_QTD, mask, neighbours)
+
+
+class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
+    """Extractive reader: a span, yes, no, maybe, or that the passage holds no answer."""
+
+    def __init__(self, config: RagmoeBertConfig) -> None:
+        super().__init__(config)
+        self.bert = RagmoeBertModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.special_outputs = nn.Linear(config.hidden_size, len(SPECIAL_CANDIDATES))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        neighbour_embeddings: Tensor | None = None,
+        neighbour_scores: Tensor | None = None,
+        neighbour_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> QuestionAnsweringOutput:
+        """Read Q sequences.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: (Q, T).
+            neighbour_embeddings, neighbour_scores, neighbour_mask: (B, N, R), (B, N), (B, N); B divides Q and the
+                sequences of one question are consecutive. All or none.
+            context_mask: (Q, T) bool, the tokens that may be answers; without it, those of the second segment.
+            start_positions, end_positions: (B, M) int64, the candidate that is right in each of a question's M
+                sequences: 0 no answer here, 1 yes, 2 no, 3 maybe, 4 + t token t.
+        """
+        neighbours = None
+        if neighbour_embeddings is not None and self.gate_sees_neighbours:
+            if neighbour_scores is None or neighbour_mask is None:
+                raise ValueError("neighbour_embeddings came without neighbour_scores or neighbour_mask")
+            neighbours = Neighbours(neighbour_embeddings, neighbour_scores, neighbour_mask)
+        states, routings = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, neighbours)
+        x_QTD = states[-1]
+        if attention_mask is None:
+            attention_mask = torch.ones(x_QTD.shape[:2], dtype=torch.long, device=x_QTD.device)
+        if context_mask is None:
+            context_mask = attention_mask if token_type_ids is None else attention_mask * (token_type_ids == 1)
+        start_QC, end_QC = self._candidates(x_QTD, context_mask.bool())
+        answer = None
+        if start_positions is not None and end_positions is not None:
+            answer = answer_loss(start_QC, end_QC, start_positions, end_positions)
+        return QuestionAnsweringOutput(
+            **self._losses(answer, routings, attention_mask.reshape(-1).bool()),
+            start_logits=start_QC,
+            end_logits=end_QC,
+            routings=routings,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+    def _losses(self, answer: Tensor | None, routings: Sequence[Routing], mask_S: Tensor) -> dict[str, Tensor]:
+        """The losses by name, as far as they can be told."""
+        losses: dict[str, Tensor] = {}
+        if routings:
+            losses["balance_loss"] = torch.stack([load_balance_loss(r, mask_S) for r in routings]).mean()
+            losses["z_loss"] = torch.stack([z_loss(r, mask_S) for r in routings]).mean()
+        if answer is None:
+            return losses
+        loss = answer
+        if routings and self.config.experts > 1:
+            loss = loss + self.config.balance_loss * losses["balance_loss"] + self.config.z_loss * losses["z_loss"]
+        return {"loss": loss, "answer_loss": answer, **losses}
+
+    def _candidates(self, x_QTD: Tensor, context_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Start and end logits (Q, C) in float32."""
+        special_Q4 = self.special_outputs(x_QTD[:, 0]).float()
+        both_QT2 = self.qa_outputs(x_QTD).float()
+        both_QT2 = both_QT2.masked_fill(~context_mask.unsqueeze(-1), torch.finfo(torch.float32).min)
+        # "no", "yes" and "maybe" begin and end with themselves, so half of their score stands on either side.
+        start_QC = torch.cat([special_Q4, both_QT2[..., 0]], dim=1)
+        end_QC = torch.cat([special_Q4, both_QT2[..., 1]], dim=1)
+        return start_QC, end_QC
+
+    # -- the sparse layers ------------------------------------------------------------------------------------------
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers, first to last."""
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """Their places among all layers."""
+        return self.config.resolved_sparse_layers()
+
+    @property
+    def gate_sees_neighbours(self) -> bool:
+        """Whether the gate would do anything with neighbours."""
+        return bool(self.sparse_layers) and gate_class(self.config.gate).uses_neighbours
+
+    @property
+    def expert_names(self) -> list[str]:
+        """A name for each expert."""
+        return self.config.expert_names or [f"expert {i}" for i in range(self.config.experts)]
+
+    def set_available_experts(self, experts: Sequence[int] | None) -> None:
+        """Let only these experts be chosen, in all layers; None lets all. ModelError for one that does not exist."""
+        E = self.config.experts
+        chosen = set(range(E) if experts is None else experts)
+        if wrong := sorted(chosen - set(range(E))):
+            raise ModelError(f"there are no experts {wrong}; the experts are 0 to {E - 1}")
+        available_E = torch.tensor([expert in chosen for expert in range(E)])
+        for layer in self.moe_layers:
+            layer.gate.set_available(available_E)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Total parameters, and active ones: every parameter used for one token, gates included."""
+        total = sum(p.numel() for p in self.parameters())
+        experts = sum(p.numel() for layer in self.moe_layers for p in layer.experts.parameters())
+        active = total - experts + experts * self.config.top_k // self.config.experts
+        return {"total": total, "active": active}
+
+    # -- upcycling --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dense(
+        cls,
+        base: str | Path | RagmoeBertForQuestionAnswering,
+        *,
+        expert_noise: float = 0.0,
+        seed: int = 0,
+        **settings: Any,
+    ) -> RagmoeBertForQuestionAnswering:
+        """Upcycle a dense BERT: its feed-forward networks become experts.
+
+        At step 0 the encoder's output equals the dense model's: exactly for LoRA experts, within 1e-5 for copies.
+        Source: Komatsuzaki et al. 2022 (sparse upcycling).
+
+        Args:
+            base: path or Hub id of a checkpoint of model type ``bert``, whose head starts untrained; or a reader
+                without sparse layers, whose head is kept.
+            expert_noise: standard deviation, relative to each matrix's own, of the noise that tells copies apart.
+            settings: fields of ``RagmoeBertConfig``.
+
+        Raises:
+            ModelError: when there is no such checkpoint, it is of another model type or lacks weights, or for settings
+                that do not exist or contradict each other.
+        """
+        if isinstance(base, RagmoeBertForQuestionAnswering):
+            dense_config, dense = base.config, base.bert
+            if base.sparse_layers:
+                raise ModelError(f"layers {base.sparse_layers} of the base are sparse already; expected a dense reader")
+        else:
+            try:
+                dense_config = AutoConfig.from_pretrained(base)
+            except (OSError, ValueError) as error:
+                raise ModelError(f"{base} is not a checkpoint: {str(error).splitlines()[0]}") from error
+            if dense_config.model_type != "bert":
+                raise ModelError(f"{base} is a {dense_config.model_type!r} model; expected a model of type 'bert'")
+            with quiet_loading():
+                dense, info = DenseBertModel.from_pretrained(
+                    base, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
+                )
+            if lacking := sorted(info["missing_keys"]):
+                raise ModelError(f"the checkpoint {base} lacks {len(lacking)} weights of its encoder: {lacking[:5]}")
+        config = _upcycled_config(dense_config, settings)
+        config.architectures = [cls.__name__]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(config)
+        if isinstance(base, RagmoeBertForQuestionAnswering):
+            model.qa_outputs.load_state_dict(base.qa_outputs.state_dict())
+            model.special_outputs.load_state_dict(base.special_outputs.state_dict())
+        model._copy_dense(dense, expert_noise, torch.Generator().manual_seed(seed))
+        return model
+
+    @torch.no_grad()
+    def _copy_dense(self, dense: nn.Module, noise: float, generator: torch.Generator) -> None:
+        missing, unexpected = self.bert.load_state_dict(dense.state_dict(), strict=False)
+        left_out = [name for name in missing if ".moe." not in name]
+        replaced = tuple(f"encoder.layer.{i}." for i in self.sparse_layers)
+        unexpected = [name for name in unexpected if not name.startswith(replaced)]
+        if left_out or unexpected:
+            raise ModelError(f"the dense checkpoint does not fit: missing {left_out[:5]}, unexpected {unexpected[:5]}")
+        deviation = 0.0
+        layers = zip(cast(Any, self.bert).encoder.layer, cast(Any, dense).encoder.layer, strict=True)
+        for ours, theirs in layers:
+            if ours.moe is not None:
+                up, down = theirs.intermediate.dense, theirs.output.dense
+                copied = ours.moe.experts.copy_dense(up, down, noise=noise, generator=generator)
+                deviation = max(deviation, copied)
+        if deviation:
+            logger.warning("expert copies differ from the dense weights by up to %.2e", deviation)
+
+
+def _upcycled_config(dense: Any, settings: dict[str, Any]) -> RagmoeBertConfig:
+    """The dense model's configuration with the settings laid over it."""
+    ours = set(RagmoeBertConfig.__annotations__) | set(BertConfig.__annotations__)
+    if unknown := sorted(set(settings) - ours):
+        raise ModelError(
+            f"unknown model settings {', '.join(unknown)}; there are: {', '.join(sorted(ours - {'model_type'}))}"
+        )
+    # A dense reader's list of sparse layers is empty, and would leave the new model dense as well.
+    inherited = {k: v for k, v in dense.to_dict().items() if k in ours - {"model_type", "sparse_layers"}}
+    try:
+        config = RagmoeBertConfig(**{**inherited, **settings})
+    except StrictDataclassError as error:
+        raise ModelError(f"bad model settings: {error}") from None
+    config.sparse_layers = config.resolved_sparse_layers()
+    return config
+
+
+AutoConfig.register("ragmoe_bert", RagmoeBertConfig)
+AutoModel.register(RagmoeBertConfig, RagmoeBertModel)
+AutoModelForQuestionAnswering.register(RagmoeBertConfig, RagmoeBertForQuestionAnswering)

@@ -1,0 +1,268 @@
+"""What a user calls on a reader: read passages, answer from an index, look at the routing.
+
+Q sequences, T positions, C = 4 + T candidates (none, yes, no, maybe, tokens), L sparse layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ragmoe._errors import ModelError
+from ragmoe.corpus.types import Passage
+from ragmoe.models.windows import Window, collate, tokenize_passages, tokenize_questions, windows
+from ragmoe.moe import RoutingStatistics
+from ragmoe.neighbours import Neighbours
+
+if TYPE_CHECKING:
+    from ragmoe.index import Index
+
+_SPECIAL = ("", "yes", "no", "maybe")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The best answer to a question in the passages it was read with.
+
+    Attributes:
+        text: the best span, or yes, no or maybe, also where ``answered`` is False; empty only if nothing was read.
+        answer_type: ``span`` or ``yesno``.
+        passage_id, start: where a span stands; ``passage_id`` is also set for yes, no and maybe.
+        score: its probability among all answers in all passages read, 0 to 1.
+        no_answer_score: by how much (log odds) "no answer here" beats it in its passage.
+        answered: whether that is within the model's calibrated threshold.
+    """
+
+    text: str
+    answer_type: str
+    passage_id: str | None
+    start: int | None
+    score: float
+    no_answer_score: float
+    answered: bool
+
+    @property
+    def final_text(self) -> str:
+        """The answer to give: empty where nothing answers the question."""
+        return self.text if self.answered else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    question: int
+    passage: Passage
+    window: Window
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """The best answer of one sequence with what is needed to compare it with others."""
+
+    score: float
+    none: float
+    start_mass: float
+    end_mass: float
+    special: int
+    first: int
+    last: int
+
+
+class ReaderMixin(nn.Module):
+    """``read``, ``answer`` and ``route`` for a question-answering model."""
+
+    config: Any
+
+    if TYPE_CHECKING:
+
+        def post_init(self) -> None: ...
+
+        @property
+        def sparse_layers(self) -> list[int]: ...
+
+        @property
+        def gate_sees_neighbours(self) -> bool: ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer saved beside the model; may be set."""
+        if getattr(self, "_tokenizer", None) is None:
+            from transformers import AutoTokenizer
+
+            if not self.config._name_or_path:
+                raise ModelError("the model has no tokenizer: set model.tokenizer, or open a bundle that holds one")
+            self._tokenizer = AutoTokenizer.from_pretrained(self.config._name_or_path)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._tokenizer = value
+
+    def answer(
+        self, questions: Sequence[str], index: Index, *, passages: int = 5, neighbours: int | None = None
+    ) -> list[Answer]:
+        """Answer from an index: retrieve, let the neighbours steer the gate, read the best passages.
+
+        Args:
+            passages: how many are read.
+            neighbours: how many the gate sees; None means as many as the model was trained with.
+
+        Raises:
+            ModelError: when the index's encoder is not the one the model was trained with.
+        """
+        self.check_index(index)
+        N = self.config.neighbours if neighbours is None else neighbours
+        found = index.neighbours(questions, max(N, passages))
+        read = [index.passages(ids[:passages]) for ids in found.passage_ids]
+        seen = found.masked((torch.arange(found.mask_BN.shape[1]) < N).expand_as(found.mask_BN))
+        return self.read(questions, read, seen)
+
+    def check_index(self, index: Index) -> None:
+        """Raise ModelError unless the index was made with the encoder that the gate learned to read."""
+        trained = self.config.encoder
+        if self.gate_sees_neighbours and trained:
+            have = index.manifest.encoder
+            if have.digest != trained["digest"]:
+                raise ModelError(
+                    f"the model's gate was trained on embeddings of {trained['id']} ({trained['digest'][:12]}), "
+                    f"the index holds those of {have.id} ({have.digest[:12]})",
+                    hint=f"ragmoe index build SOURCE --encoder {trained['id']} --out DIR",
+                )
+
+    @torch.no_grad()
+    def read(
+        self,
+        questions: Sequence[str],
+        passages: Sequence[Sequence[Passage]],
+        neighbours: Neighbours | None = None,
+        *,
+        batch_tokens: int = 8192,
+        statistics: RoutingStatistics | None = None,
+        domains: Sequence[str] | None = None,
+    ) -> list[Answer]:
+        """Answer each question from its own passages, choosing across them.
+
+        Args:
+            passages: for each question those to read; a long one is read in overlapping windows.
+            neighbours: what the gate sees; None is the same as none found.
+            batch_tokens: tokens of a batch, padding included.
+            statistics: counts the routing, by ``domains`` (one for each question) where given.
+        """
+        self.eval()
+        for name, given in (("neighbours", neighbours), ("domains", domains)):
+            if given is not None and len(given) != len(questions):
+                raise ValueError(f"{len(questions)} questions, but {name} for {len(given)}")
+        sequences = self._sequences(questions, passages)
+        found: list[_Candidate | None] = [None] * len(sequences)
+        for at, inputs, batch in self._batches(sequences, neighbours, batch_tokens):
+            output = self(**inputs)
+            for i, candidate in zip(at, self._decode(output.start_logits, output.end_logits), strict=True):
+                found[i] = candidate
+            if statistics is not None and output.routings:
+                labels = [domains[s.question] if domains else "" for s in batch]
+                statistics.update(output.routings, inputs["attention_mask"].reshape(-1).bool(), labels)
+        of_question: list[list[int]] = [[] for _ in questions]
+        for i, sequence in enumerate(sequences):
+            of_question[sequence.question].append(i)
+        return [self._choose([(sequences[i], found[i]) for i in own]) for own in of_question]  # type: ignore[misc]
+
+    @torch.no_grad()
+    def route(self, question: str, passages: Sequence[Passage], neighbours: Neighbours | None = None) -> np.ndarray:
+        """Mean gate probabilities (L, E) over the tokens of the question and its passages."""
+        self.eval()
+        total, tokens = np.zeros((len(self.sparse_layers), self.config.experts)), 0
+        for _, inputs, _ in self._batches(self._sequences([question], [passages]), neighbours, 8192):
+            mask_S = inputs["attention_mask"].reshape(-1).bool()
+            for layer, routing in enumerate(self(**inputs).routings):
+                total[layer] += routing.logits_SE[mask_S].softmax(dim=-1).sum(dim=0).cpu().numpy()
+            tokens += int(mask_S.sum())
+        return total / max(tokens, 1)
+
+    # -- helpers ----------------------------------------------------------------------------------------------------
+
+    def _sequences(self, questions: Sequence[str], passages: Sequence[Sequence[Passage]]) -> list[_Sequence]:
+        if len(questions) != len(passages):
+            raise ValueError(f"{len(questions)} questions, but passages for {len(passages)}")
+        tokenizer, config = self.tokenizer, self.config
+        if config.max_length > config.max_position_embeddings:
+            raise ModelError(
+                f"max_length is {config.max_length}, but the model has {config.max_position_embeddings} positions"
+            )
+        asked = tokenize_questions(tokenizer, questions, config.max_length)
+        flat = [(b, passage) for b, row in enumerate(passages) for passage in row]
+        texts = tokenize_passages(tokenizer, [passage.text for _, passage in flat])
+        return [
+            _Sequence(b, passage, w)
+            for (b, passage), text in zip(flat, texts, strict=True)
+            for w in windows(tokenizer, asked[b], text, max_length=config.max_length, stride=config.stride)
+        ]
+
+    def _batches(
+        self, sequences: Sequence[_Sequence], neighbours: Neighbours | None, batch_tokens: int
+    ) -> Iterator[tuple[list[int], dict[str, Tensor], list[_Sequence]]]:
+        """Batches of sequences of like length, within the token budget, on the model's device."""
+        if neighbours is not None and not self.gate_sees_neighbours:
+            neighbours = None
+        device = next(self.parameters()).device
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].window), reverse=True)
+        while order:
+            size = max(1, batch_tokens // len(sequences[order[0]].window))
+            at, order = order[:size], order[size:]
+            batch = [sequences[i] for i in at]
+            inputs = collate(self.tokenizer, [s.window for s in batch])
+            if neighbours is not None:
+                inputs |= neighbours.rows([s.question for s in batch]).tensors()
+            yield at, {name: x.to(device) for name, x in inputs.items()}, batch
+
+    def _decode(self, start_QC: Tensor, end_QC: Tensor) -> list[_Candidate]:
+        """The best answer of each sequence: yes, no, maybe, or the best span of at most ``max_answer_tokens``."""
+        start_QT, end_QT = start_QC[:, 4:], end_QC[:, 4:]
+        reach = min(self.config.max_answer_tokens, start_QT.shape[1])
+        # The best end within reach of each start: a running maximum over the next positions.
+        padded_QT = F.pad(end_QT, (0, reach - 1), value=torch.finfo(torch.float32).min)
+        best_end_QT, last_QT = padded_QT.unfold(1, reach, 1).max(dim=-1)
+        span_Q, first_Q = (start_QT + best_end_QT).max(dim=1)
+        last_Q = first_Q + last_QT.gather(1, first_Q.unsqueeze(1)).squeeze(1)
+        special_Q4 = start_QC[:, :4] + end_QC[:, :4]
+        said_Q, which_Q = special_Q4[:, 1:].max(dim=1)
+        is_span_Q = span_Q >= said_Q
+        score_Q = torch.where(is_span_Q, span_Q, said_Q)
+        mass = [x[:, 1:].logsumexp(dim=1).tolist() for x in (start_QC, end_QC)]
+        return [
+            _Candidate(*row)
+            for row in zip(
+                score_Q.tolist(),
+                special_Q4[:, 0].tolist(),
+                *mass,
+                torch.where(is_span_Q, 0, which_Q + 1).tolist(),
+                first_Q.tolist(),
+                last_Q.tolist(),
+                strict=True,
+            )
+        ]
+
+    def _choose(self, found: list[tuple[_Sequence, _Candidate]]) -> Answer:
+        if not found:
+            return Answer("", "span", None, None, 0.0, math.inf, False)
+        sequence, best = max(found, key=lambda pair: pair[1].score)
+        start_mass = np.logaddexp.reduce([candidate.start_mass for _, candidate in found])
+        end_mass = np.logaddexp.reduce([candidate.end_mass for _, candidate in found])
+        none = best.none - best.score
+        common: dict[str, Any] = {
+            "passage_id": sequence.passage.id,
+            "score": float(np.exp(min(0.0, best.score - start_mass - end_mass))),
+            "no_answer_score": none,
+            "answered": none <= self.config.no_answer_threshold,
+        }
+        if best.special:
+            return Answer(_SPECIAL[best.special], "yesno", start=None, **common)
+        window = sequence.window
+        start = window.offsets[best.first - window.context_start][0]
+        end = window.offsets[best.last - window.context_start][1]
+        return Answer(sequence.passage.text[start:end], "span", start=start, **common)

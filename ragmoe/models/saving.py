@@ -1,0 +1,147 @@
+"""How a model becomes a bundle and comes back: the only place where models and bundles meet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ragmoe._errors import BundleError
+from ragmoe.bundle import BundleMap, is_bundle, read_bundle, write_bundle
+from ragmoe.gates import Gate
+from ragmoe.moe import MoELayer
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No bars and no report while transformers loads: what does not fit is checked, and raised, by us."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# Kept in the map, which is the commit point, and laid over config.json when a bundle is opened.
+_IN_MAP = ("no_answer_threshold",)
+
+
+class BundleMixin(PreTrainedModel):
+    """``save_pretrained`` and ``from_pretrained`` in the bundle format (see ragmoe.bundle)."""
+
+    def expert_tensors(self) -> set[str]:
+        """Names of the tensors whose first dimension is the expert."""
+        names = set()
+        for prefix, module in self.named_modules():
+            if isinstance(module, MoELayer):
+                names |= {f"{prefix}.experts.{name}" for name, _ in module.experts.named_parameters()}
+                names |= {f"{prefix}.gate.{name}" for name in module.gate.expert_parameters}
+        return names
+
+    def gate_tensors(self) -> set[str]:
+        """Names of the gates' tensors that belong to no single expert."""
+        names = set()
+        for prefix, module in self.named_modules():
+            if isinstance(module, Gate):
+                names |= {f"{prefix}.{name}" for name in module.state_dict()}
+        return names - self.expert_tensors()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        message: str = "save",
+        **_: Any,
+    ) -> None:
+        """Write the bundle: what has changed becomes a new version, and the map is replaced last.
+
+        Args:
+            state_dict: saved instead of the model's own, as Trainer hands it over in distributed training.
+            message: what changed, for the bundle's lineage.
+        """
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = self.state_dict() if state_dict is None else dict(state_dict)
+        config = self.config
+        sparse = any(isinstance(module, MoELayer) for module in self.modules())
+        # What from_pretrained loads as: a stale one would round the weights in silence.
+        config.dtype = next((x.dtype for x in tensors.values() if x.is_floating_point()), self.dtype)
+        config.save_pretrained(folder)
+        write_bundle(
+            folder,
+            tensors,
+            expert_tensors=self.expert_tensors(),
+            gate_tensors=self.gate_tensors(),
+            expert_ids=None,
+            expert_names=(config.expert_names or [f"expert {i}" for i in range(config.experts)]) if sparse else None,
+            encoder=config.encoder,
+            index=config.index_digest,
+            extra={name: getattr(config, name) for name in _IN_MAP},
+            message=message,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Open a bundle; anything else goes to transformers' own loader.
+
+        The number of experts, their names, the encoder and the index come from the bundle's map, not from
+        ``config.json``.
+        """
+        path = pretrained_model_name_or_path
+        if path is None or kwargs.get("state_dict") is not None or not is_bundle(path):
+            return super().from_pretrained(path, *args, **kwargs)
+        tensors, bundle = read_bundle(path)
+        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path)
+        _apply_map(config, bundle)
+        wanted_info = kwargs.pop("output_loading_info", False)
+        with quiet_loading():
+            model, info = super().from_pretrained(
+                None, *args, config=config, state_dict=tensors, output_loading_info=True, **kwargs
+            )
+        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        unexpected = sorted(info["unexpected_keys"])
+        prefix = f"{model.base_model_prefix}."
+        if model.base_model is model and any(name.startswith(prefix) for name in tensors):
+            # The encoder alone, out of a bundle with a head: what is left over is the head.
+            unexpected = [name for name in unexpected if name.startswith(prefix)]
+        if missing or unexpected:
+            raise BundleError(
+                f"{path} does not fit {cls.__name__}: missing {missing[:5]}, unexpected {unexpected[:5]}",
+                hint="was it written by another version, or for another model class?",
+            )
+        model.name_or_path = model.config._name_or_path = str(path)
+        return (model, info) if wanted_info else model
+
+    @torch.no_grad()
+    def load_bundle(self, folder: str | os.PathLike[str]) -> None:
+        """Load a bundle's tensors into this model in place, strictly (as resuming a training run needs)."""
+        tensors, bundle = read_bundle(Path(folder))
+        _apply_map(self.config, bundle)
+        self.load_state_dict(tensors, strict=True)
+
+
+def _apply_map(config: Any, bundle: BundleMap) -> None:
+    config.encoder = bundle.encoder.model_dump() if bundle.encoder else None
+    config.index_digest = bundle.index
+    if bundle.experts:
+        config.experts = len(bundle.experts)
+        config.expert_names = [expert.name for expert in bundle.experts]
+    for name in _IN_MAP:
+        if name in bundle.extra:
+            setattr(config, name, bundle.extra[name])

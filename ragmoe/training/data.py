@@ -1,0 +1,253 @@
+"""From questions and an index to batches. B questions, M passages a question, Q = B*M sequences, T tokens, N neighbours."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ragmoe._errors import DataError
+from ragmoe.corpus import read_questions
+from ragmoe.corpus.types import Passage, Question
+from ragmoe.index import Index
+from ragmoe.models.windows import Window, collate, room, tokenize_passages, tokenize_questions, window
+from ragmoe.neighbours import Neighbours
+from ragmoe.training.config import RaftConfig
+from ragmoe.training.raft import Example, sample
+
+# Distractors come from this many neighbours beyond those that are read, since some hold the answer.
+_SPARE = 8
+_FIRST_CANDIDATE = 4
+_YES_NO_MAYBE = {"yes": 1, "no": 2, "maybe": 3}
+
+
+def load_questions(patterns: Sequence[str], limit: int | None = None) -> list[Question]:
+    """Questions of all files; with a limit, those with the lowest digests (so that the order of files is nothing)."""
+    files = sorted({name for pattern in patterns for name in glob.glob(pattern, recursive=True)})
+    missing = [pattern for pattern in patterns if not glob.glob(pattern, recursive=True)]
+    if missing:
+        raise DataError(f"no question file matches {', '.join(missing)}")
+    questions = [question for name in files for question in read_questions(Path(name))]
+    if limit is not None and limit < len(questions):
+        kept = sorted(questions, key=lambda q: _digest(q.id))[:limit]
+        questions = sorted(kept, key=lambda q: q.id)
+    return questions
+
+
+def hold_out(questions: Sequence[Question], share: float) -> tuple[list[Question], list[Question]]:
+    """Split by the digest of the document a question is about: (to fit on, to calibrate on)."""
+    fit: list[Question] = []
+    held: list[Question] = []
+    for question in questions:
+        document = (question.gold_ids or question.context_ids or (question.id,))[0]
+        (held if int(_digest(document), 16) % 10_000 < share * 10_000 else fit).append(question)
+    return fit, held
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def gold_ids(question: Question) -> list[str]:
+    """The passages from which an answer can be learned: those with a span, or any gold one for yes, no and maybe."""
+    if question.answer_type == "yesno":
+        return list(question.gold_ids)
+    return list(dict.fromkeys(span.passage_id for span in question.answer_spans))
+
+
+def learnable(question: Question) -> bool:
+    """Whether a reader can learn from a question: it has an answer to point at, or none at all."""
+    return bool(gold_ids(question)) or not question.answers
+
+
+class Retrieved:
+    """The neighbours of many questions, retrieved once: ids and scores; embeddings stay in the index."""
+
+    def __init__(self, index: Index, rows_QN: np.ndarray, scores_QN: np.ndarray) -> None:
+        self.index = index
+        self.rows_QN = rows_QN
+        self.scores_QN = scores_QN
+
+    @classmethod
+    def of(cls, index: Index, texts: Sequence[str], n: int, retriever: str | None, cache: Path) -> Retrieved:
+        """Retrieve, or take what was retrieved before for the same index, questions and retriever."""
+        key = _digest("\x1f".join([index.digest, str(n), str(retriever), *texts]))
+        path = cache / f"neighbours-{key}.safetensors"
+        if path.is_file():
+            stored = load_file(path)
+            return cls(index, stored["rows"], stored["scores"])
+        rows_QN = np.full((len(texts), n), -1, dtype=np.int64)
+        scores_QN = np.zeros((len(texts), n), dtype=np.float32)
+        for begin in range(0, len(texts), 256):
+            found = index.neighbours(texts[begin : begin + 256], n, retriever=retriever)
+            for at, ids in enumerate(found.passage_ids):
+                rows_QN[begin + at, : len(ids)] = [index.row(name) for name in ids]
+                scores_QN[begin + at, : len(ids)] = found.scores_BN[at, : len(ids)].numpy()
+        # An index may lie where nothing can be written; then the next run retrieves again.
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.part")
+            save_file({"rows": rows_QN, "scores": scores_QN}, part)
+            part.replace(path)
+        return cls(index, rows_QN, scores_QN)
+
+    def ids(self, question: int) -> list[str]:
+        """Passage ids, best first."""
+        names = self.index.passage_ids
+        return [names[row] for row in self.rows_QN[question] if row >= 0]
+
+    def neighbours(self, question: int, n: int) -> Neighbours:
+        """The first n neighbours of one question."""
+        rows_N = self.rows_QN[question, :n]
+        mask_BN = torch.from_numpy(rows_N >= 0).unsqueeze(0)
+        embeddings = np.asarray(self.index.embeddings[np.maximum(rows_N, 0)], dtype=np.float32)
+        embeddings_BNR = torch.from_numpy(embeddings).unsqueeze(0) * mask_BN.unsqueeze(-1)
+        scores_BN = torch.from_numpy(self.scores_QN[question, :n]).unsqueeze(0)
+        return Neighbours(embeddings_BNR, scores_BN, mask_BN, [self.ids(question)[:n]])
+
+
+class RaftDataset(Dataset):
+    """The examples of a whole run in the order they are shown: item i is fixed by the seed alone.
+
+    Each pass goes over all questions in a new order. Within ``bucket`` batches questions are grouped by the length of
+    their passage, so that little is padded; the batches themselves stay in random order.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        index: Index,
+        retrieved: Retrieved,
+        config: RaftConfig,
+        *,
+        examples: int,
+        batch_size: int,
+        seed: int,
+        question_field: str = "question",
+        bucket: int = 8,
+    ) -> None:
+        self.questions = list(questions)
+        self.index = index
+        self.retrieved = retrieved
+        self.config = config
+        self.seed = seed
+        self.raw = question_field == "question_raw"
+        self.order = self._plan(examples, batch_size, bucket)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def text(self, question: Question) -> str:
+        """The question as it is asked and retrieved with."""
+        return question.raw if self.raw else question.question
+
+    def __getitem__(self, at: int) -> Example:
+        place = self.order[at]
+        question = self.questions[place]
+        gold = gold_ids(question)
+        spare = self.retrieved.ids(place)[: self.config.passages + _SPARE]
+        # The passage an unanswerable question was asked over is its hardest distractor.
+        spare = list(dict.fromkeys([*(() if gold else question.context_ids), *spare]))
+        known = {passage.id: passage for passage in self.index.passages(list(dict.fromkeys([*gold, *spare])))}
+        return sample(
+            question,
+            [known[name] for name in gold],
+            [known[name] for name in spare],
+            self.retrieved.neighbours(place, self.config.neighbours),
+            self.config,
+            seed=self.seed * 1_000_003 + at,
+        )
+
+    def _plan(self, examples: int, batch_size: int, bucket: int) -> list[int]:
+        draw = random.Random(self.seed)
+        lengths = [self._length(question) for question in self.questions]
+        order: list[int] = []
+        while len(order) < examples:
+            epoch = list(range(len(self.questions)))
+            draw.shuffle(epoch)
+            order += epoch
+        order = order[:examples]
+        planned: list[int] = []
+        for begin in range(0, examples, batch_size * bucket):
+            part = sorted(order[begin : begin + batch_size * bucket], key=lambda i: lengths[i])
+            batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+            # A last, smaller batch must stay last, or those after it would be cut differently.
+            last = [batches.pop()] if len(batches[-1]) < batch_size else []
+            draw.shuffle(batches)
+            planned += [i for batch in batches + last for i in batch]
+        return planned
+
+    def _length(self, question: Question) -> int:
+        names = question.gold_ids or question.context_ids
+        return len(self.index.passage(names[0]).text) if names else 0
+
+
+class RaftCollator:
+    """Examples to the named tensors of ``forward``; every example becomes M sequences."""
+
+    def __init__(self, tokenizer: Any, config: RaftConfig, *, raw: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.raw = raw
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        M = self.config.passages
+        texts = [e.question.raw if self.raw else e.question.question for e in examples]
+        asked = tokenize_questions(self.tokenizer, texts, self.config.max_length)
+        sequences: list[Window] = []
+        start_BM = torch.zeros(len(examples), M, dtype=torch.long)
+        end_BM = torch.zeros_like(start_BM)
+        for b, (example, question) in enumerate(zip(examples, asked, strict=True)):
+            for m, (w, start, end) in enumerate(self._sequences(example, question)):
+                sequences.append(w)
+                start_BM[b, m], end_BM[b, m] = start, end
+        batch = collate(self.tokenizer, sequences)
+        neighbours = Neighbours.stack([example.neighbours for example in examples])
+        return {**batch, **neighbours.tensors(), "start_positions": start_BM, "end_positions": end_BM}
+
+    def _sequences(self, example: Example, question: list[int]) -> list[tuple[Window, int, int]]:
+        draw = random.Random(example.seed)
+        passages = example.passages
+        # An index of a few passages may have too few distractors; an empty passage answers nothing and costs nothing.
+        passages = passages + [Passage("", "")] * (self.config.passages - len(passages))
+        tokenized = tokenize_passages(self.tokenizer, [passage.text for passage in passages])
+        size = room(question, self.config.max_length)
+        found = []
+        for m, text in enumerate(tokenized):
+            at_most = max(0, len(text.ids) - size)
+            is_gold = m == example.gold
+            whole = window(self.tokenizer, question, text, 0, len(text.ids))
+            span = example.span if is_gold else None
+            target = whole.token_span(span.start, span.start + len(span.text)) if span else None
+            low, high = 0, at_most
+            if target is not None:
+                first, last = (position - whole.context_start for position in target)
+                low, high = max(0, min(last + 1 - size, at_most)), min(first, at_most)
+                low = min(low, high)
+            begin = draw.randint(low, high)
+            w = window(self.tokenizer, question, text, begin, size)
+            found.append((w, *self._target(example, w, is_gold)))
+        return found
+
+    def _target(self, example: Example, w: Window, is_gold: bool) -> tuple[int, int]:
+        if not is_gold:
+            return 0, 0
+        if example.span is None:
+            said = _YES_NO_MAYBE[example.question.answers[0].lower()]
+            return said, said
+        positions = w.token_span(example.span.start, example.span.start + len(example.span.text))
+        if positions is None:
+            # An answer longer than a window: its beginning is there, its end is not. Nothing can be learned from it.
+            return 0, 0
+        return positions[0] + _FIRST_CANDIDATE, positions[1] + _FIRST_CANDIDATE

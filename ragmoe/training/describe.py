@@ -1,0 +1,83 @@
+"""What a run would be, before it is one: parameters, memory, tokens a step, and the first batch in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ragmoe.training.run import Run
+
+_GIB = 2**30
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Figures of a prepared run, with ``text`` for people.
+
+    Memory is an estimate: weights, gradients and two moments in fp32, and the activations that backward needs.
+    """
+    config, train = run.config, run.config.train
+    batch = run.collator([run.dataset[at] for at in range(train.batch_size)])
+    sequences, length = batch["input_ids"].shape
+    tokens = int(batch["attention_mask"].sum())
+    parameters = run.parameters
+    weights = 4 * parameters["total"] + 12 * parameters["trained"]
+    activations = _activation_bytes(run, sequences * length)
+    report: dict[str, Any] = {
+        "parameters": parameters,
+        "sparse_layers": run.model.sparse_layers,
+        "questions": {
+            "fitted": len(run.dataset.questions),
+            "held_out": len(run.held),
+            "left_out": run.left_out,
+        },
+        "sequences_per_step": sequences * train.accumulation,
+        "tokens_per_step": tokens * train.accumulation,
+        "padding": round(1 - tokens / (sequences * length), 3),
+        "memory_gib": {"weights": round(weights / _GIB, 2), "activations": round(activations / _GIB, 2)},
+        "passes": round(len(run.dataset) / len(run.dataset.questions), 2),
+        "first_batch": _decoded(run, batch),
+    }
+    report["text"] = _text(report, config.train.steps)
+    return report
+
+
+def _activation_bytes(run: Run, tokens: int) -> int:
+    """About sixteen values of width D a token and layer, six of width H, and those of K experts in sparse layers."""
+    config = run.model.config
+    D, H, K = config.hidden_size, config.intermediate_size, config.top_k
+    layer = 16 * D + 6 * H
+    sparse = K * (2 * D + 4 * H)
+    return 4 * tokens * (config.num_hidden_layers * layer + len(run.model.sparse_layers) * sparse)
+
+
+def _decoded(run: Run, batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    tokenizer, rows = run.collator.tokenizer, []
+    starts, ends = batch["start_positions"].reshape(-1), batch["end_positions"].reshape(-1)
+    for ids, start, end in zip(batch["input_ids"], starts.tolist(), ends.tolist(), strict=True):
+        target = ("(no answer here)", "yes", "no", "maybe")[start] if start < 4 else None
+        rows.append(
+            {
+                "sequence": tokenizer.decode(ids[ids != tokenizer.pad_token_id]),
+                "target": target or tokenizer.decode(ids[start - 4 : end - 3]),
+            }
+        )
+    return rows
+
+
+def _text(report: dict[str, Any], steps: int) -> str:
+    p, q, m = report["parameters"], report["questions"], report["memory_gib"]
+    lines = [
+        f"parameters   {p['total']:,} in all, {p['active']:,} active for a token, {p['trained']:,} trained",
+        f"sparse       layers {', '.join(map(str, report['sparse_layers'])) or 'none'}",
+        f"questions    {q['fitted']:,} to fit on ({report['passes']} passes), {q['held_out']} to calibrate on, "
+        f"{q['left_out']} nothing can be learned from",
+        f"a step       {report['sequences_per_step']} sequences, {report['tokens_per_step']:,} tokens, "
+        f"{report['padding']:.0%} padding; {steps} steps",
+        f"memory       about {m['weights']} GiB weights and optimiser, {m['activations']} GiB activations",
+        "",
+        "first batch",
+    ]
+    for row in report["first_batch"]:
+        lines += [f"  {row['sequence']}", f"    -> {row['target']}"]
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""Hugging Face's Trainer with what a gate and experts need: their own learning rates, exact resume, routing in the log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+
+from ragmoe.moe import MoELayer, RoutingStatistics
+from ragmoe.training.config import OptimiserConfig
+
+# What a parameter belongs to, by its name; the first that matches.
+_PARTS = (
+    ("gate", ".moe.gate."),
+    ("experts", ".moe.experts."),
+    ("head", "qa_outputs"),
+    ("head", "special_outputs"),
+)
+
+
+def part_of(name: str) -> str:
+    """``gate``, ``experts``, ``head`` or ``base``."""
+    return next((part for part, mark in _PARTS if mark in name), "base")
+
+
+def freeze(model: nn.Module, what: str) -> None:
+    """Leave trainable what ``train.what`` says (for ``lora``, adapters are trainable already)."""
+    if what == "all":
+        return
+    trained = {"head", *({"gate", "experts"} if what == "lora" else what.split("+"))}
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        parameter.requires_grad_(part in trained or (what == "lora" and ("lora_" in name)))
+
+
+class RagmoeTrainer(Trainer):
+    """Trains a model of ragmoe; checkpoints are bundles and are loaded strictly, experts included.
+
+    Examples come in the order of the dataset, which has its own (see ``RaftDataset``).
+    """
+
+    def __init__(self, *args: Any, optimiser: OptimiserConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.optimiser_config = optimiser
+        # Without this, Trainer takes the loss for a sum over the whole accumulated batch and does not average it.
+        self.model_accepts_loss_kwargs = False
+        self.routing = self._new_statistics()
+        self._step_routing = self._new_statistics()
+        self._parts: dict[str, Tensor] = {}
+        self._micro_batches = 0
+
+    def _new_statistics(self) -> RoutingStatistics:
+        model: Any = self.model
+        return RoutingStatistics(model.sparse_layers, model.config.experts)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a group for each part and for what decays."""
+        if self.optimizer is None:
+            config = self.optimiser_config
+            rates = {
+                "base": config.learning_rate,
+                "gate": config.gate_learning_rate or config.learning_rate,
+                "experts": config.experts_learning_rate or config.learning_rate,
+                "head": config.head_learning_rate or config.learning_rate,
+            }
+            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+            for name, parameter in (model or self.model).named_parameters():
+                if parameter.requires_grad:
+                    decays = parameter.dim() > 1 and "LayerNorm" not in name
+                    groups.setdefault((part_of(name), decays), []).append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": params, "lr": rates[part], "weight_decay": config.weight_decay if decays else 0.0}
+                    for (part, decays), params in groups.items()
+                ],
+                betas=(0.9, 0.98),
+                eps=1e-8,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        output = model(**inputs)
+        for name in ("answer_loss", "balance_loss", "z_loss"):
+            if (value := output.get(name)) is not None:
+                self._parts[name] = self._parts.get(name, torch.zeros(())) + value.detach().float().cpu()
+        self._micro_batches += 1
+        if output.get("routings"):
+            mask = inputs["attention_mask"]
+            counted = (output["routings"], mask.reshape(-1).bool(), [""] * mask.shape[0])
+            self.routing.update(*counted)
+            if self.optimiser_config.balance_bias_rate:
+                self._step_routing.update(*counted)
+        return (output["loss"], output) if return_outputs else output["loss"]
+
+    def drain(self) -> dict[str, Any]:
+        """Mean losses and routing since the last call."""
+        means = {name: float(total / max(1, self._micro_batches)) for name, total in self._parts.items()}
+        routing = self.routing.summary() if self.routing.domains else {"layers": []}
+        self._parts, self._micro_batches, self.routing = {}, 0, self._new_statistics()
+        return {
+            **means,
+            "load": [layer["load"] for layer in routing["layers"]],
+            "gate_entropy": [layer["entropy"] for layer in routing["layers"]],
+        }
+
+    def update_balance_bias(self) -> None:
+        """Move every gate's balance bias by the load of one optimiser step, over all its micro-batches."""
+        if rate := self.optimiser_config.balance_bias_rate:
+            layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
+            for layer, load_E in zip(layers, self._step_routing.load_LE, strict=True):
+                layer.gate.update_balance_bias(torch.from_numpy(load_E).to(layer.gate.balance_bias), rate)
+            self._step_routing = self._new_statistics()
+
+    # Trainer's own ways load with strict=False and without our format: experts would stay at initialisation.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        (model or self.model).load_bundle(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.model.load_bundle(self.state.best_model_checkpoint)

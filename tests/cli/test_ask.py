@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BRIDGE = "When did the long bridge over the river Sarn open?"
+
+
+def test_an_answer_with_its_passage(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    bundle = make_bundle("sure", no_answer_threshold=1e9)
+    code, out, _ = ragmoe("ask", bundle, BRIDGE, "--index", small_city / "index", "--json")
+    found = json.loads(out)
+    passage = found["passage"]
+    assert (code, found["answered"]) == (0, True)
+    assert passage["text"][passage["start"] : passage["end"]] == found["answer"] == found["best_guess"]
+    code, out, _ = ragmoe("ask", bundle, BRIDGE, "--index", small_city / "index")
+    assert code == 0
+    assert " ".join(out.split()).startswith(" ".join(found["answer"].split()))
+    assert f"{passage['id']}  {passage['title']}  score" in out
+    assert passage["text"].split()[-1] in out
+
+
+def test_nothing_answers_it(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    bundle = make_bundle("unsure", no_answer_threshold=-1e9)
+    code, out, _ = ragmoe("ask", bundle, BRIDGE, "--index", small_city / "index")
+    assert code == 0
+    assert out.startswith("Nothing here answers it.\nbest guess: ")
+    _, out, _ = ragmoe("ask", bundle, BRIDGE, "--index", small_city / "index", "--json")
+    found = json.loads(out)
+    assert (found["answered"], found["answer"]) == (False, None)
+    assert found["best_guess"]
+
+
+def test_m_is_how_many_passages_are_read(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    bundle = make_bundle("sure", no_answer_threshold=1e9)
+    _, out, _ = ragmoe("ask", bundle, BRIDGE, "--index", small_city / "index", "-m", 1, "--json")
+    assert json.loads(out)["passage"]["id"] == "bridge"
+
+
+def test_wrong_words(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    bundle = make_bundle("sure", no_answer_threshold=1e9)
+    code, _, err = ragmoe("ask", bundle, "  ", "--index", small_city / "index")
+    assert (code, err) == (2, "error: the question is empty\n")
+    code, _, err = ragmoe("ask", bundle, "q?", "--index", small_city / "index", "-m", 0)
+    assert code == 2
+    code, _, err = ragmoe("ask", bundle, "q?")
+    assert code == 2
+    assert "--index" in err
+
+
+def test_missing_folders(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    code, _, err = ragmoe("ask", small_city / "none", "q?", "--index", small_city / "index")
+    assert code == 1
+    assert "none is not a bundle" in err
+    code, _, err = ragmoe("ask", make_bundle("sure", no_answer_threshold=1e9), "q?", "--index", small_city / "none")
+    assert code == 1
+    assert "there is no index at" in err

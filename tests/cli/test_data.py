@@ -1,0 +1,89 @@
+"""``ragmoe data`` from the outside: faults with line numbers, exit codes, and questions moved onto chunks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from index_fixtures import Run, run, write
+
+__all__ = ["run"]
+
+TEXT = "The ferry leaves at six. " + " ".join(f"Stop number {i} is called Pier{i}." for i in range(12))
+PASSAGES = [
+    {"id": "a", "text": TEXT, "domain": "river", "doc_id": "d1", "split": "train"},
+    {"id": "b", "text": "Bread is baked at dawn.", "domain": "market", "doc_id": "d2", "split": "dev"},
+]
+TRAIN = {"id": "q1", "question": "When?", "answers": ["six"], "gold_ids": ["a"], "answer_start": 20}
+DEV = {"id": "q2", "question": "What?", "answers": ["Bread"], "gold_ids": ["b"], "answer_start": 0}
+
+
+@pytest.fixture
+def index(run: Run, tmp_path: Path) -> Path:
+    assert run("index", "build", write(tmp_path / "corpus.jsonl", *PASSAGES), "--out", tmp_path / "index").code == 0
+    return tmp_path / "index"
+
+
+def test_good_files(run: Run, index: Path, tmp_path: Path) -> None:
+    files = write(tmp_path / "train.jsonl", TRAIN), write(tmp_path / "dev.jsonl", DEV)
+    done = run("data", "check", *files, "--index", index)
+    assert (done.code, done.out, done.err) == (0, "all is well: 2 questions in 2 files, 2 spans verbatim\n", "")
+    done = run("data", "check", *files, "--index", index, "--json")
+    assert done.json == {"ok": True, "questions": {str(files[0]): 1, str(files[1]): 1}, "spans": 2, "problems": []}
+
+
+def test_faults_are_listed_with_file_and_line(run: Run, index: Path, tmp_path: Path) -> None:
+    train = write(
+        tmp_path / "train.jsonl", TRAIN, {**TRAIN, "id": "q3", "answer_start": 19}, {**TRAIN, "gold_ids": ["z"]}, "{"
+    )
+    dev = write(tmp_path / "dev.jsonl", {**TRAIN, "id": "q4"})
+    done = run("data", "check", train, dev, "--index", index)
+    assert done.code == 1 and done.err == "error: 5 problems in 5 questions\n"
+    assert done.out.splitlines() == [
+        f"{train}:2: span 'six' is not at 19 of 'a', there stands ' si'; it stands at 20",
+        f"{train}:3: id 'q1' stands already at {train}:1",
+        f"{train}:3: gold passage 'z' is not in the index",
+        f"{train}:4: not JSON: Expecting property name enclosed in double quotes at column 2",
+        f"{dev}:1: gold document 'd1' is of split 'train' already at {train}:1, and of 'dev' here",
+    ]
+    as_json = run("data", "check", train, dev, "--index", index, "--json")
+    assert as_json.code == 1 and not as_json.json["ok"]
+    assert as_json.json["problems"][0] == {
+        "place": f"{train}:2",
+        "reason": "span 'six' is not at 19 of 'a', there stands ' si'; it stands at 20",
+    }
+
+
+def test_many_faults_are_cut_short_but_counted(run: Run, index: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "train.jsonl", *({**TRAIN, "id": f"q{i}", "gold_ids": ["z"]} for i in range(60)))
+    done = run("data", "check", file, "--index", index)
+    assert done.code == 1 and "error: 60 problems in 60 questions" in done.err
+    assert len(done.out.splitlines()) == 51 and done.out.splitlines()[-1] == "and 10 more (--json lists all)"
+
+
+def test_errors(run: Run, index: Path, tmp_path: Path) -> None:
+    done = run("data", "check", tmp_path / "none.jsonl", "--index", index)
+    assert done.code == 1 and "none.jsonl: there is no such file; in " in done.err
+    file = write(tmp_path / "train.jsonl", TRAIN)
+    done = run("data", "check", file, "--index", tmp_path / "nowhere")
+    assert done.code == 1 and "error: there is no index at" in done.err
+    done = run("data", "check", file)
+    assert done.code == 2 and "Missing option '--index'" in done.err
+    done = run("data", "check", "--index", index)
+    assert done.code == 2 and "Missing argument 'FILE...'" in done.err
+
+
+def test_questions_move_onto_chunks(run: Run, index: Path, tmp_path: Path) -> None:
+    words = ["--rechunk", "--chunk-words", 20, "--chunk-overlap", 5]
+    assert run("index", "build", tmp_path / "corpus.jsonl", "--out", tmp_path / "chunked", *words).code == 0
+    late = {**TRAIN, "id": "q5", "answers": ["Pier11"], "answer_start": TEXT.index("Pier11")}
+    file = write(tmp_path / "train.jsonl", TRAIN, late)
+    assert run("data", "check", file, "--index", tmp_path / "chunked").code == 1
+    moved = tmp_path / "moved" / "train.jsonl"
+    moved.parent.mkdir()
+    done = run("data", "remap", file, "--index", tmp_path / "chunked", "--out", moved)
+    assert (done.code, done.out) == (0, f"{moved}: 2 questions\n")
+    assert run("data", "check", moved, "--index", tmp_path / "chunked").code == 0
+    long = {**TRAIN, "answers": [TEXT[:150]], "answer_start": 0}
+    done = run("data", "remap", write(file, long), "--index", tmp_path / "chunked", "--out", moved)
+    assert done.code == 1 and "lies whole in no chunk\nhint: build with larger chunks" in done.err

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ragmoe.evaluation.result import Result
+
+
+@pytest.fixture
+def bundle(make_bundle: Any) -> Path:
+    return make_bundle("retrieval", gate="retrieval", sparse_layers=[0, 1])
+
+
+def test_run_prints_a_report_and_keeps_samples_and_results(
+    ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path
+) -> None:
+    code, out, err = ragmoe("eval", "run", small_city / "task.yaml", "--model", bundle, "--out", tmp_path)
+    assert code == 0
+    for title in (
+        "small (gold): F1 / EM",
+        "Parameters and routing",
+        "Retrieval",
+        "Load per expert",
+        "Other neighbours",
+    ):
+        assert title in out
+    assert "samples and results" in err
+    names = {path.name for path in (tmp_path / "small").iterdir()}
+    assert names == {"results.json", "report.md", "samples.jsonl", "samples.null.jsonl", "run.trec", "qrels.trec"}
+    assert "| macro | 4 |" in (tmp_path / "small" / "report.md").read_text()
+
+
+def test_run_json_is_all_of_stdout(ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path) -> None:
+    code, out, _ = ragmoe(
+        *("eval", "run", small_city / "task.yaml", "--model", bundle, "--out", tmp_path, "--limit", 1, "--json")
+    )
+    shape = json.loads(out)
+    assert code == 0
+    assert shape["n-samples"]["small"] == {"original": 2, "effective": 2}
+    assert shape["ragmoe"]["tasks"]["small"]["retrieval"]["n"] == 2
+
+
+def test_runs_are_compared(ragmoe: Any, small_city: Path, bundle: Path, make_bundle: Any, tmp_path: Path) -> None:
+    token = make_bundle("token", gate="token", sparse_layers=[1])
+    for name, model in (("a", bundle), ("b", token)):
+        assert ragmoe("eval", "run", small_city / "task.yaml", "--model", model, "--out", tmp_path / name)[0] == 0
+    code, out, _ = ragmoe("eval", "compare", tmp_path / "a", tmp_path / "b", "--json")
+    compared = json.loads(out)["comparisons"][0]
+    assert code == 0
+    assert (compared["task"], compared["setting"], compared["n"]) == ("small", "gold", 4)
+    assert compared["low"] <= compared["difference"] <= compared["high"]
+    code, out, _ = ragmoe("eval", "compare", tmp_path / "a", tmp_path / "b", "--metric", "em")
+    assert code == 0
+    assert "macro" in out
+    assert ragmoe("eval", "compare", tmp_path / "a", tmp_path / "b", "--metric", "bleu")[0] == 2
+
+
+def test_runs_over_other_questions_are_not_compared(
+    ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path
+) -> None:
+    run = ("eval", "run", small_city / "task.yaml", "--model", bundle, "--out")
+    ragmoe(*run, tmp_path / "a")
+    ragmoe(*run, tmp_path / "b", "--limit", 1)
+    code, _, err = ragmoe("eval", "compare", tmp_path / "a", tmp_path / "b")
+    assert code == 1
+    assert "2 questions differ: 2 only in the first, 0 only in the second" in err
+    code, _, err = ragmoe("eval", "compare", tmp_path / "a", tmp_path / "none")
+    assert code == 1
+    assert "none is not a finished evaluation" in err
+
+
+def test_failed_questions_are_in_no_mean_and_in_the_exit_code(
+    ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ragmoe.models import RagmoeBertForQuestionAnswering
+
+    read = RagmoeBertForQuestionAnswering.read
+
+    def failing(self: Any, questions: list[str], *args: Any, **kwargs: Any) -> Any:
+        if any("barges" in question for question in questions):
+            raise RuntimeError("out of coal")
+        return read(self, questions, *args, **kwargs)
+
+    run = ("eval", "run", small_city / "task.yaml", "--model", bundle, "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(RagmoeBertForQuestionAnswering, "read", failing)
+        code, out, err = ragmoe(*run)
+    assert code == 1
+    assert "75.0 %, 1 errors" in out
+    assert "2 questions failed and are in no mean; q2: RuntimeError: out of coal" in err
+    code, out, _ = ragmoe(*run)
+    assert code == 0
+    assert "100.0 %" in out
+
+
+def test_run_needs_an_index_a_task_and_a_model(ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path) -> None:
+    task = tmp_path / "t.yaml"
+    task.write_text(f"name: t\nquestions: [{small_city}/questions.jsonl]\n")
+    code, _, err = ragmoe("eval", "run", task, "--model", bundle, "--out", tmp_path)
+    assert code == 2
+    assert "the task t names no index and no corpus" in err
+    assert "hint: give the index with --index DIR" in err
+    assert ragmoe("eval", "run", task, "--model", bundle, "--out", tmp_path, "--index", small_city / "index")[0] == 0
+    code, _, err = ragmoe("eval", "run", task, "--model", tmp_path / "none", "--index", small_city / "index")
+    assert code == 1
+    assert "none is not a bundle" in err
+    code, _, err = ragmoe("eval", "run", "nonesuch", "--model", bundle)
+    assert code == 2
+    assert "there is no task file 'nonesuch'; tasks in eval/tasks: " in err
+    code, _, err = ragmoe("eval", "run", task, task, "--model", bundle)
+    assert code == 2
+    assert "two tasks are called 't'" in err
+    assert ragmoe("eval", "run", task)[0] == 2
+
+
+def test_the_data_folder(ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path) -> None:
+    task = tmp_path / "t.yaml"
+    task.write_text("name: t\nquestions: ['${RAGMOE_DATA}/questions.jsonl']\n")
+    run = ("eval", "run", task, "--model", bundle, "--index", small_city / "index", "--out", tmp_path)
+    code, _, err = ragmoe(*run)
+    assert code == 1
+    assert "needs the environment variable RAGMOE_DATA, which is not set" in err
+    assert ragmoe(*run, "--data", small_city)[0] == 0
+    code, _, err = ragmoe(*run, "--data", tmp_path / "none")
+    assert code == 2
+    assert "there is no such folder" in err
+
+
+def test_a_corpus_is_indexed_once(
+    ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"name": "t", "questions": [f"{small_city}/questions.jsonl"], "corpus": [f"{small_city}/corpus.jsonl"]}
+    Path("t.yaml").write_text(yaml.safe_dump(settings))
+    assert ragmoe("eval", "run", "t.yaml", "--model", bundle)[0] == 0
+    built = list(Path("runs/indexes").glob("corpus-*/manifest.json"))
+    stamp = built[0].stat().st_mtime_ns
+    assert ragmoe("eval", "run", "t.yaml", "--model", bundle)[0] == 0
+    assert built[0].stat().st_mtime_ns == stamp
+    assert len(list(Path("runs/eval").glob("*-retrieval/t/results.json"))) == 1
+
+
+def test_ls_says_what_there_is_and_how_to_name_it(ragmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = ragmoe("eval", "ls")
+    assert code == 1
+    assert "there is no task (*.yaml) in eval/tasks" in err
+    folder = Path("eval/tasks")
+    folder.mkdir(parents=True)
+    (folder / "one.yaml").write_text("name: one\ndescription: The first.\nquestions: [x]\n")
+    (folder / "two.yaml").write_text("name: two\n")
+    code, out, _ = ragmoe("eval", "ls")
+    assert code == 0
+    assert "The first." in out
+    assert "questions: Field required" in out
+    assert "ragmoe eval run one --model BUNDLE" in out
+    assert [row["task"] for row in json.loads(ragmoe("eval", "ls", "--json")[1])] == ["one", "two"]
+
+
+def test_an_experiment_from_training_to_result(ragmoe: Any, small_city: Path, tmp_path: Path) -> None:
+    content = {
+        "name": "tiny",
+        "index": str(small_city / "index"),
+        "train": {
+            "base": str(small_city / "base"),
+            "model": {"experts": 4, "expert_rank": 8, "max_length": 64, "stride": 16},
+            "data": {"questions": [str(small_city / "questions.jsonl")], "index": "unused", "calibration_share": 0.0},
+            "raft": {"max_length": 64, "neighbours": 3},
+            "train": {"steps": 2, "batch_size": 2, "precision": "fp32"},
+        },
+        "arms": {"dense": {"model.sparse_layers": []}, "retrieval": {"model.gate": "retrieval"}},
+        "tasks": [str(small_city / "task.yaml")],
+        "comparisons": [["retrieval", "untrained"]],
+        "untrained": True,
+        "result": "tiny.json",
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    words = ("eval", "experiment", tmp_path / "tiny.yaml", "--out", tmp_path / "out")
+    code, out, err = ragmoe(*words)
+    assert code == 0
+    assert "retrieval − untrained" in out
+    assert "training 2 steps" in err
+    result = Result.read(tmp_path / "tiny.json")
+    assert list(result.arms) == ["untrained", "dense", "retrieval"]
+    assert result.arms["dense"].seconds is not None
+    code, out, err = ragmoe(*words, "--json")
+    assert code == 0
+    assert "training 2 steps" not in err
+    assert Result.model_validate_json(out).arms == result.arms
+    code, _, err = ragmoe(*words, "train.steps=3")
+    assert code == 1
+    assert "train.steps (2, now 3)" in err
+    code, _, err = ragmoe(*words, "--only", "tokn")
+    assert code == 2
+    assert "there is no arm 'tokn'; there are: untrained, dense, retrieval" in err
+    code, _, err = ragmoe(*words, "--seeds", "a")
+    assert code == 2
+    assert "expected whole numbers" in err
+
+
+def test_the_commands_import_nothing_heavy() -> None:
+    heavy = ("torch", "faiss", "transformers", "sentence_transformers", "datasets", "sklearn", "ir_measures", "numpy")
+    code = (
+        "import sys, ragmoe.cli.eval, ragmoe.cli.ask, ragmoe.cli.route\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,301 @@
+"""``ragmoe index`` from the outside: what it prints where, and each error's message and exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from index_fixtures import Run, run, write
+
+__all__ = ["run"]
+
+PASSAGES = [
+    {"id": "a", "title": "Ferries", "text": "The ferry to [Northmoor] leaves at six.", "domain": "river"},
+    {"id": "b", "title": "Bread", "text": "Bread from Millrace is baked at dawn.", "domain": "market"},
+    {"id": "c", "title": "Charter", "text": "The charter lies in the archive.", "domain": "archive"},
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write(tmp_path / "corpus.jsonl", *PASSAGES)
+
+
+@pytest.fixture
+def folder(corpus: Path, tmp_path: Path, run: Run) -> Path:
+    assert run("index", "build", corpus, "--out", tmp_path / "index").code == 0
+    return tmp_path / "index"
+
+
+def test_build_prints_the_plan_on_stderr_and_the_result_on_stdout(run: Run, corpus: Path, tmp_path: Path) -> None:
+    done = run("index", "build", corpus, "--out", tmp_path / "index")
+    assert done.code == 0
+    assert "3: archive 1, market 1, river 1" in done.err
+    assert "Flat: 3 passages are at most 50,000" in done.err
+    assert "of disk" in done.err and "of memory" in done.err and "about 0.0% are longer than that" in done.err
+    assert done.out.startswith(f"{tmp_path / 'index'}: 3 passages, generation 1, ")
+
+
+def test_build_json_is_the_manifest(run: Run, corpus: Path, tmp_path: Path) -> None:
+    done = run("index", "build", corpus, "--out", tmp_path / "index", "--json")
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    assert done.json == {"out": str(tmp_path / "index"), "skipped_lines": [], **manifest}
+
+
+def test_dry_run_writes_nothing(run: Run, corpus: Path, tmp_path: Path) -> None:
+    done = run("index", "build", corpus, "--out", tmp_path / "index", "--dry-run", "--json")
+    assert done.code == 0 and not (tmp_path / "index").exists()
+    assert done.json["passages"] == 3 and done.json["faiss"]["factory"] == "Flat"
+    assert done.json["disk_bytes"] > 0 and done.json["memory_bytes"] > 0 and done.json["longer_share"] == 0
+    assert "of disk" in done.err
+
+
+def test_options_reach_the_build(run: Run, tmp_path: Path) -> None:
+    source = write(tmp_path / "x.jsonl", {"id": "long", "text": " ".join(f"w{i}" for i in range(50))}, "{")
+    words = ["--domain", "d", "--rechunk", "--chunk-words", 20, "--chunk-overlap", 4, "--on-error", "skip"]
+    done = run("index", "build", source, "--out", tmp_path / "i", *words, "--long-passages", "truncate", "--json")
+    assert done.json["domains"] == {"d": 3} and done.json["skipped"] == 1
+    assert done.json["chunking"] == {"words": 20, "overlap": 4, "rechunk": True, "chunks": 3}
+    assert done.json["long_passages"]["mode"] == "truncate"
+    assert done.json["skipped_lines"] == [
+        f"{source}:2: not JSON: Expecting property name enclosed in double quotes at column 2"
+    ]
+
+
+def test_overwrite_and_resume(run: Run, corpus: Path, folder: Path) -> None:
+    refused = run("index", "build", corpus, "--out", folder)
+    assert refused.code == 1
+    assert refused.err.endswith(
+        f"error: {folder} holds an index already\nhint: replace it with --overwrite, or name another folder with --out\n"
+    )
+    assert run("index", "build", corpus, "--out", folder, "--resume").code == 0
+    assert "generation 2" in run("index", "build", corpus, "--out", folder, "--overwrite").out
+
+
+def test_stopped_by_the_user_it_says_how_to_go_on(
+    run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ragmoe.index import _crash
+
+    def stop(point: str) -> None:
+        if point == "block":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_crash, "hook", stop)
+    done = run("index", "build", corpus, "--out", tmp_path / "index")
+    assert done.code == 130 and "add --resume to go on" in done.err
+    monkeypatch.setattr(_crash, "hook", None)
+    unfinished = run("index", "info", tmp_path / "index")
+    assert (
+        unfinished.code == 1 and "holds a build that did not finish; go on with: ragmoe index build" in unfinished.err
+    )
+    assert run("index", "build", corpus, "--out", tmp_path / "index", "--resume").code == 0
+
+
+BUILD_ERRORS = {
+    "no source": (
+        [],
+        2,
+        "error: nothing to build from\nhint: ragmoe index build SOURCE... --out DIR, or --recipe FILE\n",
+    ),
+    "no out": (["{corpus}"], 2, "error: no folder to write to: --out DIR is missing\n"),
+    "missing source": (
+        ["{tmp}/none.jsonl", "--out", "{tmp}/i"],
+        1,
+        "none.jsonl: there is no such file, folder or match",
+    ),
+    "bad line": (
+        ["{tmp}/bad.jsonl", "--out", "{tmp}/i"],
+        1,
+        "bad.jsonl:2: no 'text'; it has: body, id\nhint: mend the line",
+    ),
+    "twice the same id": (["{corpus}", "{corpus}", "--out", "{tmp}/i"], 1, "corpus.jsonl:1: id 'a' stands already at "),
+    "no passages": (["{tmp}/empty.jsonl", "--out", "{tmp}/i"], 1, "error: no passages in "),
+    "unknown encoder": (
+        ["{corpus}", "--out", "{tmp}/i", "--encoder", "./none"],
+        1,
+        "encoder './none': there is no such folder",
+    ),
+    "chunk sizes": (["{corpus}", "--out", "{tmp}/i", "--chunk-words", "0"], 2, "error: chunks of 0 words"),
+    "unknown choice": (
+        ["{corpus}", "--out", "{tmp}/i", "--on-error", "ignore"],
+        2,
+        "'ignore' is not one of 'fail', 'skip'",
+    ),
+    "unknown option": (["{corpus}", "--outt", "{tmp}/i"], 2, "No such option: --outt"),
+    "other things": (["{corpus}", "--out", "{tmp}"], 1, "holds other things than an index: "),
+    "hub offline": (["hub:nobody/nothing", "--out", "{tmp}/i"], 1, "source 'hub:nobody/nothing' cannot be loaded"),
+    "recipe and source": (["{corpus}", "--recipe", "{tmp}/r.yaml"], 2, "both sources and --recipe were given"),
+    "no recipe": (["--recipe", "{tmp}/none.yaml"], 1, "none.yaml: there is no such file; in "),
+}
+
+
+@pytest.mark.parametrize("name", BUILD_ERRORS)
+def test_build_errors(name: str, run: Run, corpus: Path, tmp_path: Path) -> None:
+    words, code, message = BUILD_ERRORS[name]
+    write(tmp_path / "bad.jsonl", PASSAGES[0], {"id": "x", "body": "?"})
+    write(tmp_path / "empty.jsonl")
+    write(tmp_path / "r.yaml", "sources: [corpus.jsonl]\nout: i")
+    done = run("index", "build", *(word.format(corpus=corpus, tmp=tmp_path) for word in words))
+    assert done.code == code
+    assert message in " ".join(done.err.split("\n")).replace("  ", " ") or message in done.err
+    assert done.out == "" and not (tmp_path / "i").exists()
+
+
+def test_a_locked_index(run: Run, corpus: Path, folder: Path) -> None:
+    with FileLock(folder / "build.lock"):
+        done = run("index", "build", corpus, "--out", folder, "--overwrite")
+    assert done.code == 1 and "is locked: another process is building this index\nhint: wait" in done.err
+
+
+def test_recipes(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("sources: ['${PLACE}/corpus.jsonl']\nout: built\nlong_passages: truncate\n")
+    missing = run("index", "build", "--recipe", recipe)
+    assert missing.code == 1
+    assert f"error: recipe {recipe}: the environment variable PLACE is not set\nhint: export PLACE=...\n" in missing.err
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    done = run("index", "build", "--recipe", recipe, "--json")
+    assert done.json["out"] == str(tmp_path / "built") and done.json["long_passages"]["mode"] == "truncate"
+    # Flags win over the recipe.
+    done = run("index", "build", "--recipe", recipe, "--out", tmp_path / "mine", "--long-passages", "windows", "--json")
+    assert done.json["out"] == str(tmp_path / "mine") and done.json["long_passages"]["mode"] == "windows"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sources: [x]\nout: y\nencodr: minilm\n", "encodr: Extra inputs are not permitted"),
+        ("out: y\n", "sources: Field required"),
+        ("sources: []\nout: y\n", "sources: List should have at least 1 item"),
+        ("sources: [x\n", "is not YAML"),
+        ("- a\n", "the file: Input should be a valid dictionary"),
+    ],
+)
+def test_recipe_errors(run: Run, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    done = run("index", "build", "--recipe", tmp_path / "r.yaml")
+    assert done.code == 1 and message in done.err
+    assert "not YAML" in message or "hint: keys: sources, out, encoder" in done.err
+
+
+def test_the_recipes_that_ship_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ragmoe.index.recipe import read_recipe
+
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("RAGMOE_DATA", str(tmp_path))
+    recipes = {path.name: read_recipe(path) for path in (root / "indexes").glob("*.yaml")}
+    assert set(recipes) >= {"demo.yaml", "core7.yaml"}
+    assert [Path(source).parent.name for source in recipes["demo.yaml"].sources] == [
+        "clinic", "tenancy", "bank", "appliances", "archive",
+    ]  # fmt: skip
+    assert all(Path(source).parents[1] == root / "data" for source in recipes["demo.yaml"].sources)
+    assert len(recipes["core7.yaml"].sources) == 7
+    assert recipes["core7.yaml"].sources[0] == str(tmp_path / "wiki" / "corpus.jsonl")
+
+
+def test_search_prints_a_table(run: Run, folder: Path) -> None:
+    done = run("index", "search", folder, "when does the ferry leave", "-k", 2)
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0].split() == ["rank", "score", "domain", "id", "title", "text"]
+    assert lines[1].split()[0] == "1" and lines[1].split()[2:5] == ["river", "a", "Ferries"]
+    assert "The ferry to [Northmoor] leaves at six." in lines[1]
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("retriever", ["dense", "bm25", "hybrid", "blend"])
+def test_search_json(run: Run, folder: Path, retriever: str) -> None:
+    done = run("index", "search", folder, "bread at dawn", "-k", 1, "--retriever", retriever, "--json")
+    (hit,) = done.json
+    assert hit.pop("score") > 0
+    assert hit == {"rank": 1, "id": "b", "domain": "market", "title": "Bread", "text": PASSAGES[1]["text"]}
+
+
+def test_search_that_finds_nothing(run: Run, folder: Path) -> None:
+    assert run("index", "search", folder, "zebra", "--retriever", "bm25", "--json").json == []
+    done = run("index", "search", folder, "zebra", "--retriever", "bm25")
+    assert (done.code, done.out, done.err) == (0, "", "nothing found\n")
+
+
+SEARCH_ERRORS = {
+    "no index": (
+        ["{tmp}/none", "q"],
+        1,
+        "error: there is no index at {tmp}/none: no such folder\nhint: build one: ragmoe index",
+    ),
+    "retriever": (
+        ["{index}", "q", "--retriever", "x"],
+        2,
+        "error: retriever 'x' is unknown; there are: blend, bm25, dense, hybrid",
+    ),
+    "empty": (["{index}", " "], 2, "error: the query is empty"),
+    "k": (["{index}", "q", "-k", "0"], 2, "is not in the range x>=1"),
+    "encoder": (["{index}", "q", "--encoder", "other"], 1, "was built with encoder 'stub-0'"),
+}
+
+
+@pytest.mark.parametrize("name", SEARCH_ERRORS)
+def test_search_errors(name: str, run: Run, folder: Path, tmp_path: Path) -> None:
+    words, code, message = SEARCH_ERRORS[name]
+    done = run("index", "search", *(word.format(index=folder, tmp=tmp_path) for word in words))
+    assert done.code == code and done.out == ""
+    assert message.format(tmp=tmp_path) in done.err
+
+
+def test_an_encoder_mismatch_names_both_and_the_way_out(run: Run, folder: Path) -> None:
+    done = run("index", "search", folder, "q", "--encoder", "other")
+    assert "'stub-0'" in done.err and "'stub-1'" in done.err
+    assert (
+        f"hint: open it with 'stub-0', or build anew: ragmoe index build ... --out {folder} --encoder stub-1"
+        in done.err
+    )
+
+
+def test_info(run: Run, folder: Path) -> None:
+    done = run("index", "info", folder)
+    assert done.code == 0 and "archive 1, market 1, river 1" in done.out and "Flat: 3 passages" in done.out
+    assert run("index", "info", folder, "--json").json == json.loads((folder / "manifest.json").read_text())
+
+
+def test_verify(run: Run, folder: Path) -> None:
+    assert run("index", "verify", folder) == (0, f"{folder}: all is well\n", "")
+    assert run("index", "verify", folder, "--json").json == {"ok": True, "problems": []}
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "truncated", "encoder"])
+def test_verify_fails_and_names_what_differs(run: Run, folder: Path, damage: str) -> None:
+    path, words = folder / "embeddings-1.npy", []
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[-1] ^= 1
+        path.write_bytes(content)
+        expected = "embeddings-1.npy was changed: its sha256 is"
+    elif damage == "missing":
+        path.unlink()
+        expected = "embeddings-1.npy is missing"
+    elif damage == "truncated":
+        path.write_bytes(content[:-1])
+        expected = f"embeddings-1.npy has {len(content) - 1} bytes, expected {len(content)}"
+    else:
+        words = ["--encoder", "other"]
+        expected = "was built with encoder 'stub-0'"
+    done = run("index", "verify", folder, *words)
+    assert done.code == 1 and done.err.startswith(f"error: {folder} is damaged: ") and expected in done.err
+    assert f"hint: build it anew: ragmoe index build ... --out {folder} --overwrite" in done.err
+    as_json = run("index", "verify", folder, *words, "--json")
+    assert as_json.code == 1 and not as_json.json["ok"] and expected in as_json.json["problems"][0]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = "torch faiss transformers sentence_transformers datasets pyarrow pandas bm25s numpy"
+    code = "import sys; from ragmoe.__main__ import main; "
+    code += "main(['index', 'build', '--help']); main(['data', 'check', '--help']); "
+    code += f"sys.exit(' '.join(name for name in {heavy!r}.split() if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--chunk-overlap" in done.stdout

@@ -1,0 +1,148 @@
+"""The program as a whole: help without heavy imports, exit codes, and errors in words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import typer
+
+from ragmoe import BundleError, UsageError, __version__
+from ragmoe.cli import main as program
+from ragmoe.cli.main import main
+
+HEAVY = {"torch", "faiss", "transformers", "datasets", "pyarrow", "numpy", "pandas", "sentence_transformers", "scipy"}
+COMMANDS = ["index", "data", "eval", "train", "ask", "route", "doctor", "demo"]
+IN_CHILD = """
+import json, sys
+from ragmoe.cli.main import main
+code = main(sys.argv[1:])
+print(json.dumps([code, sorted({name.partition('.')[0] for name in sys.modules})]), file=sys.stderr)
+"""
+
+
+def run(*arguments: str) -> tuple[int, str, set[str]]:
+    """Exit code, standard output and the packages imported, in a fresh process."""
+    done = subprocess.run([sys.executable, "-c", IN_CHILD, *arguments], capture_output=True, text=True, check=True)
+    code, modules = json.loads(done.stderr.splitlines()[-1])
+    return code, done.stdout, set(modules)
+
+
+HELP = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+
+
+@pytest.mark.parametrize("arguments", HELP, ids=" ".join)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code, output, modules = run(*arguments)
+    assert (code, modules & HEAVY) == (0, set())
+    assert output.strip()
+
+
+def test_help_names_every_command_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in COMMANDS:
+        (line,) = [line for line in lines if line.lstrip("│ ").startswith(f"{name} ")]
+        assert line.rstrip("│ ").endswith("."), line
+
+
+def test_version_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "ragmoe", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"ragmoe {__version__}\n"
+
+
+def test_completion_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "--install-completion" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["fly"], "No such command"), (["--loud"], "No such option"), (["doctor", "--loud"], "No such option")],
+)
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None], None]:
+    """Make the program a single command that raises what it is given."""
+
+    def install(error: BaseException | None) -> None:
+        app = typer.Typer(pretty_exceptions_enable=False)
+
+        @app.command()
+        def act() -> None:
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(program, "app", app)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "written"),
+    [
+        (None, 0, ""),
+        (BundleError("no bundle at x", hint="ragmoe train"), 1, "error: no bundle at x\nhint: ragmoe train\n"),
+        (BundleError("no bundle at x"), 1, "error: no bundle at x\n"),
+        (UsageError("--k must be positive"), 2, "error: --k must be positive\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (typer.Exit(3), 3, ""),
+        (SystemExit("stopped"), 1, "stopped\n"),
+    ],
+)
+def test_errors_become_words_and_exit_codes(
+    capsys: pytest.CaptureFixture[str],
+    command: Callable[[BaseException | None], None],
+    error: BaseException | None,
+    code: int,
+    written: str,
+) -> None:
+    command(error)
+    assert main([]) == code
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("", written)
+
+
+def test_a_fault_of_ours_shows_its_traceback(command: Callable[[BaseException | None], None]) -> None:
+    command(ZeroDivisionError("ours"))
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        main([])
+
+
+def test_a_fault_of_ours_exits_with_1_and_a_plain_traceback() -> None:
+    code = """
+import sys
+from ragmoe.__main__ import main
+from ragmoe.cli import _checks
+_checks.run_checks = None
+sys.exit(main(["doctor"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-1] == "TypeError: 'NoneType' object is not callable"
+
+
+def test_libraries_are_quiet_and_the_users_own_settings_win() -> None:
+    code = """
+import os, warnings
+os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+from ragmoe.cli.main import main
+main(["--version"])
+import transformers
+from transformers.utils import logging
+warnings.warn_explicit("from a library", UserWarning, "f.py", 1, module="torch.nn")
+warnings.warn_explicit("from us", UserWarning, "f.py", 1, module="ragmoe.index")
+print(logging.get_verbosity(), logging.is_progress_bar_enabled())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "20 False"
+    assert "from us" in done.stderr
+    assert "from a library" not in done.stderr

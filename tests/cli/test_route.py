@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BRIDGE = "When did the long bridge over the river Sarn open?"
+
+
+def test_the_figures(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    bundle = make_bundle("retrieval", gate="retrieval", sparse_layers=[0, 1])
+    code, out, _ = ragmoe("route", bundle, BRIDGE, "--index", small_city / "index", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["layers"], len(found["experts"]), found["gate_sees_neighbours"]) == ([0, 1], 4, True)
+    assert len(found["neighbours"]) == 3
+    assert found["neighbours"][0]["id"] == "bridge"
+    for given, bare, moved in zip(
+        found["with_neighbours"], found["without_neighbours"], found["difference"], strict=True
+    ):
+        assert sum(given) == pytest.approx(1.0, abs=1e-5)
+        assert sum(bare) == pytest.approx(1.0, abs=1e-5)
+        assert moved == pytest.approx([a - b for a, b in zip(given, bare, strict=True)])
+    assert max(abs(x) for row in found["difference"] for x in row) > 0.01
+
+
+def test_the_drawing_fits_eighty_columns_and_reads_without_colour(
+    ragmoe: Any, small_city: Path, make_bundle: Any
+) -> None:
+    bundle = make_bundle("many", gate="retrieval", sparse_layers=[1], experts=16)
+    code, out, _ = ragmoe("route", bundle, BRIDGE, "--index", small_city / "index")
+    found = json.loads(ragmoe("route", bundle, BRIDGE, "--index", small_city / "index", "--json")[1])
+    assert code == 0
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert "\x1b[" not in out
+    assert out.count("layer 1") == 3 * 2
+    shown = out.split("Without them")[0]
+    assert all(f"{value:.2f}" in shown for value in found["with_neighbours"][0])
+    assert all(f"{value:+.2f}" in out.split("Difference")[1] for value in found["difference"][0])
+    assert "rivers  bridge  Bridge" in out
+
+
+def test_named_experts_are_listed(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    names = ["rivers", "coins", "expert 2", "expert 3"]
+    bundle = make_bundle("named", gate="retrieval", sparse_layers=[1], expert_names=names)
+    _, out, _ = ragmoe("route", bundle, BRIDGE, "--index", small_city / "index")
+    assert "experts: 0 rivers, 1 coins\n" in out
+
+
+def test_a_gate_without_neighbours_has_nothing_to_compare(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    bundle = make_bundle("token", gate="token", sparse_layers=[1])
+    code, out, _ = ragmoe("route", bundle, BRIDGE, "--index", small_city / "index")
+    assert code == 0
+    assert "the token gate sees no neighbours" in out
+    assert out.count("layer 1") == 1
+
+
+def test_errors(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    dense = make_bundle("dense", sparse_layers=[])
+    code, _, err = ragmoe("route", dense, BRIDGE, "--index", small_city / "index")
+    assert code == 1
+    assert "dense is a dense model: it has no gate and no experts to draw" in err
+    assert ragmoe("route", dense, "", "--index", small_city / "index")[0] == 2
+    assert ragmoe("route", small_city / "none", BRIDGE, "--index", small_city / "index")[0] == 1

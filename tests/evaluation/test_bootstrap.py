@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from ragmoe import DataError
+from ragmoe.evaluation import statistics
+from ragmoe.evaluation.samples import Sample
+from ragmoe.evaluation.statistics import compare, interval, macro, seed_spread
+
+Make = Callable[..., Sample]
+
+
+def test_difference_is_of_macro_means_and_seeds_are_averaged_first(sample: Make) -> None:
+    a0 = [sample("1", 1.0), sample("2", 0.0), sample("3", 1.0, domain="b")]
+    a1 = [sample("1", 0.0), sample("2", 0.0), sample("3", 0.5, domain="b")]
+    b = [sample("1", 0.0), sample("2", 0.0), sample("3", 0.25, domain="b")]
+    found = compare([a0, a1], [b], setting="gold")
+    # Domain a: (0.5 + 0) / 2 - 0 = 25 points; domain b: 0.75 - 0.25 = 50 points.
+    assert found.difference == pytest.approx(37.5)
+    assert found.per_domain["a"][0] == pytest.approx(25.0)
+    assert found.seeds == (2, 1)
+    # Macros of the two seeds of a: 75 and 25.
+    assert found.seed_spread["a"] == pytest.approx(np.std([75.0, 25.0], ddof=1))
+    assert found.seed_spread["b"] is None
+
+
+def test_one_document_a_domain_leaves_nothing_to_resample(sample: Make) -> None:
+    rows = [sample(str(i), float(i % 2), doc="only") for i in range(10)]
+    found = interval([rows])
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.documents) == (50.0, 50.0, 50.0, 1)
+
+
+def test_the_interval_of_two_documents_by_hand(sample: Make) -> None:
+    # Two documents of one question each, scores 0 and 1: a resample is 0, 50, 50 or 100, each with a quarter.
+    found = interval([[sample("1", 0.0), sample("2", 1.0)]])
+    assert found is not None
+    assert (found.low, found.mean, found.high) == (0.0, 50.0, 100.0)
+    assert found.stderr == pytest.approx(np.sqrt((50**2 + 0 + 0 + 50**2) / 4), rel=0.03)
+
+
+def test_a_document_is_drawn_whole(sample: Make) -> None:
+    # Nine questions of one document, right; one of another, wrong. By question the interval would be far narrower.
+    rows = [sample(str(i), 1.0, doc="big") for i in range(9)] + [sample("9", 0.0, doc="small")]
+    found = interval([rows])
+    assert found is not None
+    assert (found.low, found.mean, found.high) == (0.0, 90.0, 100.0)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(sample: Make) -> None:
+    rng = np.random.default_rng(3)
+    hits, trials = 0, 200
+    for _ in range(trials):
+        documents = rng.normal(0.5, 0.1, size=40)
+        rows = [
+            sample(f"{d}-{i}", float(m + rng.normal(0, 0.05)), doc=str(d))
+            for d, m in enumerate(documents)
+            for i in (0, 1)
+        ]
+        found = interval([rows], resamples=2000)
+        assert found is not None
+        hits += found.low <= 50.0 <= found.high
+    assert 0.89 <= hits / trials <= 0.99
+
+
+def test_pairing_makes_it_narrow(sample: Make) -> None:
+    scores = [i / 20 for i in range(20)]
+    a = [sample(str(i), score) for i, score in enumerate(scores)]
+    b = [sample(str(i), max(0.0, score - 0.05)) for i, score in enumerate(scores)]
+    paired, alone = compare([a], [b]), interval([a])
+    assert alone is not None
+    assert paired.high - paired.low < (alone.high - alone.low) / 5
+
+
+def test_it_is_the_same_each_time(sample: Make) -> None:
+    rows = [sample(str(i), i / 10) for i in range(10)]
+    assert interval([rows]) == interval([rows])
+    assert interval([rows]) != interval([rows], seed=1)
+
+
+def test_other_questions_are_refused_and_counted(sample: Make) -> None:
+    a = [sample("1", 1.0), sample("2", 1.0), sample("3", 1.0)]
+    b = [sample("1", 1.0), sample("3", 1.0, example="asked otherwise"), sample("4", 1.0)]
+    with pytest.raises(
+        DataError, match="3 questions differ: 1 only in the first, 1 only in the second, 1 with other words"
+    ):
+        compare([a], [b])
+
+
+def test_what_one_run_could_not_read_is_left_out_of_both(sample: Make) -> None:
+    a = [sample("1", 1.0), sample("2", 1.0)]
+    b = [sample("1", 0.0), sample("2", None, answers=("x",), status="error")]
+    found = compare([a], [b])
+    assert (found.difference, found.n, found.left_out) == (100.0, 1, 1)
+    with pytest.raises(DataError, match="nothing to compare"):
+        compare([a[1:]], [b[1:]])
+
+
+def test_macro_and_spread_over_seeds(sample: Make) -> None:
+    run = [sample("1", 1.0), sample("2", None), sample("3", 0.0, domain="b")]
+    assert macro(run) == 50.0
+    assert macro([sample("2", None)]) is None
+    assert seed_spread([run]) is None
+    assert interval([[sample("2", None)]]) is None
+
+
+def test_many_documents_are_resampled_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums, sizes = np.arange(50.0), np.ones(50)
+    whole = statistics._resample(sums, sizes, 300, np.random.default_rng(0))
+    monkeypatch.setattr(statistics, "_NUMBERS", 50 * 7)
+    blocks = statistics._resample(sums, sizes, 300, np.random.default_rng(0))
+    assert whole.shape == (300,)
+    assert np.array_equal(whole, blocks)

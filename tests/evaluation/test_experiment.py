@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ragmoe import ConfigError, UsageError
+from ragmoe.evaluation import experiment_run
+from ragmoe.evaluation.experiment import load_experiment, merge, nest
+from ragmoe.evaluation.experiment_run import command_of, run_experiment
+from ragmoe.evaluation.result import Result
+
+MakeReader, MakeTask = Callable[..., Any], Callable[..., Path]
+
+CONTENT: dict[str, Any] = {
+    "name": "small",
+    "index": "idx",
+    "train": {"data": {"questions": ["train.jsonl"], "index": "unused"}, "train": {"steps": 7}},
+    "arms": {"dense": {"model.sparse_layers": []}, "retrieval": {"model.gate": "retrieval", "train.steps": 9}},
+    "seeds": [0, 1],
+    "tasks": ["task.yaml"],
+    "comparisons": [["retrieval", "dense"]],
+    "result": "results/small.json",
+}
+
+
+@dataclass
+class Trained:
+    bundle: Path
+    seconds: float = 12.0
+
+
+@pytest.fixture
+def trained(make_reader: MakeReader, index: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for training, loading and the index; lists what was trained, as arm/seed."""
+    calls: list[str] = []
+
+    def train(config: Any, *, out: Path, resume: bool, cache: Path, show: bool) -> Trained:
+        calls.append(f"{out.parent.parent.name}/{config.seed}")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "training.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        (out / "model.safetensors.index.json").write_text('{"metadata": {"format_version": 1}}')
+        return Trained(out)
+
+    def load(bundle: Path) -> Any:
+        seed = int(bundle.parent.name.removeprefix("seed-"))
+        if "dense" in str(bundle):
+            return make_reader(gate_sees_neighbours=False, sparse_layers=(), weight=float(seed))
+        return make_reader(weight=10.0 + seed, answers={} if seed else make_reader().answers)
+
+    index.folder = tmp_path / "idx"
+    monkeypatch.setattr("ragmoe.training.train", train)
+    monkeypatch.setattr("ragmoe.models.load", load)
+    monkeypatch.setattr("ragmoe.training.build.build_model", lambda config, index, on_cpu: make_reader(answers={}))
+    monkeypatch.setattr(experiment_run, "index_of_recipe", lambda path, progress: index)
+    return calls
+
+
+@pytest.fixture
+def write(tmp_path: Path, make_task: MakeTask) -> Callable[..., Path]:
+    """Writes the experiment's file with changes."""
+    make_task()
+
+    def make(**changes: Any) -> Path:
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump({**CONTENT, **changes}))
+        return tmp_path / "small.yaml"
+
+    return make
+
+
+def test_arms_are_trained_evaluated_and_compared(write: Any, trained: list[str], tmp_path: Path) -> None:
+    outcome = run_experiment(load_experiment(write(untrained=True)), out=tmp_path / "out")
+    assert trained == ["dense/0", "retrieval/0", "dense/1", "retrieval/1"]
+    assert outcome.missing == []
+    result = Result.read(tmp_path / "results" / "small.json")
+    assert list(result.arms) == ["untrained", "dense", "retrieval"]
+    assert (result.seeds, result.arms["dense"].seconds, result.arms["untrained"].seconds) == ([0, 1], 12.0, None)
+    assert result.arms["dense"].macro_f1 == pytest.approx(75.0)
+    # Seed 1 of the retrieval arm answers nothing rightly: the mean over seeds is half, and so is the difference.
+    assert result.arms["retrieval"].macro_f1 == pytest.approx(37.5)
+    assert result.arms["dense"].normalised_mi is None
+    assert result.arms["retrieval"].max_load is not None
+    compared = result.comparisons[0]
+    assert (compared.a, compared.b, compared.metric, compared.setting) == ("retrieval", "dense", "f1", "gold")
+    assert compared.difference == pytest.approx(-37.5)
+    text = (tmp_path / "results" / "small.md").read_text()
+    assert "retrieval − dense" in text
+    assert "seeds: 0, 1" in text
+
+
+def test_what_is_finished_is_not_done_again(write: Any, trained: list[str], tmp_path: Path, index: Any) -> None:
+    path = write()
+    before = run_experiment(load_experiment(path), out=tmp_path / "out").result
+    trained.clear()
+    index.searched.clear()
+    again = run_experiment(load_experiment(path), out=tmp_path / "out").result
+    assert (trained, index.searched) == ([], [])
+    assert again == before
+
+
+def test_stopped_in_the_middle_it_goes_on(write: Any, trained: list[str], tmp_path: Path) -> None:
+    path = write()
+
+    def stop(line: str) -> None:
+        if line.startswith("retrieval, seed 0: evaluating"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(load_experiment(path), out=tmp_path / "out", say=stop)
+    assert trained == ["dense/0", "retrieval/0"]
+    run_experiment(load_experiment(path), out=tmp_path / "out")
+    assert trained == ["dense/0", "retrieval/0", "dense/1", "retrieval/1"]
+
+
+def test_a_part_of_it_is_no_result_worth_keeping(write: Any, trained: list[str], tmp_path: Path) -> None:
+    outcome = run_experiment(load_experiment(write(), seeds=[1]), out=tmp_path / "out", only=["dense"])
+    assert trained == ["dense/1"]
+    assert outcome.missing == ["retrieval seed 1"]
+    assert list(outcome.result.arms) == ["dense"]
+    assert not (tmp_path / "results").exists()
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["seeds"] == [1]
+    full = run_experiment(load_experiment(write(), seeds=[1]), out=tmp_path / "out", only=["retrieval"])
+    assert full.missing == []
+    assert (tmp_path / "results" / "small.json").exists()
+
+
+def test_with_overrides_the_committed_result_stays(write: Any, trained: list[str], tmp_path: Path) -> None:
+    experiment = load_experiment(write(), overrides=["train.steps=2"])
+    assert experiment.training("retrieval", 0, tmp_path).train.steps == 2
+    run_experiment(experiment, out=tmp_path / "out")
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_arm_trained_otherwise_is_refused_before_anything_runs(
+    write: Any, trained: list[str], tmp_path: Path
+) -> None:
+    run_experiment(load_experiment(write(), seeds=[0]), out=tmp_path / "out", only=["retrieval"])
+    trained.clear()
+    other = load_experiment(write(), overrides=["train.steps=2"])
+    with pytest.raises(ConfigError, match=r"retrieval/seed-0 was trained with another .* train\.steps \(9, now 2\)"):
+        run_experiment(other, out=tmp_path / "out")
+    assert trained == []
+
+
+def test_an_arm_trained_over_another_index_is_refused(write: Any, trained: list[str], tmp_path: Path) -> None:
+    run_experiment(load_experiment(write(), seeds=[0]), out=tmp_path / "out", only=["dense"])
+    note = tmp_path / "out" / "dense" / "seed-0" / "arm.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "index": "another"}))
+    with pytest.raises(ConfigError, match="the index's content"):
+        run_experiment(load_experiment(write()), out=tmp_path / "out")
+
+
+def test_configurations_of_arms(write: Any, tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "base.yaml").write_text(yaml.safe_dump(CONTENT["train"]))
+    experiment = load_experiment(write(train="configs/base.yaml"))
+    config = experiment.training("retrieval", 3, tmp_path / "idx")
+    assert (config.seed, config.model, config.train.steps) == (3, {"gate": "retrieval"}, 9)
+    # Paths in a training configuration are relative to its own folder; the index is the experiment's.
+    assert config.data.questions == [str(tmp_path / "configs" / "train.jsonl")]
+    assert config.data.index == str(tmp_path / "idx")
+    assert experiment.training("untrained", 0, tmp_path).model == {"sparse_layers": []}
+
+
+def test_faults_of_an_arm_name_it(write: Any, trained: list[str], tmp_path: Path) -> None:
+    experiment = load_experiment(write(arms={"odd": {"train.stepps": 3}}, comparisons=[]))
+    with pytest.raises(ConfigError, match=r"arm odd: .*unknown key 'train.stepps'"):
+        run_experiment(experiment, out=tmp_path / "out")
+    assert trained == []
+    with pytest.raises(ConfigError, match=r"train names .*none\.yaml, which does not exist"):
+        load_experiment(write(train="none.yaml")).training("dense", 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "seed: Extra inputs are not permitted"),
+        ({"comparisons": [["retrieval", "tokn"]]}, "comparisons name 'tokn'; the arms are dense, retrieval"),
+        ({"comparisons": [["retrieval", "untrained"]]}, "comparisons name 'untrained'"),
+        ({"arms": {"untrained": {}}, "comparisons": []}, "no arm may be called 'untrained'"),
+        ({"arms": {"a/b": {}}, "comparisons": []}, "the arm 'a/b' names a folder"),
+        ({"arms": {}}, "arms: Dictionary should have at least 1 item"),
+        ({"seeds": [1, 1]}, "seeds has duplicates"),
+    ],
+)
+def test_a_wrong_experiment_is_refused(write: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(write(**changes))
+
+
+def test_two_tasks_of_one_name_are_refused(write: Any) -> None:
+    inline = {"name": "small", "questions": ["questions.jsonl"]}
+    with pytest.raises(ConfigError, match="two tasks are called 'small'"):
+        load_experiment(write(tasks=["task.yaml", inline])).load_tasks()
+    with pytest.raises(ConfigError, match="tasks: setting: Input should be"):
+        load_experiment(write(tasks=[{**inline, "setting": "x"}])).load_tasks()
+
+
+def test_what_is_asked_for_must_exist(write: Any, trained: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no arm 'tokn'; there are: dense, retrieval"):
+        run_experiment(load_experiment(write()), only=["tokn"], out=tmp_path / "out")
+    with pytest.raises(UsageError, match=r"expected a\.b=c, got 'steps'"):
+        load_experiment(write(), overrides=["steps"])
+    with pytest.raises(ConfigError, match="cannot read the experiment"):
+        load_experiment(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="expected a mapping of settings, got list"):
+        load_experiment(tmp_path / "list.yaml")
+
+
+def test_the_command_names_nothing_of_this_machine(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAGMOE_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    experiment = load_experiment(write().resolve(), overrides=["train.steps=2"])
+    assert command_of(experiment) == 'ragmoe eval experiment small.yaml train.steps=2 --seeds 0,1 --data "$RAGMOE_DATA"'
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert command_of(experiment, ["dense"]) == (
+        'ragmoe eval experiment small.yaml train.steps=2 --only dense --seeds 0,1 --data "$RAGMOE_DATA"'
+    )
+
+
+def test_merging_and_nesting() -> None:
+    base = {"a": {"b": 1, "c": 2}}
+    assert merge(base, nest("a.b", {"x": 1})) == {"a": {"b": {"x": 1}, "c": 2}}
+    assert base == {"a": {"b": 1, "c": 2}}

@@ -1,0 +1,158 @@
+"""Gates that see neighbours: step 0, no neighbours, and what must not matter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ragmoe import Neighbours
+from ragmoe.gates import Gate, GateSettings, gate_class
+
+SETTINGS = GateSettings(width=16, experts=5, top_k=2, neighbour_width=12, attention_width=8)
+B, T, N = 3, 6, 4
+
+
+@pytest.fixture(params=["pooled", "retrieval"])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def gate(name: str) -> Gate:
+    """Trained: no parameter is zero."""
+    gate = gate_class(name)(SETTINGS)
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return gate.eval()
+
+
+@pytest.fixture
+def x_SD() -> Tensor:
+    return torch.randn(B * T, 16)
+
+
+@pytest.fixture
+def neighbours() -> Neighbours:
+    mask_BN = torch.tensor([[True] * 4, [True, True, False, False], [True] * 4])
+    embeddings_BNR = F.normalize(torch.randn(B, N, 12), dim=-1) * mask_BN.unsqueeze(-1)
+    return Neighbours(embeddings_BNR, torch.rand(B, N) * mask_BN, mask_BN)
+
+
+def token_part(gate: Gate, x_SD: Tensor) -> Tensor:
+    return F.linear(x_SD, gate.token.weight)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_at_step_0_equals_the_token_gate_bit_for_bit(
+    name: str, training: bool, x_SD: Tensor, neighbours: Neighbours
+) -> None:
+    token, other = gate_class("token")(SETTINGS).train(training), gate_class(name)(SETTINGS).train(training)
+    with torch.no_grad():
+        other.token.weight.copy_(token.token.weight)
+    want, got = token(x_SD), other(x_SD, neighbours)
+    for field in ("weights_SK", "experts_SK", "logits_SE"):
+        assert torch.equal(getattr(got, field), getattr(want, field))
+
+
+def test_neighbours_matter_to_a_trained_gate(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    assert (gate(x_SD, neighbours).logits_SE - token_part(gate, x_SD)).abs().min(dim=1).values.max() > 0.01
+
+
+def test_no_neighbours_leave_the_token_part_bit_for_bit(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    want = token_part(gate, x_SD)
+    nobody = torch.zeros(B, N, dtype=torch.bool)
+    assert torch.equal(gate(x_SD, None).logits_SE, want)
+    assert torch.equal(gate(x_SD, Neighbours.empty(B, 12)).logits_SE, want)
+    assert torch.equal(gate(x_SD, neighbours.masked(nobody)).logits_SE, want)
+    garbage = Neighbours(torch.randn(B, N, 12) * 100, torch.randn(B, N) * 100, nobody)
+    assert torch.equal(gate(x_SD, garbage).logits_SE, want)
+
+
+def test_a_row_without_neighbours_beside_rows_that_have_some(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    keep_BN = torch.tensor([[True], [False], [True]]).expand(B, N)
+    got = gate(x_SD, neighbours.masked(keep_BN)).logits_SE
+    full = gate(x_SD, neighbours).logits_SE
+    assert torch.equal(got[T : 2 * T], token_part(gate, x_SD)[T : 2 * T])
+    assert torch.allclose(got[:T], full[:T], atol=1e-6) and torch.allclose(got[2 * T :], full[2 * T :], atol=1e-6)
+
+
+def test_order_of_neighbours_changes_nothing(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    other = Neighbours(
+        neighbours.embeddings_BNR[:, order], neighbours.scores_BN[:, order], neighbours.mask_BN[:, order]
+    )
+    assert torch.allclose(gate(x_SD, other).logits_SE, gate(x_SD, neighbours).logits_SE, atol=1e-6)
+
+
+def test_padding_neighbours_change_nothing(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    padded = Neighbours(
+        torch.cat([neighbours.embeddings_BNR, torch.randn(B, 3, 12) * 50], dim=1),
+        torch.cat([neighbours.scores_BN, torch.full((B, 3), 99.0)], dim=1),
+        torch.cat([neighbours.mask_BN, torch.zeros(B, 3, dtype=torch.bool)], dim=1),
+    )
+    assert torch.allclose(gate(x_SD, padded).logits_SE, gate(x_SD, neighbours).logits_SE, atol=1e-6)
+
+
+def test_a_sequence_depends_on_itself_and_its_own_neighbours_alone(
+    gate: Gate, x_SD: Tensor, neighbours: Neighbours
+) -> None:
+    want = gate(x_SD, neighbours).logits_SE[T : 2 * T]
+    alone = gate(x_SD[T : 2 * T], neighbours.rows([1])).logits_SE
+    assert torch.allclose(alone, want, atol=1e-6)
+    padding = gate(torch.cat([x_SD[T : 2 * T], torch.randn(3, 16) * 50]), neighbours.rows([1])).logits_SE
+    assert torch.allclose(padding[:T], want, atol=1e-6)
+
+
+def test_several_sequences_share_the_neighbours_of_one_question(
+    gate: Gate, x_SD: Tensor, neighbours: Neighbours
+) -> None:
+    two = neighbours.rows([0, 2])
+    each = neighbours.rows([0, 0, 2, 2])
+    x_SD = torch.randn(4 * T, 16)
+    assert torch.allclose(gate(x_SD, two).logits_SE, gate(x_SD, each).logits_SE, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["retrieval"])
+def test_retrieval_gate_against_a_loop(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    logits_SE = gate.logits(x_SD, neighbours)
+    for s in range(B * T):
+        b = s // T
+        query_A = gate.query.weight @ x_SD[s]
+        scores, values = [query_A @ gate.null_key / 8**0.5], [torch.zeros(8)]
+        for n in range(N):
+            if neighbours.mask_BN[b, n]:
+                embedding_R = neighbours.embeddings_BNR[b, n] * 12**0.5
+                bias = gate.score_scale[0] * neighbours.scores_BN[b, n]
+                scores.append(query_A @ gate.key.weight @ embedding_R / 8**0.5 + bias)
+                values.append(gate.value.weight @ embedding_R)
+        context_A = (torch.stack(scores).softmax(dim=0).unsqueeze(1) * torch.stack(values)).sum(dim=0)
+        want_E = gate.token.weight @ x_SD[s] + gate.context.weight @ context_A
+        assert torch.allclose(logits_SE[s], want_E, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pooled"])
+def test_pooled_gate_against_a_loop(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    logits_SE = gate.logits(x_SD, neighbours)
+    for b in range(B):
+        have = [n for n in range(N) if neighbours.mask_BN[b, n]]
+        weights = (neighbours.scores_BN[b, have] / 0.1).softmax(dim=0)
+        mean_R = (weights.unsqueeze(1) * neighbours.embeddings_BNR[b, have]).sum(dim=0)
+        want_TE = token_part(gate, x_SD[b * T : (b + 1) * T]) + gate.context.weight @ (mean_R * 12**0.5)
+        assert torch.allclose(logits_SE[b * T : (b + 1) * T], want_TE, atol=1e-5)
+
+
+def test_gradients_reach_every_parameter_and_stay_finite(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    some = neighbours.masked(torch.tensor([[True], [False], [True]]).expand(B, N))
+    gate(x_SD.requires_grad_(), some).logits_SE.square().sum().backward()
+    assert x_SD.grad.isfinite().all()
+    for name, parameter in gate.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+def test_gradients_reach_the_context_at_step_0(name: str, x_SD: Tensor, neighbours: Neighbours) -> None:
+    gate = gate_class(name)(SETTINGS)
+    gate(x_SD, neighbours).weights_SK[:, 0].sum().backward()
+    assert gate.context.weight.grad.any()

@@ -1,0 +1,330 @@
+"""Building: commits whole or not at all, goes on after a kill, and refuses what would lose or mix anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from small_corpus import rows
+from stub_encoder import StubEncoder
+
+from ragmoe import DataError, Index, IndexFolderError, IndexLockedError
+from ragmoe.index import BuildOptions, Manifest, _crash, build_index, plan_build, verify_index
+from ragmoe.index import blocks as blocks_module
+from ragmoe.index.manifest import read_manifest
+
+Build = Callable[..., Manifest]
+
+
+@pytest.fixture(autouse=True)
+def _no_hook() -> Iterator[None]:
+    yield
+    _crash.hook = None
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks_module, "BLOCK", 5)
+
+
+def write(path: Path, passages: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in passages))
+    return path
+
+
+def test_the_manifest_says_what_was_built(build: Build, tmp_path: Path) -> None:
+    manifest = build()
+    assert (manifest.generation, manifest.passages, manifest.skipped) == (1, 24, 0)
+    assert manifest.domains == {"archive": 8, "market": 8, "river": 8}
+    assert manifest.encoder.id == "stub-0" and manifest.encoder.width == 64
+    assert manifest.long_passages.mode == "windows"
+    assert manifest.long_passages.longer == 9 and manifest.long_passages.share == 0.375
+    assert manifest.faiss.factory == "Flat" and "24 passages are at most 50,000" in manifest.faiss.reason
+    assert manifest.intact and manifest == read_manifest(tmp_path / "index")
+    on_disk = {p.relative_to(tmp_path / "index").as_posix() for p in (tmp_path / "index").rglob("*") if p.is_file()}
+    assert on_disk - set(manifest.files) <= {"manifest.json", "build.lock"}
+    assert set(manifest.files) < on_disk
+    assert verify_index(tmp_path / "index", encoder=StubEncoder()) == []
+
+
+def test_nothing_is_pickled(build: Build, tmp_path: Path) -> None:
+    build()
+    for path in (tmp_path / "index").rglob("*.npy"):
+        np.load(path, allow_pickle=False)
+    assert not [
+        p for p in (tmp_path / "index").rglob("*") if p.suffix in (".pkl", ".pt", ".bin") and "texts" not in p.name
+    ]
+
+
+def test_truncation_and_windows_differ_only_for_long_passages(build: Build, tmp_path: Path) -> None:
+    build(out=tmp_path / "w")
+    manifest = build(out=tmp_path / "t", long_passages="truncate")
+    assert manifest.long_passages.mode == "truncate" and manifest.long_passages.longer == 9
+    windows, cut = Index.open(tmp_path / "w"), Index.open(tmp_path / "t")
+    differ = np.abs(windows.embeddings - cut.embeddings).max(axis=1) > 1e-2
+    assert differ.tolist() == (windows.windows() > 1).tolist()
+
+
+def test_chunks_know_where_they_came_from(build: Build, tmp_path: Path) -> None:
+    text = " ".join(f"word{i}" for i in range(60))
+    source = write(tmp_path / "long.jsonl", [{"id": "long", "text": text}, {"id": "short", "text": "one two"}])
+    manifest = build(sources=(str(source),), rechunk=True, chunk_words=25, chunk_overlap=5)
+    assert manifest.chunking.chunks == 3 and manifest.passages == 4
+    chunks = list(Index.open(tmp_path / "index").chunks())
+    assert [chunk.source_id for chunk in chunks] == ["long"] * 3 + ["short"]
+    assert all(text[c.start : c.start + len(c.passage.text)] == c.passage.text for c in chunks[:3])
+
+
+def test_bad_lines_stop_before_anything_is_written(build: Build, tmp_path: Path) -> None:
+    source = tmp_path / "bad.jsonl"
+    source.write_text('{"id": "a", "text": "fine"}\n{"id": "b"}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: no 'text'") as caught:
+        build(sources=(str(source),))
+    assert "--on-error skip" in str(caught.value.hint)
+    assert not (tmp_path / "index").exists()
+    manifest = build(sources=(str(source),), on_error="skip")
+    assert (manifest.passages, manifest.skipped) == (1, 1)
+
+
+def test_no_passages_at_all(build: Build, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no passages in .*empty\.jsonl"):
+        build(sources=(str(write(tmp_path / "empty.jsonl", [])),))
+    source = tmp_path / "bad.jsonl"
+    source.write_text("{\n")
+    with pytest.raises(DataError, match=r"1 bad lines were skipped, the first: .*bad\.jsonl:1: not JSON"):
+        build(sources=(str(source),), on_error="skip")
+
+
+def test_a_plan_estimates_and_writes_nothing(corpus: Path, tmp_path: Path) -> None:
+    plan = plan_build(BuildOptions((str(corpus),), tmp_path / "index", encoder=StubEncoder()))
+    assert len(plan.chunks) == 24 and plan.choice.factory == "Flat" and plan.longer_share == 0.375
+    assert not (tmp_path / "index").exists()
+    plan.run()
+    size = sum(record.bytes for record in read_manifest(tmp_path / "index").files.values())
+    # Parquet and BM25 have a few kB of their own, which count for much in so small an index.
+    assert plan.disk_bytes / 3 < size < plan.disk_bytes * 3 + 30_000
+
+
+def test_an_index_is_replaced_only_if_asked(build: Build, corpus: Path, tmp_path: Path) -> None:
+    first = build()
+    with pytest.raises(IndexFolderError, match="holds an index already") as caught:
+        build()
+    assert "--overwrite" in str(caught.value.hint)
+    write(corpus, rows()[:10])
+    second = build(overwrite=True)
+    assert (second.generation, second.passages) == (2, 10) and second.corpus_digest != first.corpus_digest
+    left = {path.name for path in (tmp_path / "index").iterdir()}
+    assert not [name for name in left if "-1" in name] and "partial" not in left
+
+
+def test_unchanged_passages_are_not_encoded_again(build: Build, corpus: Path, tmp_path: Path) -> None:
+    build()
+    before = np.array(Index.open(tmp_path / "index").embeddings)
+    changed = rows()
+    changed[3]["text"] = "Something else entirely."
+    write(corpus, changed)
+    encoder = StubEncoder()
+    build(overwrite=True, encoder=encoder)
+    assert encoder.encoded == ["Tide\nSomething else entirely."]
+    after = np.array(Index.open(tmp_path / "index").embeddings)
+    assert np.array_equal(np.delete(before, 3, 0), np.delete(after, 3, 0)) and not np.array_equal(before[3], after[3])
+
+
+@pytest.mark.parametrize("change", [{"encoder": StubEncoder(1)}, {"long_passages": "truncate"}])
+def test_vectors_made_otherwise_are_not_taken_over(build: Build, tmp_path: Path, change: dict[str, Any]) -> None:
+    build()
+    build(overwrite=True, **change)
+    assert verify_index(tmp_path / "index", encoder=change.get("encoder", StubEncoder())) == []
+
+
+def test_damaged_vectors_are_not_taken_over(build: Build, tmp_path: Path) -> None:
+    build()
+    path = tmp_path / "index" / "embeddings-1.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0xFF
+    path.write_bytes(content)
+    encoder = StubEncoder()
+    build(overwrite=True, encoder=encoder)
+    assert len(encoder.encoded) >= 24
+    assert verify_index(tmp_path / "index", encoder=StubEncoder()) == []
+
+
+def test_a_damaged_index_can_be_replaced(build: Build, tmp_path: Path) -> None:
+    build()
+    (tmp_path / "index" / "manifest.json").write_text("{")
+    with pytest.raises(IndexFolderError, match="holds an index already"):
+        build()
+    assert build(overwrite=True).generation == 2
+    assert verify_index(tmp_path / "index", encoder=StubEncoder()) == []
+
+
+def test_folders_that_hold_other_things_are_left_alone(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    with pytest.raises(IndexFolderError, match=r"holds other things than an index: thesis\.tex"):
+        build(out=tmp_path / "home", overwrite=True)
+    with pytest.raises(IndexFolderError, match=r"thesis\.tex is a file; expected a folder"):
+        build(out=tmp_path / "home" / "thesis.tex")
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
+
+
+def test_two_builds_of_one_index_exclude_each_other(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "index").mkdir()
+    with (
+        FileLock(tmp_path / "index" / "build.lock"),
+        pytest.raises(IndexLockedError, match="is locked: another process"),
+    ):
+        build()
+    build()
+
+
+def test_a_full_disk_leaves_the_old_index(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ragmoe.index.build.write_store", full)
+    with pytest.raises(
+        IndexFolderError, match="cannot be written: No space left on device; an index that was there is"
+    ):
+        build(overwrite=True)
+    assert Index.open(tmp_path / "index").digest == first.digest
+
+
+class Killed(BaseException):
+    """Stands for a kill where a real one is not needed."""
+
+
+def kill_at_block(count: int) -> None:
+    left = [count]
+
+    def hook(point: str) -> None:
+        if point == "block":
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+
+    _crash.hook = hook
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_killed_build_goes_on_where_it_was(build: Build, tmp_path: Path) -> None:
+    kill_at_block(3)
+    with pytest.raises(Killed):
+        build()
+    _crash.hook = None
+    with pytest.raises(IndexFolderError, match=r"holds a build that did not finish; go on with: .* --resume"):
+        Index.open(tmp_path / "index")
+    encoder = StubEncoder()
+    resumed = build(resume=True, encoder=encoder)
+    texts = {text.splitlines()[0] for text in encoder.encoded}
+    assert texts == {row["title"] for row in rows()[15:]}
+    whole = build(out=tmp_path / "whole")
+    assert resumed.files["embeddings-1.npy"] == whole.files["embeddings-1.npy"]
+    assert not (tmp_path / "index" / "partial").exists()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_of_another_corpus_or_encoder_are_not_used(build: Build, corpus: Path, tmp_path: Path) -> None:
+    kill_at_block(3)
+    with pytest.raises(Killed):
+        build()
+    _crash.hook = None
+    encoder = StubEncoder(1)
+    build(resume=True, encoder=encoder)
+    assert len({text.splitlines()[0] for text in encoder.encoded}) == 24
+    assert verify_index(tmp_path / "index", encoder=StubEncoder(1)) == []
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_block_cut_off_by_the_kill_is_made_again(build: Build, tmp_path: Path) -> None:
+    kill_at_block(3)
+    with pytest.raises(Killed):
+        build()
+    _crash.hook = None
+    path = tmp_path / "index" / "partial" / "block-000001.npz"
+    path.write_bytes(path.read_bytes()[:-50])
+    build(resume=True)
+    assert verify_index(tmp_path / "index", encoder=StubEncoder()) == []
+
+
+def test_resuming_what_is_finished_changes_nothing(build: Build, corpus: Path, tmp_path: Path) -> None:
+    first = build()
+    encoder = StubEncoder()
+    assert build(resume=True, encoder=encoder) == first and encoder.encoded == []
+    # But --resume is no licence to replace an index of something else.
+    write(corpus, rows()[:4])
+    with pytest.raises(IndexFolderError, match="holds an index already"):
+        build(resume=True)
+    assert read_manifest(tmp_path / "index") == first
+
+
+def test_a_reader_keeps_the_generation_it_opened(build: Build, corpus: Path, tmp_path: Path) -> None:
+    build()
+    index = Index.open(tmp_path / "index", encoder=StubEncoder())
+    before = index.search(["honey"], 3, retriever="dense")
+    text = index.passage("market-5").text
+    write(corpus, rows()[:10])
+    build(overwrite=True)
+    assert index.passage("market-5").text == text
+    assert index.search(["honey"], 3, retriever="dense") == before
+    # What it had not read yet is gone, and it says so instead of reading the new one.
+    with pytest.raises(IndexFolderError, match="bm25-1 was replaced meanwhile by generation 2"):
+        index.search(["honey"], 3, retriever="bm25")
+
+
+def test_opening_while_a_build_commits_takes_the_new_one(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = build()
+    new = build(overwrite=True)
+    manifests = iter([old, new, new])
+    monkeypatch.setattr("ragmoe.index.folder.read_manifest", lambda folder: next(manifests))
+    assert Index.open(tmp_path / "index").manifest.generation == 2
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("crashed")
+    old, new = write(store / "old.jsonl", rows()[:6]), write(store / "new.jsonl", rows())
+    driver = Path(__file__).with_name("crash_driver.py")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, driver, store, old, new],
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{driver.parent}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert dict(line.split() for line in done.stdout.splitlines()) == dict.fromkeys(_crash.POINTS, "9"), done.stderr
+    return store
+
+
+@pytest.mark.parametrize("point", _crash.POINTS)
+def test_killed_at_any_point_the_index_opens_and_the_build_goes_on(point: str, crashed: Path) -> None:
+    folder = crashed / point / "index"
+    committed = _crash.POINTS.index(point) >= _crash.POINTS.index("committed")
+    index = Index.open(folder, encoder=StubEncoder())
+    assert len(index) == (24 if committed else 6)
+    assert verify_index(folder, encoder=StubEncoder()) == []
+    assert index.search(["tide"], 1)[0][0].passage_id == "river-3"
+    options = BuildOptions(
+        (str(crashed / "new.jsonl"),), folder, encoder=StubEncoder(), resume=True, overwrite=point == "locked"
+    )
+    build_index(options)
+    assert len(Index.open(folder)) == 24
+    assert verify_index(folder, encoder=StubEncoder()) == []
+    names = {path.name for path in folder.iterdir()}
+    generation = read_manifest(folder).generation
+    assert names == {"manifest.json", "build.lock", *(name.split("/")[0] for name in read_manifest(folder).files)}
+    assert all(f"-{generation}" in name for name in names - {"manifest.json", "build.lock"})

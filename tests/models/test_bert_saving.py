@@ -1,0 +1,211 @@
+"""Saving and loading: the round trip is exact, the map decides, one expert is one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import LABELS, Make, some_neighbours, tokens
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
+
+from ragmoe import BundleError, load
+from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering, RagmoeBertModel
+
+MAP = "model.safetensors.index.json"
+ENCODER = {"id": "minilm", "digest": "ab" * 32}
+
+
+def equal(one: RagmoeBertForQuestionAnswering, two: RagmoeBertForQuestionAnswering) -> bool:
+    left, right = one.state_dict(), two.state_dict()
+    same = left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left
+    )
+    inputs = {**tokens(), **some_neighbours(2).tensors()}
+    return same and torch.equal(one(**inputs).start_logits, two(**inputs).start_logits)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("gate", ["token", "retrieval", "pooled"])
+@pytest.mark.parametrize("expert_kind", ["lora", "ffn"])
+def test_round_trip_is_exact(make: Make, tmp_path: Path, gate: str, expert_kind: str) -> None:
+    names = ["law", "bank", "clinic", "archive"]
+    model = make(gate=gate, expert_kind=expert_kind, expert_names=names, no_answer_threshold=1.25, encoder=ENCODER)
+    model.config.index_digest = "cd" * 32
+    model.moe_layers[0].gate.balance_bias.copy_(torch.randn(4))
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert equal(model, again) and not again.training
+    assert again.expert_names == names and again.config.no_answer_threshold == 1.25
+    assert again.config.encoder == ENCODER and again.config.index_digest == "cd" * 32
+    before, after = model.config.to_dict(), again.config.to_dict()
+    assert {k for k in before if before[k] != after.get(k)} == {"_name_or_path"}
+
+
+def test_a_dense_reader_and_one_with_a_shared_expert(make: Make, tmp_path: Path) -> None:
+    for name, settings in (("dense", {"sparse_layers": []}), ("shared", {"expert_kind": "ffn", "shared_expert": True})):
+        model = make(**settings)
+        model.save_pretrained(tmp_path / name)
+        assert equal(model, load(tmp_path / name))
+    assert sorted(path.name for path in (tmp_path / "dense").glob("*.safetensors")) == [
+        "base-1-00001-of-00001.safetensors"
+    ]
+
+
+@pytest.mark.parametrize("gate", ["token", "retrieval", "pooled"])
+def test_all_experts_are_available_after_loading(
+    make: Make, tmp_path: Path, gate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which experts are available is not saved; transformers leaves such buffers as memory that holds anything."""
+    empty_like = torch.empty_like
+
+    def dirty(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        made = empty_like(x, **kwargs)
+        return made if made.is_meta else made.fill_(0)
+
+    make(gate=gate).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch, "empty_like", dirty)
+    assert all(layer.gate.available.all() for layer in load(tmp_path).moe_layers)
+
+
+def test_one_file_an_expert_with_its_gate_rows(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"left by a plain save_pretrained")
+    model = make(expert_names=["law", "bank", "clinic", "archive"])
+    model.save_pretrained(tmp_path)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    experts = [f"expert.{i}.1.safetensors" for i in range(4)]
+    assert files == ["base-1-00001-of-00001.safetensors", *experts, "gate.1.safetensors"]
+    content = json.loads((tmp_path / MAP).read_text())
+    assert [entry["name"] for entry in content["metadata"]["experts"]] == model.expert_names
+    state, moe = model.state_dict(), "bert.encoder.layer.3.moe"
+    own = ["experts.up_a", "experts.up_b", "experts.down_a", "experts.down_b"]
+    rows = ["gate.token.weight", "gate.context.weight", "gate.balance_bias"]
+    with safe_open(tmp_path / "expert.2.1.safetensors", framework="pt") as file:
+        assert len(list(file.keys())) == 2 * len(own + rows)
+        for name in (f"{moe}.{part}" for part in own + rows):
+            assert torch.equal(file.get_tensor(f"{name}.2"), state[name][2])
+    with safe_open(tmp_path / "gate.1.safetensors", framework="pt") as file:
+        assert {name.rsplit("gate.", 1)[1] for name in file.keys()} == {  # noqa: SIM118
+            "query.weight", "key.weight", "value.weight", "null_key", "score_scale"
+        }  # fmt: skip
+
+
+def test_auto_classes(make: Make, tmp_path: Path) -> None:
+    model = make()
+    model.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is RagmoeBertConfig
+    reader = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+    assert type(reader) is RagmoeBertForQuestionAnswering and equal(model, reader)
+    encoder = AutoModel.from_pretrained(tmp_path)
+    assert type(encoder) is RagmoeBertModel
+    inputs = tokens()
+    assert torch.equal(encoder(**inputs)[0][-1], model(**inputs, output_hidden_states=True).hidden_states[-1])
+
+
+def test_the_map_decides_and_not_config_json(make: Make, tmp_path: Path) -> None:
+    model = make(expert_names=["law", "bank", "clinic", "archive"], no_answer_threshold=0.5, encoder=ENCODER)
+    model.save_pretrained(tmp_path)
+    lies = {"experts": 9, "expert_names": ["x"], "no_answer_threshold": 7.0, "index_digest": "00"}
+    edit(tmp_path / "config.json", **lies, encoder={"id": "other", "digest": "00"})
+    for again in (load(tmp_path), AutoModelForQuestionAnswering.from_pretrained(tmp_path)):
+        assert equal(model, again)
+        assert again.config.experts == 4 and again.expert_names == model.expert_names
+        assert again.config.no_answer_threshold == 0.5
+        assert again.config.encoder == ENCODER and again.config.index_digest is None
+
+
+def test_state_dict_is_honoured(make: Make, tmp_path: Path) -> None:
+    model, other = make(), make()
+    model.save_pretrained(tmp_path, state_dict=other.state_dict())
+    assert equal(load(tmp_path), other)
+
+
+def test_only_the_main_process_writes(make: Make, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "bundle", is_main_process=False)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_saving_over_a_bundle_touches_what_changed(make: Make, tmp_path: Path) -> None:
+    model = make()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    with torch.no_grad():
+        model.moe_layers[0].experts.up_b[2] += 1.0
+    model.save_pretrained(tmp_path, message="expert 2")
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    assert after.items() - before.items() == {("expert.2.2.safetensors", after["expert.2.2.safetensors"])}
+    content = json.loads((tmp_path / MAP).read_text())["metadata"]
+    assert [entry["version"] for entry in content["experts"]] == [1, 1, 2, 1]
+    assert content["lineage"][-1]["message"] == "expert 2"
+    assert equal(load(tmp_path), model)
+
+
+@pytest.mark.parametrize("stale", ["bfloat16", None])
+def test_precision_survives_a_stale_configuration(make: Make, tmp_path: Path, stale: str | None) -> None:
+    model = make()
+    model.config.dtype = stale
+    model.save_pretrained(tmp_path / "full")
+    assert equal(load(tmp_path / "full"), model)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert load(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_loading_in_place_is_strict(make: Make, tmp_path: Path) -> None:
+    model, other = make(expert_names=["a", "b", "c", "d"]), make()
+    model.save_pretrained(tmp_path)
+    other.load_bundle(tmp_path)
+    assert equal(model, other) and other.expert_names == ["a", "b", "c", "d"]
+    with pytest.raises(RuntimeError, match=r"size mismatch|Missing key"):
+        make(experts=8).load_bundle(tmp_path)
+
+
+def test_loading_options_of_transformers(make: Make, tmp_path: Path) -> None:
+    model = make(expert_kind="ffn")
+    model.save_pretrained(tmp_path)
+    again, info = RagmoeBertForQuestionAnswering.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, experts_implementation="eager", output_loading_info=True
+    )
+    assert again.dtype == torch.bfloat16 and again.config._experts_implementation == "eager"
+    assert not info["missing_keys"]
+    config = RagmoeBertConfig.from_pretrained(tmp_path, max_answer_tokens=3)
+    assert RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, config=config).config.max_answer_tokens == 3
+
+
+def test_a_loaded_model_trains(make: Make, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    model = load(tmp_path).train()
+    model(**tokens(), **LABELS, **some_neighbours(2).tensors()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_is_no_bundle(make: Make, dense_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"nowhere is not a bundle: .* there is no such folder") as error:
+        load(tmp_path / "nowhere")
+    assert "ragmoe train CONFIG.yaml" in str(error.value)
+    with pytest.raises(BundleError, match=r"is not a bundle: expected model.safetensors.index.json, found nothing"):
+        load(tmp_path)
+    with pytest.raises(BundleError, match=r"found config.json, model.safetensors, tokenizer"):
+        load(dense_folder)
+
+
+def test_a_bundle_that_does_not_fit(make: Make, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "reader")
+    edit(tmp_path / "reader" / "config.json", gate="token")
+    with pytest.raises(
+        BundleError, match=r"does not fit .*: missing \[\], unexpected \['bert.encoder.layer.1.moe.gate"
+    ):
+        load(tmp_path / "reader")
+    make().bert.save_pretrained(tmp_path / "encoder")
+    assert type(AutoModel.from_pretrained(tmp_path / "encoder")) is RagmoeBertModel
+    with pytest.raises(BundleError, match=r"missing \['qa_outputs.bias'"):
+        load(tmp_path / "encoder")
+    make().save_pretrained(tmp_path / "torn")
+    (tmp_path / "torn" / "expert.1.1.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"lacks expert\.1\.1\.safetensors"):
+        load(tmp_path / "torn")

@@ -1,0 +1,85 @@
+"""Neighbours: what a query returned, and how it is cut and joined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ragmoe import Neighbours
+
+
+def found() -> Neighbours:
+    """Two questions; the second has but one neighbour."""
+    mask_BN = torch.tensor([[True, True, True], [True, False, False]])
+    embeddings_BNR = torch.nn.functional.normalize(torch.rand(2, 3, 4) + 0.1, dim=-1) * mask_BN.unsqueeze(-1)
+    scores_BN = torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.0, 0.0]])
+    return Neighbours(embeddings_BNR, scores_BN, mask_BN, [["a", "b", "c"], ["d"]])
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(
+        ValueError, match=r"embeddings \(2, 3, 4\), scores \(2, 2\), mask \(2, 3\); expected \(B, N, R\)"
+    ):
+        Neighbours(torch.zeros(2, 3, 4), torch.zeros(2, 2), torch.zeros(2, 3, dtype=torch.bool))
+
+
+def test_empty() -> None:
+    none = Neighbours.empty(3, width=5, neighbours=2)
+    assert len(none) == 3 and none.embeddings_BNR.shape == (3, 2, 5)
+    assert not none.mask_BN.any() and none.passage_ids == [[], [], []]
+
+
+def test_rows_in_any_order_and_again() -> None:
+    rows = found().rows([1, 0, 1])
+    assert rows.passage_ids == [["d"], ["a", "b", "c"], ["d"]]
+    assert rows.mask_BN.tolist() == [[True, False, False], [True, True, True], [True, False, False]]
+    assert rows.scores_BN[:, 0].tolist() == pytest.approx([0.6, 0.9, 0.6])
+
+
+def test_stack_pads_to_the_widest() -> None:
+    one, two = found(), Neighbours(torch.ones(1, 1, 4), torch.ones(1, 1), torch.ones(1, 1).bool(), [["e"]])
+    both = Neighbours.stack([two, one])
+    assert both.mask_BN.tolist() == [[True, False, False], [True, True, True], [True, False, False]]
+    assert both.passage_ids == [["e"], ["a", "b", "c"], ["d"]]
+    assert torch.equal(both.embeddings_BNR[1:], one.embeddings_BNR) and not both.embeddings_BNR[0, 1:].any()
+    assert torch.equal(both.scores_BN[1:], one.scores_BN)
+
+
+def test_masked_ones_vanish_entirely() -> None:
+    whole = found()
+    some = whole.masked(torch.tensor([[True, False, True], [False, True, True]]))
+    assert some.mask_BN.tolist() == [[True, False, True], [False, False, False]]
+    assert some.passage_ids == [["a", "c"], []]
+    assert torch.equal(some.scores_BN, torch.tensor([[0.9, 0.0, 0.7], [0.0, 0.0, 0.0]]))
+    assert not some.embeddings_BNR[~some.mask_BN].any()
+    assert torch.equal(some.embeddings_BNR[0, 2], whole.embeddings_BNR[0, 2])
+
+
+def test_without_named_passages() -> None:
+    some = found().without([["b", "x"], ["a"]])
+    assert some.passage_ids == [["a", "c"], ["d"]]
+    assert some.mask_BN.tolist() == [[True, False, True], [True, False, False]]
+
+
+def test_ids_stay_with_their_columns_when_cut_again() -> None:
+    """After one cut there are gaps between the columns but none between the ids."""
+    whole = found()
+    some = whole.masked(torch.tensor([[False, True, True], [True, True, True]])).without([["b"], []])
+    assert some.passage_ids == [["c"], ["d"]]
+    assert some.mask_BN.tolist() == [[False, False, True], [True, False, False]]
+    assert torch.equal(some.embeddings_BNR[0, 2], whole.embeddings_BNR[0, 2])
+    last = whole.without([["a"], []]).masked(torch.tensor([[True, False, True], [True, True, True]]))
+    assert last.passage_ids == [["c"], ["d"]]
+
+
+def test_ids_that_do_not_fit_the_mask_are_no_guesswork() -> None:
+    whole = found()
+    wrong = Neighbours(whole.embeddings_BNR, whole.scores_BN, whole.mask_BN, [["a", "b"], ["d"]])
+    with pytest.raises(ValueError, match="zip"):
+        wrong.without([["b"], []])
+
+
+def test_named_tensors() -> None:
+    tensors = found().tensors()
+    assert list(tensors) == ["neighbour_embeddings", "neighbour_scores", "neighbour_mask"]
+    assert tensors["neighbour_mask"].dtype == torch.bool

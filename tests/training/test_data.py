@@ -1,0 +1,137 @@
+"""From questions to batches: the order of a run, targets, windows, neighbours."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ragmoe import DataError, Index, Neighbours, Passage, Question
+from ragmoe.corpus.types import Span
+from ragmoe.training import load_config, prepare
+from ragmoe.training.config import RaftConfig
+from ragmoe.training.data import RaftCollator, Retrieved, hold_out, load_questions
+from ragmoe.training.raft import Example
+from ragmoe.training.run import Run
+
+Config = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(config: Config) -> Run:
+    return prepare(load_config(config(**{"train.steps": 20, "raft.gold_probability": 1.0})))
+
+
+def test_every_question_is_shown_once_a_pass(run: Run) -> None:
+    n = len(run.dataset.questions)
+    # A pass may end within a bucket of batches, so whole passes are counted, not their borders.
+    assert len(run.dataset) == 80
+    shown = Counter(run.dataset.order)
+    assert set(shown) == set(range(n))
+    assert max(shown.values()) - min(shown.values()) <= 1
+
+
+def test_the_order_is_fixed_by_the_seed_and_the_same_for_every_arm(config: Config) -> None:
+    orders = [
+        prepare(load_config(config(**{"model.gate": gate, "seed": seed}))).dataset.order
+        for gate, seed in (("token", 0), ("retrieval", 0), ("token", 1))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_targets_are_the_answers(run: Run) -> None:
+    tokenizer = run.collator.tokenizer
+    seen = Counter()
+    for at in range(24):
+        example = run.dataset[at]
+        batch = run.collator([example])
+        assert batch["input_ids"].shape[0] == batch["start_positions"].numel() == 2
+        for m in range(2):
+            start, end = batch["start_positions"][0, m].item(), batch["end_positions"][0, m].item()
+            if m != example.gold:
+                assert start == end == 0
+                seen["none"] += 1
+            elif example.span is None:
+                assert start == end == {"yes": 1, "no": 2, "maybe": 3}[example.question.answers[0]]
+                seen["yesno"] += 1
+            else:
+                text = tokenizer.decode(batch["input_ids"][m, start - 4 : end - 3])
+                assert text.replace(" ", "") == example.span.text
+                assert batch["context_mask"][m, start - 4 : end - 3].all()
+                seen["span"] += 1
+    assert set(seen) == {"none", "yesno", "span"}
+
+
+def test_an_unanswerable_question_reads_the_passage_it_was_asked_over(run: Run) -> None:
+    place = next(i for i in range(len(run.dataset)) if not run.dataset.questions[run.dataset.order[i]].answers)
+    example = run.dataset[place]
+    assert example.question.context_ids[0] in [passage.id for passage in example.passages]
+    assert not run.collator([example])["start_positions"].any()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_window_of_a_long_passage_holds_the_answer(run: Run, seed: int) -> None:
+    text = " ".join(["river"] * 150 + ["zebra"] + ["city"] * 150)
+    passage = Passage("long", text)
+    span = Span("long", text.index("zebra"), "zebra")
+    question = Question("q", "where is the zebra?", ("zebra",), gold_ids=("long",), answer_spans=(span,))
+    example = Example(question, [passage], 0, span, Neighbours.empty(1, 64), seed)
+    collator = RaftCollator(run.collator.tokenizer, RaftConfig(passages=1, max_length=48))
+    batch = collator([example])
+    assert batch["input_ids"].shape[1] == 48
+    start = batch["start_positions"].item() - 4
+    assert collator.tokenizer.decode(batch["input_ids"][0, start]) == "zebra"
+
+
+def test_too_few_distractors_are_filled_with_empty_passages(run: Run) -> None:
+    passage = Passage("only", "the river is open")
+    question = Question("q", "what is open?", ("river",), answer_spans=(Span("only", 4, "river"),))
+    example = Example(question, [passage], 0, question.answer_spans[0], Neighbours.empty(1, 64), 0)
+    batch = RaftCollator(run.collator.tokenizer, RaftConfig(passages=3, max_length=48))([example])
+    assert batch["start_positions"].shape == (1, 3)
+    assert not batch["context_mask"][1:].any()
+
+
+def test_neighbours_depend_on_the_question_alone(world: Path, tmp_path: Path) -> None:
+    index = Index.open(world / "index")
+    found = Retrieved.of(index, ["who keeps the ferry?"], 4, None, tmp_path)
+    direct = index.neighbours(["who keeps the ferry?"], 4)
+    assert found.ids(0) == direct.passage_ids[0]
+    row = found.neighbours(0, 4)
+    torch.testing.assert_close(row.embeddings_BNR, direct.embeddings_BNR, atol=1e-3, rtol=0)
+    torch.testing.assert_close(row.scores_BN, direct.scores_BN)
+
+
+def test_retrieval_is_taken_from_the_cache_the_second_time(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = Index.open(world / "index")
+    first = Retrieved.of(index, ["who keeps the map?"], 3, "bm25", tmp_path)
+    monkeypatch.setattr(Index, "neighbours", lambda *a, **k: pytest.fail("retrieved again"))
+    again = Retrieved.of(index, ["who keeps the map?"], 3, "bm25", tmp_path)
+    np.testing.assert_array_equal(first.rows_QN, again.rows_QN)
+
+
+def test_a_document_is_never_on_both_sides_of_the_calibration_slice(world: Path) -> None:
+    questions = load_questions([str(world / "questions.jsonl")])
+    fit, held = hold_out(questions, 0.3)
+    assert fit and held and len(fit) + len(held) == len(questions)
+    named = [{(q.gold_ids or q.context_ids)[0] for q in side} for side in (fit, held)]
+    assert not named[0] & named[1]
+
+
+def test_a_limit_does_not_depend_on_the_order_of_files(world: Path, tmp_path: Path) -> None:
+    lines = (world / "questions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "q.jsonl").write_text("".join(reversed(lines)))
+    ids = [{q.id for q in load_questions([str(f)], 5)} for f in (world / "questions.jsonl", tmp_path / "q.jsonl")]
+    assert ids[0] == ids[1] and len(ids[0]) == 5
+
+
+def test_no_question_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no question file matches .*none\*.jsonl"):
+        load_questions([str(tmp_path / "none*.jsonl")])

@@ -1,0 +1,243 @@
+"""Training itself: what moves, exact resume, gradient accumulation, learning rates, load-best."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ragmoe import BundleError, ConfigError, load
+from ragmoe.training import RagmoeTrainer, TrainingConfig, load_config, prepare, train
+from ragmoe.training import run as run_module
+from ragmoe.training.trainer import part_of
+
+Config = Callable[..., dict[str, Any]]
+
+
+def start_of(config: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in prepare(load_config(config)).model.state_dict().items()}
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load(folder).state_dict()
+
+
+def test_a_run_leaves_a_bundle_its_configuration_and_its_history(config: Config, tmp_path: Path) -> None:
+    result = train(config(), out=tmp_path / "run")
+    model = load(result.bundle)
+    assert model.config.encoder == {"id": "stub-0", "digest": model.config.encoder["digest"]}
+    assert model.config.no_answer_threshold != 0.0
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in history] == [1, 2, 3, 4]
+    assert all(len(record["load"]) == len(model.sparse_layers) for record in history)
+    assert sum(history[0]["load"][0]) == pytest.approx(1.0, abs=1e-4)
+    assert load_config(tmp_path / "run" / "training.yaml") == load_config(config())
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert sum(result.questions.values()) == 36 and result.questions["left_out"] == 0
+
+
+@pytest.mark.parametrize("what", ["gate", "experts", "gate+experts", "all"])
+def test_only_what_is_trained_moves(config: Config, tmp_path: Path, what: str) -> None:
+    content = config(**{"train.what": what})
+    before = start_of(content)
+    after = tensors(train(content, out=tmp_path / "run").bundle)
+    moved = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"head", *({"gate", "experts", "base"} if what == "all" else what.split("+"))}
+
+
+def test_an_adapter_can_be_started_from(config: Config, tmp_path: Path) -> None:
+    dense = {"model": {"sparse_layers": [], "max_length": 64, "stride": 8}, "train.what": "lora", "train.lora": {"rank": 4}}
+    content = config(**dense)
+    before = start_of({**content, "train": {**content["train"], "what": "all"}})
+    first = train(content, out=tmp_path / "dense")
+    trained = load(first.bundle)
+    moved = {name for name, x in trained.state_dict().items() if not torch.equal(x, before[name])}
+    assert {part_of(name) for name in moved} == {"head", "base"}
+    assert not any("embeddings" in name or "LayerNorm" in name for name in moved)
+
+    sparse = prepare(load_config(config(start=str(first.adapter)))).model.eval()
+    assert sparse.sparse_layers
+    run = prepare(load_config(content))
+    batch = run.collator([run.dataset[0]])
+    with torch.no_grad():
+        want, got = trained(**batch).start_logits, sparse(**batch).start_logits
+    # The adapter is kept in fp16 and comes back within its rounding; upcycling to untrained LoRA experts adds nothing.
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=1e-2)
+
+
+def test_a_killed_run_resumes_to_the_same_model(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = config(**{"train.steps": 6, "checkpoint_every": 2, "model.token_dropout": 0.3, "train.dropout": 0.1})
+    whole = train(content, out=tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    steps = 0
+    real = RagmoeTrainer.compute_loss
+
+    def until_killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(RagmoeTrainer, "compute_loss", until_killed)
+    with pytest.raises(Killed):
+        train(content, out=tmp_path / "killed")
+    monkeypatch.undo()
+    monkeypatch.setattr("ragmoe.index.folder.load_encoder", lambda name: pytest.fail("retrieved again"))
+    with pytest.raises(ConfigError, match="did not finish") as caught:
+        train(content, out=tmp_path / "killed")
+    assert "--resume" in str(caught.value)
+    resumed = train(content, out=tmp_path / "killed", resume=True)
+    a, b = tensors(whole.bundle), tensors(resumed.bundle)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    lines = [(folder / "history.jsonl").read_text().splitlines() for folder in (whole.bundle, resumed.bundle)]
+    assert [json.loads(line)["loss"] for line in lines[0]] == [json.loads(line)["loss"] for line in lines[1]]
+
+
+def test_a_killed_adapter_run_resumes_too(config: Config, tmp_path: Path) -> None:
+    content = config(**{"train.what": "lora", "train.steps": 4, "checkpoint_every": 2, "train.lora": {"rank": 4}})
+    whole = train(content, out=tmp_path / "whole")
+    run = _until(content, tmp_path / "killed", 2)
+    assert run
+    resumed = train(content, out=tmp_path / "killed", resume=True)
+    a, b = tensors(whole.bundle), tensors(resumed.bundle)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _until(content: dict[str, Any], out: Path, step: int) -> bool:
+    """Run up to a checkpoint and lose what comes after it."""
+    kept = run_module._save
+    try:
+        run_module._save = lambda run, folder: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt):
+            train(content, out=out)
+    finally:
+        run_module._save = kept
+    for folder in (out / "checkpoints").iterdir():
+        if int(folder.name.rpartition("-")[2]) > step:
+            shutil.rmtree(folder)
+    return (out / "checkpoints" / f"checkpoint-{step}").is_dir()
+
+
+def test_accumulation_does_not_change_a_step(config: Config, tmp_path: Path) -> None:
+    common = {
+        "train.steps": 1, "train.clip": 1e6, "model.balance_loss": 0.0, "raft.gold_probability": 0.5, "train.warmup": 0.0,
+    }  # fmt: skip
+    models = [
+        tensors(train(config(**common, **{"train.batch_size": b, "train.accumulation": a}), out=tmp_path / f"{a}").bundle)
+        for b, a in ((4, 1), (2, 2), (1, 4))
+    ]
+    before = start_of(config(**common))
+    for other in models[1:]:
+        for name, x in models[0].items():
+            if x.is_floating_point() and not torch.equal(x, before[name]):
+                # Adam's first step is the sign of the gradient times the rate: tiny gradients may fall either way.
+                close = (x - other[name]).abs() < 1e-5
+                assert close.float().mean() > 0.97, name
+
+
+def test_each_part_has_its_rate(config: Config) -> None:
+    made = load_config(config(**{"train.gate_learning_rate": 1e-2, "train.experts_learning_rate": 2e-2}))
+    run = prepare(made)
+    trainer = _trainer(run, made, "unused")
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    rates = {part_of(names[id(p)]): group["lr"] for group in groups for p in group["params"]}
+    assert rates == {"base": 1e-3, "gate": 1e-2, "experts": 2e-2, "head": 1e-3}
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert not any("bias" in name or "LayerNorm" in name or "null_key" in name for name in decayed)
+    assert sum(len(group["params"]) for group in groups) == len(list(run.model.parameters()))
+
+
+def _trainer(run: Any, made: TrainingConfig, out: Any) -> RagmoeTrainer:
+    return RagmoeTrainer(
+        model=run.model,
+        args=run_module._arguments(made, Path(out)),
+        train_dataset=run.dataset,
+        data_collator=run.collator,
+        optimiser=made.train,
+    )
+
+
+def test_the_best_checkpoint_is_loaded_with_its_experts(config: Config, tmp_path: Path) -> None:
+    made = load_config(config())
+    run = prepare(made)
+    trainer = _trainer(run, made, tmp_path)
+    trainer.save_model(str(tmp_path / "best"))
+    wanted = {name: x.clone() for name, x in run.model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.zero_()
+    trainer.state.best_model_checkpoint = str(tmp_path / "best")
+    trainer._load_best_model()
+    assert all(torch.equal(x, wanted[name]) for name, x in run.model.state_dict().items())
+
+
+def test_the_balance_bias_moves_once_a_step(config: Config, tmp_path: Path) -> None:
+    content = config(**{"train.balance_bias_rate": 0.25, "train.steps": 2, "train.accumulation": 2, "train.batch_size": 2})
+    model = load(train(content, out=tmp_path / "run").bundle)
+    for layer in model.moe_layers:
+        steps = (layer.gate.balance_bias / 0.25).tolist()
+        assert all(step in (-2, -1, 0, 1, 2) for step in steps) and any(steps)
+
+
+def test_a_bundle_is_trained_on(config: Config, tmp_path: Path) -> None:
+    first = train(config(), out=tmp_path / "first").bundle
+    model = prepare(load_config(config(base=str(first), model={}))).model
+    assert all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), tensors(first).values(), strict=True))
+    with pytest.raises(Exception, match=r"model.experts is 8, but the bundle .* has 4"):
+        prepare(load_config(config(base=str(first), model={"experts": 8})))
+    with pytest.raises(ConfigError, match="expected no start"):
+        prepare(load_config(config(base=str(first), start="warm-start", model={})))
+
+
+def test_a_saved_model_that_answers_otherwise_is_an_error(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "largest_difference", lambda *a: 0.5)
+    with pytest.raises(BundleError, match="differ from the trained model's by 5.00e-01"):
+        train(config(**{"train.steps": 1}), out=tmp_path / "run")
+
+
+def test_a_finished_run_is_not_overwritten(config: Config, tmp_path: Path) -> None:
+    train(config(**{"train.steps": 1}), out=tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        train(config(), out=tmp_path / "run")
+    assert train(config(**{"train.steps": 2}), out=tmp_path / "run", overwrite=True).steps == 2
+
+
+def test_another_configuration_cannot_be_resumed(config: Config, tmp_path: Path) -> None:
+    assert _until(config(**{"checkpoint_every": 2}), tmp_path / "run", 2)
+    with pytest.raises(ConfigError, match="the configuration differs in seed, train"):
+        train(config(**{"checkpoint_every": 2, "train.steps": 9, "seed": 3}), out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"raft.max_length": 500}, "max_length is 500, but the base has 128 positions"),
+        ({"model.gate": "nonsense"}, "there is no gate 'nonsense'; there are: pooled, retrieval, token"),
+        ({"model.nonsense": 1}, "unknown model settings nonsense"),
+        ({"model.expert_rank": 7}, "expected a positive multiple of 8"),
+        ({"model.top_k": 9}, "top_k is 9, but there are 4 experts"),
+        ({"model.sparse_layers": [7]}, "but the layers are 0 to 3"),
+        ({"model.sparse_layers": [], "train.what": "gate"}, "the model has no sparse layer"),
+        ({"start": "/nowhere"}, "holds no PEFT adapter"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_written(
+    config: Config, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(Exception, match=".") as caught:
+        train(config(**changes), out=tmp_path / "run")
+    assert said in str(caught.value)
+    assert not (tmp_path / "run").exists()
