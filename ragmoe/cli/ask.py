@@ -35,7 +35,7 @@ def ask(
     if as_json:
         typer.echo(json.dumps(_record(question, answer, passage), ensure_ascii=False, indent=2))
     else:
-        _print(answer, passage)
+        print_answer(answer, passage)
 
 
 def _record(question: str, answer: Answer, passage: Passage | None) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _span(answer: Answer, passage: Passage | None) -> tuple[int, int] | None:
     return answer.start, answer.start + len(answer.text)
 
 
-def _print(answer: Answer, passage: Passage | None) -> None:
+def print_answer(answer: Answer, passage: Passage | None) -> None:
     from rich.console import Console
     from rich.text import Text
 

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 SEARCH = "How much notice must a landlord give before coming into my flat?"
 # Of test passages, so that no arm has seen them.
-QUESTIONS = (
-    "placeholder",
-)
+QUESTIONS = ("placeholder",)
 
 
 def demo(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ragmoe._errors import ConfigError, DataError, RagmoeError, UsageError
+from ragmoe.cli.progress import progress
 
 if TYPE_CHECKING:
     from ragmoe.evaluation.results import Results
@@ -65,7 +65,7 @@ def run(
     base = out or Path("runs") / "eval" / "-".join(model.resolve().parts[-2:]).strip("/")
     results = []
     shared: dict[Path, Retrieval] = {}
-    with _progress() as show:
+    with progress() as show:
         for task in loaded:
             opened = index_of_task(task, given=index, progress=show.stage)
             retrieval = shared.setdefault(opened.folder, Retrieval(opened))
@@ -187,7 +187,7 @@ def experiment(
     from ragmoe.evaluation.experiment_run import run_experiment
 
     loaded = load_experiment(file, overrides=overrides or (), seeds=_seeds(seeds))
-    with _progress() as show:
+    with progress() as show:
         outcome = run_experiment(
             loaded,
             out=out,
@@ -207,41 +207,6 @@ def experiment(
         typer.echo(f"not run yet: {', '.join(outcome.missing)}", err=True)
     results = [run for by_task in outcome.runs.values() for runs in by_task.values() for run in runs]
     _complain(results, out or Path("runs") / loaded.name)
-
-
-class _Show:
-    """Progress on stderr: one bar for each stage of an index and each condition of an evaluation."""
-
-    def __init__(self, bars: Any) -> None:
-        self._bars = bars
-        self._tasks: dict[str, Any] = {}
-
-    def say(self, line: str) -> None:
-        """A line above the bars; those of the step before go."""
-        for task in self._tasks.values():
-            self._bars.remove_task(task)
-        self._tasks = {}
-        self._bars.console.print(line, markup=False, highlight=False)
-
-    def questions(self, done: int, total: int, condition: str) -> None:
-        """Called by an evaluation."""
-        self.stage("questions" if condition == "real" else f"{condition} neighbours", done, total)
-
-    def stage(self, name: str, done: int, total: int) -> None:
-        """Called by the building of an index."""
-        if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(name, total=total)
-        self._bars.update(self._tasks[name], completed=done, total=total)
-
-
-@contextmanager
-def _progress() -> Iterator[_Show]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        yield _Show(bars)
 
 
 def _set_data(data: Path | None) -> None:

@@ -36,19 +36,27 @@ class LongChoice(StrEnum):
 
 
 IndexArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The index folder.", show_default=False)]
+SourcesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SOURCE...",
+        help="jsonl, parquet, csv, txt, md or html files, folders of them, globs, or hub:NAME[:CONFIG][:SPLIT].",
+        show_default=False,
+    ),
+]
+OnErrorOption = Annotated[
+    OnErrorChoice | None, typer.Option(help="At a bad line: stop, or skip and count it.  [default: fail]")
+]
+LongOption = Annotated[
+    LongChoice | None,
+    typer.Option(help="Passages longer than the encoder reads: mean of windows, or cut.  [default: windows]"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 @app.command()
 def build(
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SOURCE...",
-            help="jsonl, parquet, csv, txt, md or html files, folders of them, globs, or hub:NAME[:CONFIG][:SPLIT].",
-            show_default=False,
-        ),
-    ] = None,
+    sources: SourcesArgument = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The index folder to write.", show_default=False)
     ] = None,
@@ -64,13 +72,8 @@ def build(
         int | None, typer.Option(help="Words that neighbouring chunks share.  [default: 40]")
     ] = None,
     rechunk: Annotated[bool | None, typer.Option("--rechunk", help="Cut also passages that bring an id.")] = None,
-    on_error: Annotated[
-        OnErrorChoice | None, typer.Option(help="At a bad line: stop, or skip and count it.  [default: fail]")
-    ] = None,
-    long_passages: Annotated[
-        LongChoice | None,
-        typer.Option(help="Passages longer than the encoder reads: mean of windows, or cut.  [default: windows]"),
-    ] = None,
+    on_error: OnErrorOption = None,
+    long_passages: LongOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read, check and estimate; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a build that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the index that is there.")] = False,

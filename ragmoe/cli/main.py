@@ -18,6 +18,7 @@ from ragmoe._version import __version__
 from ragmoe.cli import data, index
 from ragmoe.cli import eval as eval_
 from ragmoe.cli.ask import ask
+from ragmoe.cli.demo import demo
 from ragmoe.cli.doctor import doctor
 from ragmoe.cli.route import route
 from ragmoe.cli.train import train
@@ -65,12 +66,7 @@ app.command("train", short_help="Fine-tune a model from a configuration file.")(
 app.command("ask", short_help="Answer a question, with the passage it comes from.")(ask)
 app.command("route", short_help="Draw which experts a question's tokens go to.")(route)
 app.command("doctor", short_help="Check this machine and this installation.")(doctor)
-try:
-    from ragmoe.cli.demo import demo
-
-    app.command("demo", short_help="Index, train, evaluate and ask on the packaged data.")(demo)
-except ModuleNotFoundError:
-    pass
+app.command("demo", short_help="Index, train, evaluate and ask on the packaged data.")(demo)
 
 
 def _quieten() -> None:

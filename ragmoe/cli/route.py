@@ -39,14 +39,14 @@ def route(
     if not model.sparse_layers:
         raise ModelError(f"{bundle} is a dense model: it has no gate and no experts to draw")
     opened = Index.open(index)
-    found = _trace(model, opened, question)
+    found = trace(model, opened, question)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False, indent=2))
     else:
-        _draw(found)
+        draw(found)
 
 
-def _trace(model: Any, index: Any, question: str) -> dict[str, Any]:
+def trace(model: Any, index: Any, question: str) -> dict[str, Any]:
     """Everything that is drawn, as JSON holds it."""
     from ragmoe.neighbours import Neighbours
 
@@ -75,7 +75,7 @@ def _trace(model: Any, index: Any, question: str) -> dict[str, Any]:
     }
 
 
-def _draw(found: dict[str, Any]) -> None:
+def draw(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

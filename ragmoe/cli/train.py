@@ -10,11 +10,15 @@ import typer
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; see eval/experiments for examples.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Keys to change: train.steps=200 model.gate=token")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Keys to change: train.steps=200 model.gate=token")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where a run has left something.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show parameters, memory and the first batch, then stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show parameters, memory and the first batch, then stop.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Fine-tune a retrieval-conditioned reader on questions and an index."""
@@ -29,7 +33,9 @@ def train(
     resolved = training.load_config(config, overrides or [])
     if dry_run:
         report = describe(training.prepare(resolved))
-        print(json.dumps(report, indent=2)) if as_json else Console().print(report["text"], highlight=False, markup=False)
+        print(json.dumps(report, indent=2)) if as_json else Console().print(
+            report["text"], highlight=False, markup=False
+        )
         return
     result = training.train(resolved, out=out, resume=resume, overwrite=overwrite, show=True)
     if as_json:

@@ -5,18 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 #: In the order in which a build passes them.
-POINTS = (
-    "locked",
-    "block",
-    "encoded",
-    "passages",
-    "embeddings",
-    "faiss",
-    "bm25",
-    "manifest-written",
-    "committed",
-    "cleaned",
-)
+POINTS = ("locked", "block", "encoded", "passages", "faiss", "bm25", "manifest-written", "committed", "cleaned")
 
 hook: Callable[[str], None] | None = None
 

@@ -44,6 +44,9 @@ def choose_factory(count: int, width: int) -> Choice:
         reason = (
             f"{count:,} passages are more than {FLAT_LIMIT:,}: {lists} lists (4 roots of the count) of full vectors"
         )
+        return Choice(f"IVF{lists},Flat", reason, 4 * width + 8)
+    if count <= _SCALAR_LIMIT:
+        reason = f"{count:,} passages are more than {_FULL_LIMIT:,}: {lists} lists of vectors at 8 bits a dimension"
         return Choice(f"IVF{lists},SQ8", reason, width + 8)
     parts = next(parts for parts in range(max(width // 4, 1), 0, -1) if width % parts == 0)
     reason = f"{count:,} passages are more than {_SCALAR_LIMIT:,}: {lists} lists of vectors as {parts} codes of 8 bits"

@@ -58,7 +58,7 @@ class RagmoeBertConfig(BertConfig):
         max_answer_tokens: longest answer read.
         no_answer_threshold: a question is left unanswered where "no answer here" beats the best answer by more
             than this; calibrated by training.
-        expert_names: one for each expert; None means that they are unnamed.
+        expert_ids, expert_names: one for each expert; None means that they count from 0 and are unnamed.
         encoder, index_digest: of the index the model was trained with.
     """
 
@@ -83,6 +83,7 @@ class RagmoeBertConfig(BertConfig):
     stride: int = 96
     max_answer_tokens: int = 128
     no_answer_threshold: float = 0.0
+    expert_ids: list[int] | None = None
     expert_names: list[str] | None = None
     encoder: dict[str, Any] | None = None
     index_digest: str | None = None

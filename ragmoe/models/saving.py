@@ -35,8 +35,8 @@ def quiet_loading() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# Kept in the map, which is the commit point, and laid over config.json when a bundle is opened.
-_IN_MAP = ("no_answer_threshold",)
+# What the map says of itself, and lays over any configuration.
+_IN_MAP = ("expert_ids", "expert_names", "encoder", "index_digest")
 
 
 class BundleMixin(PreTrainedModel):
@@ -82,32 +82,33 @@ class BundleMixin(PreTrainedModel):
         sparse = any(isinstance(module, MoELayer) for module in self.modules())
         # What from_pretrained loads as: a stale one would round the weights in silence.
         config.dtype = next((x.dtype for x in tensors.values() if x.is_floating_point()), self.dtype)
-        config.save_pretrained(folder)
         write_bundle(
             folder,
             tensors,
             expert_tensors=self.expert_tensors(),
             gate_tensors=self.gate_tensors(),
-            expert_ids=None,
+            expert_ids=config.expert_ids if sparse else None,
             expert_names=(config.expert_names or [f"expert {i}" for i in range(config.experts)]) if sparse else None,
             encoder=config.encoder,
             index=config.index_digest,
-            extra={name: getattr(config, name) for name in _IN_MAP},
+            extra={"config": {name: value for name, value in config.to_dict().items() if name not in _IN_MAP}},
             message=message,
         )
+        # After the map, which holds it too and is what from_pretrained goes by: this copy is for other tools.
+        config.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Open a bundle; anything else goes to transformers' own loader.
 
-        The number of experts, their names, the encoder and the index come from the bundle's map, not from
-        ``config.json``.
+        The configuration, the experts and the encoder come from the bundle's map, the one thing that is replaced at
+        once; ``config.json`` is a copy of it. Of a ``config`` given, the map's own fields and the threshold give way.
         """
         path = pretrained_model_name_or_path
         if path is None or kwargs.get("state_dict") is not None or not is_bundle(path):
             return super().from_pretrained(path, *args, **kwargs)
         tensors, bundle = read_bundle(path)
-        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(path)
+        config = kwargs.pop("config", None) or cls.config_class.from_dict(dict(bundle.extra["config"]))
         _apply_map(config, bundle)
         wanted_info = kwargs.pop("output_loading_info", False)
         with quiet_loading():
@@ -139,9 +140,8 @@ class BundleMixin(PreTrainedModel):
 def _apply_map(config: Any, bundle: BundleMap) -> None:
     config.encoder = bundle.encoder.model_dump() if bundle.encoder else None
     config.index_digest = bundle.index
+    config.no_answer_threshold = bundle.extra["config"]["no_answer_threshold"]
     if bundle.experts:
         config.experts = len(bundle.experts)
+        config.expert_ids = bundle.expert_ids
         config.expert_names = [expert.name for expert in bundle.experts]
-    for name in _IN_MAP:
-        if name in bundle.extra:
-            setattr(config, name, bundle.extra[name])

@@ -11,7 +11,7 @@ from torch import nn
 
 from ragmoe._errors import ConfigError, ModelError
 from ragmoe.bundle import is_bundle
-from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering, load
+from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering
 from ragmoe.training.config import LoraConfig, TrainingConfig
 from ragmoe.training.trainer import freeze
 
@@ -81,7 +81,9 @@ def _train_on(config: TrainingConfig, settings: dict[str, Any]) -> RagmoeBertFor
         if name in _CHANGEABLE or name.endswith("dropout_prob"):
             setattr(opened, name, value)
         elif getattr(opened, name, None) != value:
-            raise ModelError(f"model.{name} is {value!r}, but the bundle {config.base} has {getattr(opened, name, None)!r}")
+            raise ModelError(
+                f"model.{name} is {value!r}, but the bundle {config.base} has {getattr(opened, name, None)!r}"
+            )
     return RagmoeBertForQuestionAnswering.from_pretrained(config.base, config=opened)
 
 

@@ -1,4 +1,7 @@
-"""From questions and an index to batches. B questions, M passages a question, Q = B*M sequences, T tokens, N neighbours."""
+"""From questions and an index to batches.
+
+B questions, M passages a question, Q = B*M sequences, T tokens, N neighbours.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,7 @@ class Retrieved:
     @classmethod
     def of(cls, index: Index, texts: Sequence[str], n: int, retriever: str | None, cache: Path) -> Retrieved:
         """Retrieve, or take what was retrieved before for the same index, questions and retriever."""
-        key = _digest("\x1f".join([index.digest, str(n), str(retriever), *texts]))
+        key = _digest("\x1f".join([index.digest, str(n), retriever or index.retriever, *texts]))
         path = cache / f"neighbours-{key}.safetensors"
         if path.is_file():
             stored = load_file(path)

@@ -238,9 +238,7 @@ def _save(run: Run, folder: Path) -> Path | None:
         model.tokenizer = run.collator.tokenizer
     model.eval()
     texts = [run.dataset.text(question) for question in run.held]
-    model.config.no_answer_threshold = calibrate(
-        model, run.held, texts, run.held_retrieved, run.index, run.config.raft
-    )
+    model.config.no_answer_threshold = calibrate(model, run.held, texts, run.held_retrieved, run.index, run.config.raft)
     model.tokenizer.save_pretrained(folder)
     model.save_pretrained(folder, message="train")
     batch = run.collator([run.dataset[at] for at in range(min(2, len(run.dataset)))])
@@ -260,7 +258,9 @@ def save_adapter(adapted: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def largest_difference(a: RagmoeBertForQuestionAnswering, b: RagmoeBertForQuestionAnswering, batch: Mapping[str, Any]) -> float:
+def largest_difference(
+    a: RagmoeBertForQuestionAnswering, b: RagmoeBertForQuestionAnswering, batch: Mapping[str, Any]
+) -> float:
     """The largest absolute difference of two models' logits on a batch, on the CPU in fp32."""
     outputs = [model.eval().float().cpu()(**batch) for model in (a, b)]
     pairs = [(outputs[0].start_logits, outputs[1].start_logits), (outputs[0].end_logits, outputs[1].end_logits)]

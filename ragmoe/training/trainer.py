@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with what a gate and experts need: their own learning rates, exact resume, routing in the log."""
+"""Hugging Face's Trainer with what gates and experts need: their own rates, exact resume, routing in the log."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class RagmoeTrainer(Trainer):
     Examples come in the order of the dataset, which has its own (see ``RaftDataset``).
     """
 
+    optimizer: Any
+
     def __init__(self, *args: Any, optimiser: OptimiserConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.optimiser_config = optimiser
@@ -72,7 +74,7 @@ class RagmoeTrainer(Trainer):
             groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
             for name, parameter in (model or self.model).named_parameters():
                 if parameter.requires_grad:
-                    decays = parameter.dim() > 1 and "LayerNorm" not in name
+                    decays = parameter.dim() > 1 and "LayerNorm" not in name and "bias" not in name
                     groups.setdefault((part_of(name), decays), []).append(parameter)
             self.optimizer = torch.optim.AdamW(
                 [

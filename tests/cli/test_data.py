@@ -34,7 +34,7 @@ def test_good_files(run: Run, index: Path, tmp_path: Path) -> None:
 
 def test_faults_are_listed_with_file_and_line(run: Run, index: Path, tmp_path: Path) -> None:
     train = write(
-        tmp_path / "train.jsonl", TRAIN, {**TRAIN, "id": "q3", "answer_start": 19}, {**TRAIN, "gold_ids": ["z"]}, "{"
+        tmp_path / "train.jsonl", TRAIN, {**TRAIN, "id": "q3", "answer_start": 19}, {**TRAIN, "gold_ids": ["z"]}, "nope"
     )
     dev = write(tmp_path / "dev.jsonl", {**TRAIN, "id": "q4"})
     done = run("data", "check", train, dev, "--index", index)
@@ -43,7 +43,7 @@ def test_faults_are_listed_with_file_and_line(run: Run, index: Path, tmp_path: P
         f"{train}:2: span 'six' is not at 19 of 'a', there stands ' si'; it stands at 20",
         f"{train}:3: id 'q1' stands already at {train}:1",
         f"{train}:3: gold passage 'z' is not in the index",
-        f"{train}:4: not JSON: Expecting property name enclosed in double quotes at column 2",
+        f"{train}:4: not JSON: Expecting value at column 1",
         f"{dev}:1: gold document 'd1' is of split 'train' already at {train}:1, and of 'dev' here",
     ]
     as_json = run("data", "check", train, dev, "--index", index, "--json")

@@ -61,17 +61,15 @@ def test_options_reach_the_build(run: Run, tmp_path: Path) -> None:
     assert done.json["domains"] == {"d": 3} and done.json["skipped"] == 1
     assert done.json["chunking"] == {"words": 20, "overlap": 4, "rechunk": True, "chunks": 3}
     assert done.json["long_passages"]["mode"] == "truncate"
-    assert done.json["skipped_lines"] == [
-        f"{source}:2: not JSON: Expecting property name enclosed in double quotes at column 2"
-    ]
+    (skipped,) = done.json["skipped_lines"]
+    assert skipped.startswith(f"{source}:2: not JSON: Expecting property name")
 
 
 def test_overwrite_and_resume(run: Run, corpus: Path, folder: Path) -> None:
     refused = run("index", "build", corpus, "--out", folder)
     assert refused.code == 1
-    assert refused.err.endswith(
-        f"error: {folder} holds an index already\nhint: replace it with --overwrite, or name another folder with --out\n"
-    )
+    hint = "hint: replace it with --overwrite, or name another folder with --out"
+    assert refused.err.endswith(f"error: {folder} holds an index already\n{hint}\n")
     assert run("index", "build", corpus, "--out", folder, "--resume").code == 0
     assert "generation 2" in run("index", "build", corpus, "--out", folder, "--overwrite").out
 
@@ -124,7 +122,7 @@ BUILD_ERRORS = {
     "unknown choice": (
         ["{corpus}", "--out", "{tmp}/i", "--on-error", "ignore"],
         2,
-        "'ignore' is not one of 'fail', 'skip'",
+        "'ignore' is not one of 'fail', 'skip'.",
     ),
     "unknown option": (["{corpus}", "--outt", "{tmp}/i"], 2, "No such option: --outt"),
     "other things": (["{corpus}", "--out", "{tmp}"], 1, "holds other things than an index: "),
@@ -142,7 +140,9 @@ def test_build_errors(name: str, run: Run, corpus: Path, tmp_path: Path) -> None
     write(tmp_path / "r.yaml", "sources: [corpus.jsonl]\nout: i")
     done = run("index", "build", *(word.format(corpus=corpus, tmp=tmp_path) for word in words))
     assert done.code == code
-    assert message in " ".join(done.err.split("\n")).replace("  ", " ") or message in done.err
+    # Usage errors come in a box, folded at its width.
+    flat = " ".join(done.err.replace("│", " ").split())
+    assert message in done.err or message in flat
     assert done.out == "" and not (tmp_path / "i").exists()
 
 
@@ -234,7 +234,7 @@ SEARCH_ERRORS = {
         "error: retriever 'x' is unknown; there are: blend, bm25, dense, hybrid",
     ),
     "empty": (["{index}", " "], 2, "error: the query is empty"),
-    "k": (["{index}", "q", "-k", "0"], 2, "is not in the range x>=1"),
+    "k": (["{index}", "q", "-k", "0"], 2, "should be greater than or equal to 1"),
     "encoder": (["{index}", "q", "--encoder", "other"], 1, "was built with encoder 'stub-0'"),
 }
 
@@ -295,7 +295,7 @@ def test_help_imports_nothing_heavy() -> None:
     heavy = "torch faiss transformers sentence_transformers datasets pyarrow pandas bm25s numpy"
     code = "import sys; from ragmoe.__main__ import main; "
     code += "main(['index', 'build', '--help']); main(['data', 'check', '--help']); "
-    code += f"sys.exit(' '.join(name for name in {heavy!r}.split() if name in sys.modules))"
+    code += f"print([name for name in {heavy!r}.split() if name in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "[]\n")
     assert "--chunk-overlap" in done.stdout

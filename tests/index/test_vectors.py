@@ -48,8 +48,8 @@ def test_beyond_the_flat_limit_recall_is_measured_and_scores_stay_cosines(
 ) -> None:
     for name, limit in zip(("FLAT_LIMIT", "_FULL_LIMIT", "_SCALAR_LIMIT"), limits, strict=True):
         monkeypatch.setattr(vectors, name, limit)
-    stored = embeddings(3000)
-    choice = choose_factory(3000, 16)
+    stored = embeddings(1000)
+    choice = choose_factory(1000, 16)
     assert choice.factory.startswith("IVF")
     record = build_faiss(tmp_path / "x.faiss", stored, choice, lambda done: None)
     assert record.nprobe is not None and record.recall_at_20 is not None

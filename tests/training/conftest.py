@@ -1,4 +1,4 @@
-"""A corpus of twelve passages with questions, indexed by a stub encoder, and a configuration that trains a tiny reader."""
+"""Twelve passages with questions, indexed by a stub encoder, and a configuration that trains a tiny reader."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _stub_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """An index names its encoder, and training opens it by that name."""
-    monkeypatch.setattr("ragmoe.index.folder.load_encoder", lambda name: name if not isinstance(name, str) else StubEncoder())
+    monkeypatch.setattr(
+        "ragmoe.index.folder.load_encoder", lambda name: name if not isinstance(name, str) else StubEncoder()
+    )
 
 
 @pytest.fixture

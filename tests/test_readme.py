@@ -1,0 +1,79 @@
+"""Every command and every line of Python in the README runs, in its order, in a copy of the repository."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# What makes the quick version quick: fewer steps and fewer questions, nothing else.
+QUICKER = {"train.steps=40": "train.steps=2", "--out runs/halvern-eval": "--out runs/halvern-eval --limit 3"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("console") for line in block.splitlines() if line.startswith("ragmoe ")]
+
+
+def quicker(command: str) -> str:
+    for slow, fast in QUICKER.items():
+        command = command.replace(slow, fast)
+    return command
+
+
+def test_the_tree_is_true() -> None:
+    tree = next(block for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL) if "indexes/ " in block)
+    for line in tree.splitlines():
+        at = "ragmoe" if line.startswith((" ", "ragmoe/")) else ""
+        name = line.removeprefix("ragmoe/").split()[0]
+        assert (ROOT / at / name).is_dir(), line
+    inside = {path.name for path in (ROOT / "ragmoe").iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
+    assert all(f" {name}/" in tree for name in inside)
+
+
+def test_the_make_targets_exist() -> None:
+    targets = re.findall(r"^(make [a-z-]+)|`(make [a-z-]+)`", README, flags=re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    for target in {one or other for one, other in targets}:
+        assert re.search(rf"^{target.split()[1]}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    for name in ("data", "eval", "indexes"):
+        skip = shutil.ignore_patterns("results", "bench") if name == "eval" else shutil.ignore_patterns("core7", "demo")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=skip)
+    return tmp_path
+
+
+def run_tour(clone: Path, commands: list[str]) -> None:
+    program = f"{shlex.quote(sys.executable)} -m ragmoe "
+    for command in commands:
+        line = program + command.removeprefix("ragmoe ")
+        done = subprocess.run(line, shell=True, cwd=clone, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert done.stdout.strip(), command
+        assert "Traceback" not in done.stderr and "Warning" not in done.stderr, f"{command}\n{done.stderr}"
+    script = "\n".join(blocks("python"))
+    done = subprocess.run([sys.executable, "-c", script], cwd=clone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_tour_runs(clone: Path) -> None:
+    """Doctor is left out here: it measures the machine for some seconds, and has its own tests."""
+    run_tour(clone, [quicker(command) for command in commands() if command != "ragmoe doctor"])
+
+
+@pytest.mark.slow
+def test_the_tour_runs_word_for_word(clone: Path) -> None:
+    run_tour(clone, commands())
