@@ -30,13 +30,13 @@ $(STAMP): pyproject.toml
 	@rm -f $@
 	@if ! $(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 	  found=; \
-	  for python in python3.13 python3.12 python3.11 python3; do \
+	  for python in python3 python3.13 python3.12 python3.11; do \
 	    if $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 	      found=$$python; break; \
 	    fi; \
 	  done; \
 	  if [ -z "$$found" ]; then \
-	    echo "make: needs Python 3.11 or newer with venv; tried python3.13, python3.12, python3.11 and python3." >&2; \
+	    echo "make: needs Python 3.11 or newer with venv; tried python3, python3.13, python3.12 and python3.11." >&2; \
 	    echo "make: on Debian or Ubuntu: apt install python3-venv" >&2; \
 	    exit 1; \
 	  fi; \

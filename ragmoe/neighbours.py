@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +99,16 @@ class Neighbours:
             list(zip(mask_N.nonzero().flatten().tolist(), ids, strict=True))
             for mask_N, ids in zip(self.mask_BN, self.passage_ids)
         ]
+
+    def to(self, *args: Any, **kwargs: Any) -> Neighbours:
+        """The same on another device or in another dtype (of the embeddings and scores), as ``Tensor.to`` says it."""
+        device = self.mask_BN.to(*args, **kwargs).device
+        return replace(
+            self,
+            embeddings_BNR=self.embeddings_BNR.to(*args, **kwargs),
+            scores_BN=self.scores_BN.to(*args, **kwargs),
+            mask_BN=self.mask_BN.to(device),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """The named tensors as ``forward`` takes them."""

@@ -83,3 +83,9 @@ def test_named_tensors() -> None:
     tensors = found().tensors()
     assert list(tensors) == ["neighbour_embeddings", "neighbour_scores", "neighbour_mask"]
     assert tensors["neighbour_mask"].dtype == torch.bool
+
+
+def test_moving_keeps_the_mask_boolean() -> None:
+    moved = Neighbours.empty(2, 4).to(torch.bfloat16)
+    assert moved.embeddings_BNR.dtype == moved.scores_BN.dtype == torch.bfloat16
+    assert moved.mask_BN.dtype == torch.bool

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from ragmoe.evaluation.experiment_run import Outcome
 
 SEARCH = "How much notice must a landlord give before coming into my flat?"
-# Of test passages, so that no arm has seen them.
-QUESTIONS = ("placeholder",)
+# About passages of the test split, which no arm has been trained on.
+QUESTIONS = (
+    "How long do I keep biting on the gauze after having a wisdom tooth out?",
+    "Who led the tenants' protest over the Cormorant House lift bill?",
+    "For how long does a repair estimate from Orrin & Tade hold?",
+)
 
 
 def demo(
@@ -75,7 +79,7 @@ def _run(console: Console, root: Path, out: Path) -> Outcome:
             say=show.say,
             progress=show.questions,
             index_progress=show.stage,
-            show_training=True,
+            show_training=show,
         )
 
 

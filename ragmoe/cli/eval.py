@@ -195,7 +195,7 @@ def experiment(
             say=show.say,
             progress=show.questions,
             index_progress=show.stage,
-            show_training=True,
+            show_training=show,
         )
     if as_json:
         _print_json(outcome.result.model_dump())

@@ -141,7 +141,7 @@ def search(
     if not found:
         typer.echo("nothing found", err=True)
         return
-    _print_hits(found)
+    print_hits(found)
 
 
 @app.command()
@@ -197,7 +197,7 @@ def verify(
     typer.echo(f"{folder}: all is well")
 
 
-def _print_hits(found: list[tuple[Hit, Passage]]) -> None:
+def print_hits(found: list[tuple[Hit, Passage]]) -> None:
     from rich.table import Table
 
     names = ("rank", "score", "domain", "id", "title")

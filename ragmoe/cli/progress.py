@@ -21,6 +21,10 @@ class Show:
         self._tasks = {}
         self._bars.console.print(line, markup=False, highlight=False)
 
+    def line(self, text: str) -> None:
+        """A line above the bars, which stay."""
+        self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def questions(self, done: int, total: int, condition: str) -> None:
         """Called by an evaluation."""
         self.stage("questions" if condition == "real" else f"{condition} neighbours", done, total)

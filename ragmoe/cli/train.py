@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ragmoe.cli.progress import progress
+
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file; see eval/experiments for examples.")],
+    config: Annotated[Path, typer.Argument(help="YAML file; eval/experiments/halvern.yaml is an example.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Keys to change: train.steps=200 model.gate=token")
     ] = None,
@@ -37,13 +39,15 @@ def train(
             report["text"], highlight=False, markup=False
         )
         return
-    result = training.train(resolved, out=out, resume=resume, overwrite=overwrite, show=True)
+    with progress() as show:
+        result = training.train(resolved, out=out, resume=resume, overwrite=overwrite, show=show)
     if as_json:
         print(json.dumps(asdict(result), default=str, indent=2))
         return
     counts = result.parameters
     console = Console()
-    console.print(f"{result.bundle}: loss {result.loss:.3f} over {result.steps} steps in {result.seconds:.0f} s")
+    taken = f" in {result.seconds:.0f} s" if result.seconds is not None else ""
+    console.print(f"{result.bundle}: loss {result.loss:.3f} over {result.steps} steps{taken}")
     console.print(
         f"{counts['total'] / 1e6:.1f} M parameters, {counts['active'] / 1e6:.1f} M active for a token, "
         f"{counts['trained'] / 1e6:.2f} M trained"

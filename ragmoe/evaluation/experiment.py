@@ -47,6 +47,7 @@ class Experiment(BaseModel):
 
     _path: Path = PrivateAttr(Path("experiment.yaml"))
     _overrides: tuple[str, ...] = PrivateAttr(())
+    _own_seeds: bool = PrivateAttr(True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
@@ -78,6 +79,11 @@ class Experiment(BaseModel):
     def overrides(self) -> tuple[str, ...]:
         """``a.b=c`` for the training configuration of every arm, from the command line."""
         return self._overrides
+
+    @property
+    def as_committed(self) -> bool:
+        """Whether nothing was changed from the command line."""
+        return self._own_seeds and not self._overrides
 
     @property
     def arm_names(self) -> list[str]:
@@ -152,7 +158,7 @@ def load_experiment(
     for override in overrides:
         if "=" not in override:
             raise UsageError(f"expected a.b=c, got {override!r}", hint="for example: train.steps=100")
-    experiment._path, experiment._overrides = path, tuple(overrides)
+    experiment._path, experiment._overrides, experiment._own_seeds = path, tuple(overrides), seeds is None
     return experiment
 
 

@@ -38,6 +38,7 @@ from ragmoe.evaluation.task import Task
 
 if TYPE_CHECKING:
     from ragmoe.index import Index
+    from ragmoe.training.callbacks import Shows
 
 IndexProgress = Callable[[str, int, int], None]
 
@@ -72,7 +73,7 @@ def run_experiment(
     say: Callable[[str], None] | None = None,
     progress: Progress | None = None,
     index_progress: IndexProgress | None = None,
-    show_training: bool = False,
+    show_training: Shows | None = None,
 ) -> Outcome:
     """Run an experiment, or go on with one.
 
@@ -81,6 +82,7 @@ def run_experiment(
         only: run only these arms; those that are finished are reported beside them.
         command: how it was started, for the result; None for the command that would.
         say: called with a line on what happens next.
+        show_training: told of training's progress.
 
     Raises:
         RagmoeError: a file or an index is wrong, all of which is checked before the first arm trains; or an arm in
@@ -114,7 +116,7 @@ class _Run:
         out: Path,
         say: Callable[[str], None] | None,
         progress: Progress | None,
-        show_training: bool,
+        show_training: Shows | None,
     ) -> None:
         self.experiment, self.out = experiment, out
         self.say = say or (lambda line: None)
@@ -302,7 +304,7 @@ def _write(outcome: Outcome, out: Path) -> list[Path]:
     """The result as JSON and Markdown: in the output folder, and where the experiment says if it ran as committed."""
     experiment = outcome.experiment
     places = [out / "result.json"]
-    if experiment.result and not outcome.missing and not experiment.overrides:
+    if experiment.result and not outcome.missing and experiment.as_committed:
         places.append(experiment.resolve(experiment.result))
     text = to_markdown(outcome.tables, experiment.name, _head(outcome))
     for place in places:

@@ -110,8 +110,10 @@ class Gate(nn.Module, ABC):
         if neighbours is not None:
             self._check(x_SD, neighbours)
         if self.training and settings.token_dropout and neighbours is not None:
-            keep_S1 = torch.rand(x_SD.shape[0], 1, device=x_SD.device) >= settings.token_dropout
-            x_SD = x_SD * keep_S1
+            hide_S = torch.rand(x_SD.shape[0], device=x_SD.device) < settings.token_dropout
+            # Where there are no neighbours either, nothing would be left to route by.
+            hide_S &= neighbours.mask_BN.any(dim=1).repeat_interleave(x_SD.shape[0] // len(neighbours))
+            x_SD = x_SD.masked_fill(hide_S.unsqueeze(1), 0.0)
         logits_SE = self.logits(x_SD, neighbours).float()
         if self.training and settings.noise:
             logits_SE = logits_SE + settings.noise * torch.randn_like(logits_SE)

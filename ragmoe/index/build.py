@@ -38,7 +38,8 @@ from ragmoe.index.windows import OVERLAP, LongPassages, cut_windows, encode_pass
 Progress = Callable[[str, int, int], None]
 
 _DATA_FILE = re.compile(r"^(passages|texts|offsets|embeddings|index|bm25)-(\d+)(\.\w+)?$")
-_OURS = {manifests.NAME, f"{manifests.NAME}.part", "build.lock", "partial"}
+# ``.neighbours`` is where training keeps what it retrieved; it is keyed by the index's digest.
+_OURS = {manifests.NAME, f"{manifests.NAME}.part", "build.lock", "partial", ".neighbours"}
 _VERSIONS = ("faiss-cpu", "sentence-transformers", "transformers", "torch", "bm25s", "numpy", "pyarrow")
 _ESTIMATE_SAMPLE = 512
 _REPLACE = "replace it with --overwrite, or name another folder with --out"
@@ -198,6 +199,7 @@ class _Build:
         total = len(self.passages)
         self.progress("passages", 0, total)
         names = write_store(self.folder, generation, self.plan.chunks, windows)
+        self.progress("passages", total, total)
         reached("passages")
         embeddings = np.load(self.folder / embeddings_name(generation), mmap_mode="r", allow_pickle=False)
         faiss_record = build_faiss(
@@ -209,6 +211,7 @@ class _Build:
         reached("faiss")
         self.progress("bm25", 0, total)
         words = bm25.build_bm25(self.folder / bm25.bm25_name(generation), [encoder_text(p) for p in self.passages])
+        self.progress("bm25", total, total)
         reached("bm25")
         names += [embeddings_name(generation), faiss_name(generation)]
         names += [path.relative_to(self.folder).as_posix() for path in words]
@@ -257,7 +260,7 @@ class _Build:
             vectors[known], windows[known] = old.take(rows[known])
         if len(new):
             vectors[new], windows[new] = encode_passages(
-                [passages[i] for i in new],
+                [passages[i] for i in new.tolist()],
                 self.encoder,
                 mode=self.options.long_passages,
                 prompt=self.encoder.prompts["passage"],

@@ -80,7 +80,7 @@ class SentenceEncoder:
         self._tokenizer: Any = self._model.tokenizer
         self.width = int(self._model.get_embedding_dimension() or 0)
         self.max_length = int(self._model.max_seq_length or 512)
-        self.prompts = _prompts(self._model)
+        self.prompts: Mapping[str, str] = _prompts(self._model)
 
     def encode(self, texts: Sequence[str], *, prompt: str = "") -> NDArray[np.float32]:
         """Unit vectors of the texts, float32 (len(texts), R); batches are of texts of about one length."""

@@ -7,12 +7,8 @@ from pathlib import Path
 
 from ragmoe._errors import BundleError
 from ragmoe.bundle import is_bundle
-from ragmoe.models.bert import (
-    QuestionAnsweringOutput,
-    RagmoeBertConfig,
-    RagmoeBertForQuestionAnswering,
-    RagmoeBertModel,
-)
+from ragmoe.models.bert import QuestionAnsweringOutput, RagmoeBertForQuestionAnswering, RagmoeBertModel
+from ragmoe.models.config import RagmoeBertConfig
 from ragmoe.models.reading import Answer
 
 

@@ -2,7 +2,8 @@
 
     model = RagmoeBertForQuestionAnswering.from_dense("path/to/bert", gate="retrieval", experts=8)
 
-This file holds the network. What a user calls on it (read, answer, route) is in reading.py, saving in saving.py.
+This file holds the network. Its configuration is in config.py, what a user calls on it (read, answer, route) in
+reading.py, saving in saving.py, how a dense checkpoint becomes one in upcycling.py.
 
 B questions, M passages a question, Q = B*M sequences, T positions, D width, N neighbours, R encoder width, E experts.
 A sequence's candidates are C = 4 + T: "no answer here", yes, no, maybe, and each of its tokens.
@@ -10,18 +11,14 @@ A sequence's candidates are C = 4 + T: "no answer here", yes, no, maybe, and eac
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, BertConfig
-from transformers import BertModel as DenseBertModel
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
@@ -30,79 +27,13 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, Be
 from ragmoe._errors import ModelError
 from ragmoe.experts import Experts, FeedForward
 from ragmoe.gates import Gate, Routing, gate_class
+from ragmoe.models.config import SPECIAL_CANDIDATES, RagmoeBertConfig
 from ragmoe.models.loss import answer_loss
 from ragmoe.models.reading import ReaderMixin
-from ragmoe.models.saving import BundleMixin, quiet_loading
+from ragmoe.models.saving import BundleMixin
+from ragmoe.models.upcycling import copy_dense, dense_source, upcycled_config
 from ragmoe.moe import MoELayer, load_balance_loss, z_loss
 from ragmoe.neighbours import Neighbours
-
-logger = logging.getLogger(__name__)
-
-SPECIAL_CANDIDATES = ("", "yes", "no", "maybe")
-
-
-@strict
-class RagmoeBertConfig(BertConfig):
-    """A BERT configuration and what its sparse layers add.
-
-    Args:
-        gate: name of the gate (see ``ragmoe.gates.gate_names()``).
-        experts, top_k: E experts a sparse layer, K of them for each token.
-        expert_kind: ``lora`` or ``ffn``; ``expert_rank`` is the rank of the former.
-        shared_expert: full experts stand beside the dense network instead of in its place.
-        sparse_layers: which layers are sparse; None means every second one, beginning with the second.
-        gate_width: width of the retrieval gate's attention.
-        neighbour_width: width R of the index's embeddings; ``neighbours`` how many of them the gate sees.
-        balance_loss, z_loss: weights of the routing losses.
-        max_length, stride: tokens of a sequence, and how far the windows of a longer passage overlap.
-        max_answer_tokens: longest answer read.
-        no_answer_threshold: a question is left unanswered where "no answer here" beats the best answer by more
-            than this; calibrated by training.
-        expert_ids, expert_names: one for each expert; None means that they count from 0 and are unnamed.
-        encoder, index_digest: of the index the model was trained with.
-    """
-
-    model_type = "ragmoe_bert"
-
-    gate: str = "retrieval"
-    experts: int = 8
-    top_k: int = 2
-    expert_kind: str = "lora"
-    expert_rank: int = 16
-    shared_expert: bool = False
-    sparse_layers: list[int] | None = None
-    gate_width: int = 64
-    gate_noise: float = 0.0
-    token_dropout: float = 0.0
-    normalise_weights: bool | None = None
-    neighbour_width: int = 384
-    neighbours: int = 16
-    balance_loss: float = 0.01
-    z_loss: float = 0.001
-    max_length: int = 384
-    stride: int = 96
-    max_answer_tokens: int = 128
-    no_answer_threshold: float = 0.0
-    expert_ids: list[int] | None = None
-    expert_names: list[str] | None = None
-    encoder: dict[str, Any] | None = None
-    index_digest: str | None = None
-
-    def resolved_sparse_layers(self) -> list[int]:
-        """The sparse layers, checked."""
-        if self.sparse_layers is None:
-            return list(range(1, self.num_hidden_layers, 2))
-        wrong = [i for i in self.sparse_layers if not 0 <= i < self.num_hidden_layers]
-        if wrong:
-            raise ModelError(f"sparse_layers has {wrong}, but the layers are 0 to {self.num_hidden_layers - 1}")
-        return sorted(set(self.sparse_layers))
-
-    def check(self) -> None:
-        """Raise ModelError where settings contradict each other; called when a model is built."""
-        self.resolved_sparse_layers()
-        names = self.expert_names
-        if names is not None and not len(names) == len(set(names)) == self.experts:
-            raise ModelError(f"expert_names is {names}: expected {self.experts} different names, one for each expert")
 
 
 @dataclass
@@ -390,24 +321,8 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
             ModelError: when there is no such checkpoint, it is of another model type or lacks weights, or for settings
                 that do not exist or contradict each other.
         """
-        if isinstance(base, RagmoeBertForQuestionAnswering):
-            dense_config, dense = base.config, base.bert
-            if base.sparse_layers:
-                raise ModelError(f"layers {base.sparse_layers} of the base are sparse already; expected a dense reader")
-        else:
-            try:
-                dense_config = AutoConfig.from_pretrained(base)
-            except (OSError, ValueError) as error:
-                raise ModelError(f"{base} is not a checkpoint: {str(error).splitlines()[0]}") from error
-            if dense_config.model_type != "bert":
-                raise ModelError(f"{base} is a {dense_config.model_type!r} model; expected a model of type 'bert'")
-            with quiet_loading():
-                dense, info = DenseBertModel.from_pretrained(
-                    base, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
-                )
-            if lacking := sorted(info["missing_keys"]):
-                raise ModelError(f"the checkpoint {base} lacks {len(lacking)} weights of its encoder: {lacking[:5]}")
-        config = _upcycled_config(dense_config, settings)
+        dense_config, dense = dense_source(base)
+        config = upcycled_config(dense_config, settings)
         config.architectures = [cls.__name__]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -415,43 +330,8 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
         if isinstance(base, RagmoeBertForQuestionAnswering):
             model.qa_outputs.load_state_dict(base.qa_outputs.state_dict())
             model.special_outputs.load_state_dict(base.special_outputs.state_dict())
-        model._copy_dense(dense, expert_noise, torch.Generator().manual_seed(seed))
+        copy_dense(model.bert, dense, noise=expert_noise, generator=torch.Generator().manual_seed(seed))
         return model
-
-    @torch.no_grad()
-    def _copy_dense(self, dense: nn.Module, noise: float, generator: torch.Generator) -> None:
-        missing, unexpected = self.bert.load_state_dict(dense.state_dict(), strict=False)
-        left_out = [name for name in missing if ".moe." not in name]
-        replaced = tuple(f"encoder.layer.{i}." for i in self.sparse_layers)
-        unexpected = [name for name in unexpected if not name.startswith(replaced)]
-        if left_out or unexpected:
-            raise ModelError(f"the dense checkpoint does not fit: missing {left_out[:5]}, unexpected {unexpected[:5]}")
-        deviation = 0.0
-        layers = zip(cast(Any, self.bert).encoder.layer, cast(Any, dense).encoder.layer, strict=True)
-        for ours, theirs in layers:
-            if ours.moe is not None:
-                up, down = theirs.intermediate.dense, theirs.output.dense
-                copied = ours.moe.experts.copy_dense(up, down, noise=noise, generator=generator)
-                deviation = max(deviation, copied)
-        if deviation:
-            logger.warning("expert copies differ from the dense weights by up to %.2e", deviation)
-
-
-def _upcycled_config(dense: Any, settings: dict[str, Any]) -> RagmoeBertConfig:
-    """The dense model's configuration with the settings laid over it."""
-    ours = set(RagmoeBertConfig.__annotations__) | set(BertConfig.__annotations__)
-    if unknown := sorted(set(settings) - ours):
-        raise ModelError(
-            f"unknown model settings {', '.join(unknown)}; there are: {', '.join(sorted(ours - {'model_type'}))}"
-        )
-    # A dense reader's list of sparse layers is empty, and would leave the new model dense as well.
-    inherited = {k: v for k, v in dense.to_dict().items() if k in ours - {"model_type", "sparse_layers"}}
-    try:
-        config = RagmoeBertConfig(**{**inherited, **settings})
-    except StrictDataclassError as error:
-        raise ModelError(f"bad model settings: {error}") from None
-    config.sparse_layers = config.resolved_sparse_layers()
-    return config
 
 
 AutoConfig.register("ragmoe_bert", RagmoeBertConfig)

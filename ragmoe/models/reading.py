@@ -17,14 +17,13 @@ from torch.nn import functional as F
 
 from ragmoe._errors import ModelError
 from ragmoe.corpus.types import Passage
+from ragmoe.models.config import SPECIAL_CANDIDATES
 from ragmoe.models.windows import Window, collate, tokenize_passages, tokenize_questions, windows
 from ragmoe.moe import RoutingStatistics
 from ragmoe.neighbours import Neighbours
 
 if TYPE_CHECKING:
     from ragmoe.index import Index
-
-_SPECIAL = ("", "yes", "no", "maybe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,14 +221,15 @@ class ReaderMixin(nn.Module):
 
     def _decode(self, start_QC: Tensor, end_QC: Tensor) -> list[_Candidate]:
         """The best answer of each sequence: yes, no, maybe, or the best span of at most ``max_answer_tokens``."""
-        start_QT, end_QT = start_QC[:, 4:], end_QC[:, 4:]
+        first = len(SPECIAL_CANDIDATES)
+        start_QT, end_QT = start_QC[:, first:], end_QC[:, first:]
         reach = min(self.config.max_answer_tokens, start_QT.shape[1])
         # The best end within reach of each start: a running maximum over the next positions.
         padded_QT = F.pad(end_QT, (0, reach - 1), value=torch.finfo(torch.float32).min)
         best_end_QT, last_QT = padded_QT.unfold(1, reach, 1).max(dim=-1)
         span_Q, first_Q = (start_QT + best_end_QT).max(dim=1)
         last_Q = first_Q + last_QT.gather(1, first_Q.unsqueeze(1)).squeeze(1)
-        special_Q4 = start_QC[:, :4] + end_QC[:, :4]
+        special_Q4 = start_QC[:, :first] + end_QC[:, :first]
         said_Q, which_Q = special_Q4[:, 1:].max(dim=1)
         is_span_Q = span_Q >= said_Q
         score_Q = torch.where(is_span_Q, span_Q, said_Q)
@@ -261,7 +261,7 @@ class ReaderMixin(nn.Module):
             "answered": none <= self.config.no_answer_threshold,
         }
         if best.special:
-            return Answer(_SPECIAL[best.special], "yesno", start=None, **common)
+            return Answer(SPECIAL_CANDIDATES[best.special], "yesno", start=None, **common)
         window = sequence.window
         start = window.offsets[best.first - window.context_start][0]
         end = window.offsets[best.last - window.context_start][1]

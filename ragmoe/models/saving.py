@@ -108,6 +108,8 @@ class BundleMixin(PreTrainedModel):
         if path is None or kwargs.get("state_dict") is not None or not is_bundle(path):
             return super().from_pretrained(path, *args, **kwargs)
         tensors, bundle = read_bundle(path)
+        if "config" not in bundle.extra:
+            raise BundleError(f"the map of {path} holds no configuration", hint="was it written by save_pretrained?")
         config = kwargs.pop("config", None) or cls.config_class.from_dict(dict(bundle.extra["config"]))
         _apply_map(config, bundle)
         wanted_info = kwargs.pop("output_loading_info", False)

@@ -22,6 +22,12 @@ _ADAPTED = (
     r"output\.dense)"
 )
 _HEAD = ["qa_outputs", "special_outputs"]
+_ELSEWHERE = {
+    "neighbours": "raft.neighbours",
+    "neighbour_width": "data.index",
+    "hidden_dropout_prob": "train.dropout",
+    "attention_probs_dropout_prob": "train.dropout",
+}
 # What of a bundle may change when it is trained on: nothing that changes a shape.
 _CHANGEABLE = {
     "balance_loss", "gate_noise", "max_answer_tokens", "max_length", "neighbours", "stride", "token_dropout", "z_loss",
@@ -35,6 +41,9 @@ def build_model(config: TrainingConfig, index: Any, *, on_cpu: bool) -> RagmoeBe
         ModelError, ConfigError: for settings that do not fit the base.
     """
     settings = dict(config.model)
+    for name, instead in _ELSEWHERE.items():
+        if name in settings:
+            raise ConfigError(f"model.{name} is set by {instead}: set that", hint=f"ragmoe train ... {instead}=VALUE")
     dropout = config.train.dropout if config.train.dropout is not None else (0.0 if on_cpu else None)
     if dropout is not None:
         settings |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}

@@ -15,6 +15,9 @@ from ragmoe.training.config import RaftConfig
 from ragmoe.training.data import Retrieved, gold_ids
 from ragmoe.training.raft import hard_distractors
 
+# How many passages a question is read with when it is asked (``model.answer``, tasks in the open setting).
+READ = 5
+
 
 def calibrate(
     model: RagmoeBertForQuestionAnswering,
@@ -26,9 +29,9 @@ def calibrate(
 ) -> float:
     """The threshold under which answering pays best.
 
-    Each question is read twice: with its gold passage (where it has one) and with distractors alone. An answer given
-    scores its F1 where the gold passage is there and nothing where it is not; one withheld scores 1 where it is not.
-    Both cases weigh the same.
+    Each question is read twice: with its gold passage (where it has one) and with distractors alone. What counts is the
+    share of the F1 there is to earn that answering earns, plus the share of the questions without their gold passage
+    that are withheld. (Adding F1 itself would have a weak reader withhold everything.)
 
     Returns:
         The threshold on ``Answer.no_answer_score`` with the best mean; 0.0 without any question.
@@ -37,12 +40,14 @@ def calibrate(
         return 0.0
     present, absent = [], []
     for place, question in enumerate(questions):
-        gold = index.passages(gold_ids(question)[:1])
-        distractors = hard_distractors(question, gold, index.passages(retrieved.ids(place)[: config.passages + 8]))
+        gold = index.passages(question.gold_ids)
+        # The passage an unanswerable question was asked over is its hardest distractor.
+        near = list(dict.fromkeys([*(() if gold else question.context_ids), *retrieved.ids(place)]))
+        distractors = hard_distractors(question, gold, index.passages(near))
         seen = retrieved.neighbours(place, config.neighbours)
-        if gold:
-            present.append((question, texts[place], gold + distractors[: config.passages - 1], seen))
-        absent.append((question, texts[place], distractors[: config.passages], seen.without([[p.id for p in gold]])))
+        if readable := gold_ids(question)[:1]:
+            present.append((question, texts[place], index.passages(readable) + distractors[: READ - 1], seen))
+        absent.append((question, texts[place], distractors[:READ], seen.without([question.gold_ids])))
     answers = _read(model, present)
     gains = [best_over(f1, answer.text, case[0].answers) for answer, case in zip(answers, present, strict=True)]
     return best_threshold(_scores(answers), np.array(gains), _scores(_read(model, absent)))
@@ -62,7 +67,7 @@ def _scores(answers: Sequence[Answer]) -> np.ndarray:
 
 
 def best_threshold(present: np.ndarray, gains: np.ndarray, absent: np.ndarray) -> float:
-    """The threshold that maximises mean gain of answered present cases plus the share of withheld absent ones.
+    """The threshold that maximises the share of gains kept plus the share of absent cases withheld.
 
     Args:
         present, absent: no-answer scores where the answer is there and where it is not.
@@ -74,6 +79,6 @@ def best_threshold(present: np.ndarray, gains: np.ndarray, absent: np.ndarray) -
         return 0.0
     # Between two scores, and beyond either end: the choice never sits on a score itself.
     cuts = np.concatenate([[finite[0] - 1.0], (finite[1:] + finite[:-1]) / 2, [finite[-1] + 1.0]])
-    kept = [gains[present <= cut].sum() / max(1, len(present)) for cut in cuts]
+    kept = [gains[present <= cut].sum() / max(1e-9, gains.sum()) for cut in cuts]
     withheld = [(absent > cut).mean() if len(absent) else 0.0 for cut in cuts]
     return float(cuts[int(np.argmax(np.array(kept) + np.array(withheld)))])

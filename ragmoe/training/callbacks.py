@@ -1,54 +1,48 @@
-"""What is seen and kept of a run: a line of history now and then, and progress on stderr."""
+"""What is seen and kept of a run: a line of history now and then, and how far it is."""
 
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
 from ragmoe.training.trainer import RagmoeTrainer
 
 
-class HistoryCallback(TrainerCallback):
-    """Writes ``history.jsonl``, shows progress, and moves balance biases once an optimiser step."""
+class Shows(Protocol):
+    """Where progress is shown."""
 
-    def __init__(self, path: Path, *, steps: int, show: bool) -> None:
+    def stage(self, name: str, done: int, total: int) -> None:
+        """How far something is."""
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+
+
+class HistoryCallback(TrainerCallback):
+    """Writes ``history.jsonl``, tells of progress, and moves balance biases once an optimiser step."""
+
+    def __init__(self, path: Path, *, steps: int, show: Shows | None) -> None:
         self.path = path
         self.steps = steps
         self.show = show
         self.trainer: RagmoeTrainer | None = None
-        self._progress: Any = None
-        self._task: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._forget_after(state.global_step)
-        if self.show:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-                transient=False,
-                disable=not sys.stderr.isatty(),
-            )
-            self._task = self._progress.add_task("training", total=self.steps, completed=state.global_step, note="")
-            self._progress.start()
+        if self.show and state.global_step:
+            self.show.line(f"going on after step {state.global_step}")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer is not None:
             self.trainer.update_balance_bias()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step)
+        if self.show:
+            self.show.stage("training", state.global_step, self.steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs or self.trainer is None:
@@ -56,22 +50,8 @@ class HistoryCallback(TrainerCallback):
         record = {"step": state.global_step, **logs, **self.trainer.drain()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: _short(value) for key, value in record.items()}) + "\n")
-        self._tell(record)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def _tell(self, record: dict[str, Any]) -> None:
-        note = f"loss {record['loss']:.3f}"
-        if record["load"]:
-            largest = ", ".join(f"{max(load):.2f}" for load in record["load"])
-            entropy = ", ".join(f"{value:.2f}" for value in record["gate_entropy"])
-            note += f"  balance {record.get('balance_loss', 0.0):.3f}  largest load {largest}  gate entropy {entropy}"
-        if self._progress is not None:
-            self._progress.update(self._task, note=note)
-            if self._progress.disable:
-                print(f"step {record['step']}/{self.steps}  {note}", file=sys.stderr, flush=True)
+        if self.show:
+            self.show.line(_line(record, self.steps, self.trainer.routing.layers))
 
     def _forget_after(self, step: int) -> None:
         """A resumed run repeats the steps after its checkpoint; drop what was written of them."""
@@ -79,6 +59,17 @@ class HistoryCallback(TrainerCallback):
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step(line) <= step] if step else []
             self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _line(record: dict[str, Any], steps: int, layers: Sequence[int]) -> str:
+    """One line: losses, then load per expert (per cent) and gate entropy (nats) of each sparse layer."""
+    text = f"step {record['step']}/{steps}  loss {record['loss']:.3f}"
+    if record["load"] and len(record["load"][0]) > 1:
+        text += f"  balance {record['balance_loss']:.3f}"
+        for layer, load, entropy in zip(layers, record["load"], record["gate_entropy"], strict=True):
+            shares = " ".join(f"{100 * share:.0f}" for share in load)
+            text += f"  layer {layer}: load {shares} entropy {entropy:.2f}"
+    return text
 
 
 def _step(line: str) -> float:

@@ -5,6 +5,7 @@ Every field has its default here; the resolved configuration is saved beside the
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ class DataConfig(_Strict):
     question_field: Literal["question", "question_raw"] = "question"
     limit: int | None = Field(None, ge=1)
     calibration_share: float = Field(0.03, ge=0.0, lt=0.5)
-    calibration_limit: int = Field(200, ge=1)
+    calibration_limit: int = Field(100, ge=1)
 
 
 class RaftConfig(_Strict):
@@ -135,14 +136,14 @@ def load_config(
 
     Args:
         source: a YAML file, or a mapping of the same form.
-        overrides: ``key.key=value`` with the value in YAML.
+        overrides: ``key.key=value`` with the value in YAML; their paths are relative to the working directory.
         folder: what relative paths of a mapping are relative to; None means the working directory.
 
     Raises:
         ConfigError: naming the key, what was got and what was expected.
     """
     if isinstance(source, Mapping):
-        name, content, folder = "configuration", dict(source), folder or Path.cwd()
+        name, content, folder = "configuration", copy.deepcopy(dict(source)), folder or Path.cwd()
     else:
         path = Path(source)
         if not path.is_file():
@@ -180,12 +181,38 @@ def set_key(content: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"cannot read the override {override!r}: expected key.key=value")
     *path, last = key.split(".")
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"cannot read the override {override!r}: {value!r} is not YAML") from None
     at = content
     for part in path:
         at = at.setdefault(part, {})
         if not isinstance(at, dict):
             raise ConfigError(f"cannot override {key!r}: {part!r} is not a section")
-    at[last] = yaml.safe_load(value)
+    at[last] = _here(_number(read)) if key in _PATHS else _number(read)
+
+
+# Keys whose values are files; what is no file here (a Hub id, ``minilm``) is left alone.
+_PATHS = {"base", "start", "data.index", "data.questions"}
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 1e-4 for a text."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _here(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_here(entry) for entry in value]
+    if isinstance(value, str) and "$" not in value and (Path(value).exists() or "/" in value or "*" in value):
+        return str(Path(value).resolve()) if Path(value).exists() or "*" in value else value
+    return value
 
 
 def resolve(entry: str, folder: Path) -> str:

@@ -24,6 +24,7 @@ from ragmoe._errors import DataError
 from ragmoe.corpus import read_questions
 from ragmoe.corpus.types import Passage, Question
 from ragmoe.index import Index
+from ragmoe.models.config import SPECIAL_CANDIDATES
 from ragmoe.models.windows import Window, collate, room, tokenize_passages, tokenize_questions, window
 from ragmoe.neighbours import Neighbours
 from ragmoe.training.config import RaftConfig
@@ -31,8 +32,7 @@ from ragmoe.training.raft import Example, sample
 
 # Distractors come from this many neighbours beyond those that are read, since some hold the answer.
 _SPARE = 8
-_FIRST_CANDIDATE = 4
-_YES_NO_MAYBE = {"yes": 1, "no": 2, "maybe": 3}
+_FIRST_TOKEN = len(SPECIAL_CANDIDATES)
 
 
 def load_questions(patterns: Sequence[str], limit: int | None = None) -> list[Question]:
@@ -48,14 +48,35 @@ def load_questions(patterns: Sequence[str], limit: int | None = None) -> list[Qu
     return questions
 
 
-def hold_out(questions: Sequence[Question], share: float) -> tuple[list[Question], list[Question]]:
-    """Split by the digest of the document a question is about: (to fit on, to calibrate on)."""
+def hold_out(
+    questions: Sequence[Question], index: Index, share: float, limit: int
+) -> tuple[list[Question], list[Question]]:
+    """Split by the document a question is about: (to fit on, to calibrate on).
+
+    Documents are drawn by digest, and so are the ``limit`` questions of them that are used; the others of a held
+    document are left out of both.
+    """
     fit: list[Question] = []
     held: list[Question] = []
     for question in questions:
-        document = (question.gold_ids or question.context_ids or (question.id,))[0]
+        place = next(iter(question.gold_ids or question.context_ids), None)
+        document = (index.passage(place).doc_id or place) if place else question.id
         (held if int(_digest(document), 16) % 10_000 < share * 10_000 else fit).append(question)
-    return fit, held
+    return fit, sorted(held, key=lambda question: _digest(question.id))[:limit]
+
+
+def check_questions(questions: Sequence[Question], index: Index) -> None:
+    """Raise DataError for the first question that cannot be what it says it is."""
+    for question in questions:
+        said = question.answers[0].lower() if question.answers else ""
+        if question.answer_type == "yesno" and said not in SPECIAL_CANDIDATES:
+            raise DataError(f"question {question.id}: the answer is {said!r}; expected yes, no or maybe")
+        for name in (*question.gold_ids, *question.context_ids):
+            if index.find(name) is None:
+                raise DataError(
+                    f"question {question.id} names the passage {name!r}, which {index.folder} does not hold",
+                    hint="ragmoe data check FILE --index DIR lists all such questions",
+                )
 
 
 def _digest(text: str) -> str:
@@ -146,7 +167,8 @@ class RaftDataset(Dataset):
         self.config = config
         self.seed = seed
         self.raw = question_field == "question_raw"
-        self.order = self._plan(examples, batch_size, bucket)
+        # Which question is shown, and which of its random draws: both are independent of how batches are cut.
+        self.order, self.draws = self._plan(examples, batch_size, bucket)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -169,10 +191,10 @@ class RaftDataset(Dataset):
             [known[name] for name in spare],
             self.retrieved.neighbours(place, self.config.neighbours),
             self.config,
-            seed=self.seed * 1_000_003 + at,
+            seed=self.seed * 1_000_003 + self.draws[at],
         )
 
-    def _plan(self, examples: int, batch_size: int, bucket: int) -> list[int]:
+    def _plan(self, examples: int, batch_size: int, bucket: int) -> tuple[list[int], list[int]]:
         draw = random.Random(self.seed)
         lengths = [self._length(question) for question in self.questions]
         order: list[int] = []
@@ -183,13 +205,14 @@ class RaftDataset(Dataset):
         order = order[:examples]
         planned: list[int] = []
         for begin in range(0, examples, batch_size * bucket):
-            part = sorted(order[begin : begin + batch_size * bucket], key=lambda i: lengths[i])
+            end = min(examples, begin + batch_size * bucket)
+            part = sorted(range(begin, end), key=lambda i: lengths[order[i]])
             batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
             # A last, smaller batch must stay last, or those after it would be cut differently.
             last = [batches.pop()] if len(batches[-1]) < batch_size else []
             draw.shuffle(batches)
             planned += [i for batch in batches + last for i in batch]
-        return planned
+        return [order[i] for i in planned], planned
 
     def _length(self, question: Question) -> int:
         names = question.gold_ids or question.context_ids
@@ -236,8 +259,9 @@ class RaftCollator:
             low, high = 0, at_most
             if target is not None:
                 first, last = (position - whole.context_start for position in target)
-                low, high = max(0, min(last + 1 - size, at_most)), min(first, at_most)
-                low = min(low, high)
+                # An answer longer than the window is read from its beginning, as far as the window reaches.
+                low, high = max(0, min(last + 1 - size, first)), min(first, at_most)
+                low = min(low, high) if last - first < size else high
             begin = draw.randint(low, high)
             w = window(self.tokenizer, question, text, begin, size)
             found.append((w, *self._target(example, w, is_gold)))
@@ -247,10 +271,9 @@ class RaftCollator:
         if not is_gold:
             return 0, 0
         if example.span is None:
-            said = _YES_NO_MAYBE[example.question.answers[0].lower()]
+            said = SPECIAL_CANDIDATES.index(example.question.answers[0].lower())
             return said, said
-        positions = w.token_span(example.span.start, example.span.start + len(example.span.text))
-        if positions is None:
-            # An answer longer than a window: its beginning is there, its end is not. Nothing can be learned from it.
-            return 0, 0
-        return positions[0] + _FIRST_CANDIDATE, positions[1] + _FIRST_CANDIDATE
+        reach = w.offsets[-1][1]
+        positions = w.token_span(example.span.start, min(reach, example.span.start + len(example.span.text)))
+        assert positions is not None, "the window was chosen to hold the answer's beginning"
+        return positions[0] + _FIRST_TOKEN, positions[1] + _FIRST_TOKEN

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ragmoe.models.config import SPECIAL_CANDIDATES
 from ragmoe.training.run import Run
 
 _GIB = 2**30
@@ -52,14 +53,14 @@ def _activation_bytes(run: Run, tokens: int) -> int:
 
 
 def _decoded(run: Run, batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-    tokenizer, rows = run.collator.tokenizer, []
+    tokenizer, rows, first = run.collator.tokenizer, [], len(SPECIAL_CANDIDATES)
     starts, ends = batch["start_positions"].reshape(-1), batch["end_positions"].reshape(-1)
     for ids, start, end in zip(batch["input_ids"], starts.tolist(), ends.tolist(), strict=True):
-        target = ("(no answer here)", "yes", "no", "maybe")[start] if start < 4 else None
+        target = (SPECIAL_CANDIDATES[start] or "(no answer here)") if start < first else None
         rows.append(
             {
                 "sequence": tokenizer.decode(ids[ids != tokenizer.pad_token_id]),
-                "target": target or tokenizer.decode(ids[start - 4 : end - 3]),
+                "target": target or tokenizer.decode(ids[start - first : end - first + 1]),
             }
         )
     return rows

@@ -12,22 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from ragmoe._errors import BundleError, ConfigError, DataError
-from ragmoe.bundle import is_bundle
+from ragmoe._errors import BundleError, DataError, ModelError
+from ragmoe.bundle import MAP_NAME
 from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering, load
 from ragmoe.training.build import build_model, make_trainable, trained_parameters, wants_bf16
 from ragmoe.training.calibration import calibrate
-from ragmoe.training.callbacks import HistoryCallback
+from ragmoe.training.callbacks import HistoryCallback, Shows
 from ragmoe.training.config import TrainingConfig, load_config
-from ragmoe.training.data import RaftCollator, RaftDataset, Retrieved, hold_out, learnable, load_questions
+from ragmoe.training.data import (
+    RaftCollator,
+    RaftDataset,
+    Retrieved,
+    check_questions,
+    hold_out,
+    learnable,
+    load_questions,
+)
+from ragmoe.training.folder import CHECKPOINTS, HISTORY_NAME, check_out, last_checkpoint, start
 from ragmoe.training.trainer import RagmoeTrainer
 
-CONFIG_NAME, HISTORY_NAME, CACHE_NAME = "training.yaml", "history.jsonl", ".neighbours"
+CACHE_NAME = ".neighbours"
 _SPARE_NEIGHBOURS = 10
 
 
@@ -38,7 +45,7 @@ class TrainResult:
     Attributes:
         bundle: folder of the trained model.
         adapter: folder of the PEFT adapter, for ``train.what: lora``.
-        seconds: spent on training steps.
+        seconds: spent on training steps; None for a run that went on from a checkpoint.
         loss: mean training loss.
         parameters: total, active and trained.
         questions: how many were fitted on, held out, and left out because nothing can be learned from them.
@@ -46,7 +53,7 @@ class TrainResult:
 
     bundle: Path
     adapter: Path | None
-    seconds: float
+    seconds: float | None
     steps: int
     loss: float
     parameters: dict[str, int]
@@ -86,10 +93,10 @@ def prepare(config: TrainingConfig, *, cache: Path | None = None) -> Run:
     index = Index.open(config.data.index)
     questions = load_questions(config.data.questions, config.data.limit)
     known = [question for question in questions if learnable(question)]
-    fit, held = hold_out(known, config.data.calibration_share)
+    check_questions(known, index)
+    fit, held = hold_out(known, index, config.data.calibration_share, config.data.calibration_limit)
     if not fit:
         raise DataError(f"none of the {len(questions)} questions can be learned from: no answer_spans, no yes/no/maybe")
-    held = held[: config.data.calibration_limit]
     model = build_model(config, index, on_cpu=not torch.cuda.is_available())
     adapted = make_trainable(model, config)
 
@@ -122,7 +129,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     cache: str | os.PathLike[str] | None = None,
-    show: bool = False,
+    show: Shows | None = None,
 ) -> TrainResult:
     """Fine-tune a reader and save it as a bundle.
 
@@ -132,7 +139,7 @@ def train(
         resume: go on from the last checkpoint; equals the run that was never interrupted.
         overwrite: start again where a run has left something.
         cache: folder where neighbours of questions are kept between runs; None means in the index's own folder.
-        show: progress on stderr.
+        show: told of each step and each line of the history.
 
     Raises:
         ConfigError, DataError, ModelError: before anything is written.
@@ -140,20 +147,22 @@ def train(
     """
     resolved = config if isinstance(config, TrainingConfig) else load_config(config, overrides)
     folder = Path(out)
-    _check_out(folder, resolved, resume=resume, overwrite=overwrite)
+    check_out(folder, resolved, resume=resume, overwrite=overwrite)
     set_seed(resolved.seed)
     run = prepare(resolved, cache=Path(cache) if cache else None)
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(
-        yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    bf16 = start(
+        folder,
+        resolved,
+        index=run.index.digest,
+        questions=run.dataset.questions,
+        bf16=wants_bf16(resolved.train.precision),
+        overwrite=overwrite,
     )
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     history = HistoryCallback(folder / HISTORY_NAME, steps=resolved.train.steps, show=show)
     trainer = RagmoeTrainer(
         model=run.model,
-        args=_arguments(resolved, checkpoints),
+        args=_arguments(resolved, checkpoints, bf16=bf16),
         train_dataset=run.dataset,
         data_collator=run.collator,
         callbacks=[history],
@@ -163,11 +172,17 @@ def train(
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    last = last_checkpoint(folder)
     parameters = run.parameters
     begin = time.perf_counter()
-    finished = trainer.train(resume_from_checkpoint=last)
-    seconds = time.perf_counter() - begin
+    try:
+        finished = trainer.train(resume_from_checkpoint=last)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"out of memory in a step: {str(error).splitlines()[0]}",
+            hint="halve train.batch_size and double train.accumulation, or set train.gradient_checkpointing=true",
+        ) from None
+    seconds = None if last else time.perf_counter() - begin
     # Trainer leaves its autocast around forward; what is saved and compared is the model itself.
     run.model = trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     adapter = _save(run, folder)
@@ -183,23 +198,7 @@ def train(
     )
 
 
-def _check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: bool) -> None:
-    started = (folder / CONFIG_NAME).is_file()
-    if is_bundle(folder) and not overwrite:
-        raise ConfigError(f"{folder} holds a finished run", hint="name another folder, or pass --overwrite")
-    if started and not resume and not overwrite:
-        raise ConfigError(f"{folder} holds a run that did not finish", hint="pass --resume to go on, or --overwrite")
-    if resume and started:
-        before = yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        now = config.model_dump(mode="json")
-        if differ := sorted(key for key in now if now[key] != before.get(key)):
-            raise ConfigError(
-                f"cannot resume {folder}: the configuration differs in {', '.join(differ)} from its {CONFIG_NAME}",
-                hint=f"ragmoe train {folder / CONFIG_NAME} --out {folder} --resume",
-            )
-
-
-def _arguments(config: TrainingConfig, checkpoints: Path) -> TrainingArguments:
+def _arguments(config: TrainingConfig, checkpoints: Path, *, bf16: bool) -> TrainingArguments:
     train = config.train
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -210,7 +209,7 @@ def _arguments(config: TrainingConfig, checkpoints: Path) -> TrainingArguments:
         lr_scheduler_type="linear",
         warmup_steps=math.ceil(train.warmup * train.steps),
         max_grad_norm=train.clip,
-        bf16=wants_bf16(train.precision),
+        bf16=bf16,
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         logging_steps=config.log_every,
@@ -244,6 +243,8 @@ def _save(run: Run, folder: Path) -> Path | None:
     batch = run.collator([run.dataset[at] for at in range(min(2, len(run.dataset)))])
     difference = largest_difference(model, load(folder), batch)
     if difference != 0.0:
+        # Without its map it is no bundle, and nobody takes it for a finished run.
+        (folder / MAP_NAME).unlink()
         raise BundleError(f"{folder} was saved, but its logits differ from the trained model's by {difference:.2e}")
     return adapter
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from stub_encoder import StubEncoder
 
 from ragmoe.__main__ import main
-
-_STUB = Path(__file__).parents[1] / "index" / "stub_encoder.py"
-_spec = importlib.util.spec_from_file_location("cli_stub_encoder", _STUB)
-assert _spec is not None and _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-StubEncoder = _module.StubEncoder
 
 
 class Ended(NamedTuple):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import save_tiny_bert
 from tiny_models import Make
-from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
+from transformers import AutoTokenizer
 
 from ragmoe.models import RagmoeBertForQuestionAnswering
-
-WORDS = "the a of what is who when river zebra city open clinic bank law where archive he she café"
 
 
 @pytest.fixture(autouse=True)
@@ -29,28 +27,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of random weights and a WordPiece tokenizer that knows letters and a few words."""
-    folder = tmp_path_factory.mktemp("dense")
-    config = BertConfig(
-        vocab_size=200,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    torch.manual_seed(7)
-    model = BertModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    pieces = [*string.ascii_lowercase, *string.digits, *".,-?!'"]
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocab = [*specials, *pieces, *(f"##{piece}" for piece in pieces[:36]), *WORDS.split()]
-    BertTokenizerFast(vocab={word: i for i, word in enumerate(vocab)}).save_pretrained(folder)
-    return folder
+    return save_tiny_bert(tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture(scope="session")

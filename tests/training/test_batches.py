@@ -119,8 +119,9 @@ def test_retrieval_is_taken_from_the_cache_the_second_time(
 
 def test_a_document_is_never_on_both_sides_of_the_calibration_slice(world: Path) -> None:
     questions = load_questions([str(world / "questions.jsonl")])
-    fit, held = hold_out(questions, 0.3)
+    fit, held = hold_out(questions, Index.open(world / "index"), 0.3, 100)
     assert fit and held and len(fit) + len(held) == len(questions)
+    assert len(hold_out(questions, Index.open(world / "index"), 0.3, 2)[1]) == 2
     named = [{(q.gold_ids or q.context_ids)[0] for q in side} for side in (fit, held)]
     assert not named[0] & named[1]
 

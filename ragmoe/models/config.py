@@ -1,0 +1,77 @@
+"""The configuration of a reader: a BERT configuration and what its sparse layers add."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig
+
+from ragmoe._errors import ModelError
+
+# What a sequence can answer besides a span of its tokens, in the order of the logits; the first is "no answer here".
+SPECIAL_CANDIDATES = ("", "yes", "no", "maybe")
+
+
+@strict
+class RagmoeBertConfig(BertConfig):
+    """A BERT configuration and what its sparse layers add.
+
+    Args:
+        gate: name of the gate (see ``ragmoe.gates.gate_names()``).
+        experts, top_k: E experts a sparse layer, K of them for each token.
+        expert_kind: ``lora`` or ``ffn``; ``expert_rank`` is the rank of the former.
+        shared_expert: full experts stand beside the dense network instead of in its place.
+        sparse_layers: which layers are sparse; None means every second one, beginning with the second.
+        gate_width: width of the retrieval gate's attention.
+        neighbour_width: width R of the index's embeddings; ``neighbours`` how many of them the gate sees.
+        balance_loss, z_loss: weights of the routing losses.
+        max_length, stride: tokens of a sequence, and how far the windows of a longer passage overlap.
+        max_answer_tokens: longest answer read.
+        no_answer_threshold: a question is left unanswered where "no answer here" beats the best answer by more
+            than this; calibrated by training.
+        expert_ids, expert_names: one for each expert; None means that they count from 0 and are unnamed.
+        encoder, index_digest: of the index the model was trained with.
+    """
+
+    model_type = "ragmoe_bert"
+
+    gate: str = "retrieval"
+    experts: int = 8
+    top_k: int = 2
+    expert_kind: str = "lora"
+    expert_rank: int = 16
+    shared_expert: bool = False
+    sparse_layers: list[int] | None = None
+    gate_width: int = 64
+    gate_noise: float = 0.0
+    token_dropout: float = 0.0
+    normalise_weights: bool | None = None
+    neighbour_width: int = 384
+    neighbours: int = 16
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+    max_length: int = 384
+    stride: int = 96
+    max_answer_tokens: int = 128
+    no_answer_threshold: float = 0.0
+    expert_ids: list[int] | None = None
+    expert_names: list[str] | None = None
+    encoder: dict[str, Any] | None = None
+    index_digest: str | None = None
+
+    def resolved_sparse_layers(self) -> list[int]:
+        """The sparse layers, checked."""
+        if self.sparse_layers is None:
+            return list(range(1, self.num_hidden_layers, 2))
+        wrong = [i for i in self.sparse_layers if not 0 <= i < self.num_hidden_layers]
+        if wrong:
+            raise ModelError(f"sparse_layers has {wrong}, but the layers are 0 to {self.num_hidden_layers - 1}")
+        return sorted(set(self.sparse_layers))
+
+    def check(self) -> None:
+        """Raise ModelError where settings contradict each other; called when a model is built."""
+        self.resolved_sparse_layers()
+        names = self.expert_names
+        if names is not None and not len(names) == len(set(names)) == self.experts:
+            raise ModelError(f"expert_names is {names}: expected {self.experts} different names, one for each expert")

@@ -1,0 +1,93 @@
+"""How a dense BERT becomes a sparse one: its configuration, its weights, and what tells copied experts apart.
+
+Source: Komatsuzaki et al. 2022, "Sparse Upcycling".
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, BertConfig, BertModel
+
+from ragmoe._errors import ModelError
+from ragmoe.models.config import RagmoeBertConfig
+from ragmoe.models.saving import quiet_loading
+
+logger = logging.getLogger(__name__)
+
+
+def dense_source(base: Any) -> tuple[Any, nn.Module]:
+    """The configuration and the encoder of a dense base: a path, a Hub id, or a reader without sparse layers.
+
+    Raises:
+        ModelError: it is none of these, or lacks weights.
+    """
+    if isinstance(base, nn.Module):
+        reader: Any = base
+        if reader.sparse_layers:
+            raise ModelError(f"layers {reader.sparse_layers} of the base are sparse already; expected a dense reader")
+        return reader.config, reader.bert
+    path: str | Path = base
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+    if config.model_type != "bert":
+        raise ModelError(f"{path} is a {config.model_type!r} model; expected a model of type 'bert'")
+    with quiet_loading():
+        dense, info = BertModel.from_pretrained(
+            path, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
+        )
+    if lacking := sorted(info["missing_keys"]):
+        raise ModelError(f"the checkpoint {path} lacks {len(lacking)} weights of its encoder: {lacking[:5]}")
+    return config, dense
+
+
+def upcycled_config(dense: Any, settings: dict[str, Any]) -> RagmoeBertConfig:
+    """The dense model's configuration with the settings laid over it.
+
+    Raises:
+        ModelError: a setting does not exist, or has a wrong value.
+    """
+    ours = set(RagmoeBertConfig.__annotations__) | set(BertConfig.__annotations__)
+    if unknown := sorted(set(settings) - ours):
+        raise ModelError(
+            f"unknown model settings {', '.join(unknown)}; there are: {', '.join(sorted(ours - {'model_type'}))}"
+        )
+    # A dense reader's list of sparse layers is empty, and would leave the new model dense as well.
+    inherited = {k: v for k, v in dense.to_dict().items() if k in ours - {"model_type", "sparse_layers"}}
+    try:
+        config = RagmoeBertConfig(**{**inherited, **settings})
+    except StrictDataclassError as error:
+        raise ModelError(f"bad model settings: {error}") from None
+    config.sparse_layers = config.resolved_sparse_layers()
+    return config
+
+
+@torch.no_grad()
+def copy_dense(sparse: Any, dense: Any, *, noise: float, generator: torch.Generator) -> None:
+    """Copy a dense encoder into a sparse one of the same shape; prints by how much noisy copies deviate.
+
+    Raises:
+        ModelError: the two do not fit.
+    """
+    missing, unexpected = sparse.load_state_dict(dense.state_dict(), strict=False)
+    sparse_layers = sparse.config.resolved_sparse_layers()
+    left_out = [name for name in missing if ".moe." not in name]
+    replaced = tuple(f"encoder.layer.{i}." for i in sparse_layers)
+    unexpected = [name for name in unexpected if not name.startswith(replaced)]
+    if left_out or unexpected:
+        raise ModelError(f"the dense checkpoint does not fit: missing {left_out[:5]}, unexpected {unexpected[:5]}")
+    deviation = 0.0
+    for i in sparse_layers:
+        source = dense.encoder.layer[i]
+        experts = sparse.encoder.layer[i].moe.experts
+        copied = experts.copy_dense(source.intermediate.dense, source.output.dense, noise=noise, generator=generator)
+        deviation = max(deviation, copied)
+    if deviation:
+        logger.warning("expert copies differ from the dense weights by up to %.2e", deviation)

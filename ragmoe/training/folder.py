@@ -1,0 +1,101 @@
+"""The folder of a run: what may be written there, what it was started with, and where it can go on.
+
+training.yaml     the resolved configuration
+started.json      what else the run depends on: digests of index and questions, the precision that was chosen
+history.jsonl     losses and routing
+checkpoints/      while training
+the bundle        when it is done
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ragmoe._errors import ConfigError, UsageError
+from ragmoe.bundle import is_bundle
+from ragmoe.corpus.types import Question
+from ragmoe.training.config import TrainingConfig
+
+CONFIG_NAME, STARTED_NAME, HISTORY_NAME, CHECKPOINTS = "training.yaml", "started.json", "history.jsonl", "checkpoints"
+
+
+def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to write over what is there, unless told to; nothing is changed here.
+
+    Raises:
+        UsageError: both resume and overwrite were asked for.
+        ConfigError: the folder holds a run, or something else, or a run of another configuration.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    started, finished = (folder / CONFIG_NAME).is_file(), is_bundle(folder)
+    others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if others and not (started or finished):
+        raise ConfigError(
+            f"{folder} holds other things than a run: {', '.join(others[:5])}", hint="name another folder"
+        )
+    if overwrite:
+        return
+    if finished:
+        raise ConfigError(f"{folder} holds a finished run", hint="name another folder, or pass --overwrite")
+    if started and not resume:
+        raise ConfigError(f"{folder} holds a run that did not finish", hint="pass --resume to go on, or --overwrite")
+    if started:
+        before = yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        now = config.model_dump(mode="json")
+        if differ := sorted(key for key in now if now[key] != before.get(key)):
+            raise ConfigError(
+                f"cannot resume {folder}: the configuration differs in {', '.join(differ)} from its {CONFIG_NAME}",
+                hint=f"ragmoe train {folder / CONFIG_NAME} --out {folder} --resume",
+            )
+
+
+def start(
+    folder: Path, config: TrainingConfig, *, index: str, questions: Sequence[Question], bf16: bool, overwrite: bool
+) -> bool:
+    """Make the folder ready and say whether to train in bf16: as the run began, where it goes on.
+
+    Raises:
+        ConfigError: the index or the questions have changed since the run began.
+    """
+    now: dict[str, Any] = {"index": index, "questions": _digest(questions), "bf16": bf16}
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    path = folder / STARTED_NAME
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name in ("index", "questions") if before[name] != now[name]]:
+            raise ConfigError(
+                f"cannot resume {folder}: the {' and the '.join(changed)} changed since it began",
+                hint="pass --overwrite to start again",
+            )
+        return bool(before["bf16"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    path.write_text(json.dumps(now) + "\n", encoding="utf-8")
+    return bf16
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; torn ones, left by a kill while they were written, are removed."""
+    found = sorted((folder / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(found):
+        try:
+            # Trainer writes it last.
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+        else:
+            return str(path)
+    return None
+
+
+def _digest(questions: Sequence[Question]) -> str:
+    return hashlib.sha256("\x1e".join(repr(question) for question in questions).encode()).hexdigest()
