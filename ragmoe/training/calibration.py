@@ -26,12 +26,13 @@ def calibrate(
     retrieved: Retrieved,
     index: Index,
     config: RaftConfig,
+    unanswerable: float,
 ) -> float:
     """The threshold under which answering pays best.
 
-    Each question is read twice: with its gold passage (where it has one) and with distractors alone. What counts is the
-    share of the F1 there is to earn that answering earns, plus the share of the questions without their gold passage
-    that are withheld. (Adding F1 itself would have a weak reader withhold everything.)
+    Each question is read twice: with its gold passage (where it has one) and with distractors alone. The threshold
+    maximises the score to be expected where a share ``unanswerable`` of the questions asked has no answer: F1 for an
+    answer given where there is one, 1 for none given where there is none.
 
     Returns:
         The threshold on ``Answer.no_answer_score`` with the best mean; 0.0 without any question.
@@ -50,7 +51,7 @@ def calibrate(
         absent.append((question, texts[place], distractors[:READ], seen.without([question.gold_ids])))
     answers = _read(model, present)
     gains = [best_over(f1, answer.text, case[0].answers) for answer, case in zip(answers, present, strict=True)]
-    return best_threshold(_scores(answers), np.array(gains), _scores(_read(model, absent)))
+    return best_threshold(_scores(answers), np.array(gains), _scores(_read(model, absent)), unanswerable)
 
 
 def _read(
@@ -66,12 +67,13 @@ def _scores(answers: Sequence[Answer]) -> np.ndarray:
     return np.array([answer.no_answer_score for answer in answers])
 
 
-def best_threshold(present: np.ndarray, gains: np.ndarray, absent: np.ndarray) -> float:
-    """The threshold that maximises the share of gains kept plus the share of absent cases withheld.
+def best_threshold(present: np.ndarray, gains: np.ndarray, absent: np.ndarray, unanswerable: float) -> float:
+    """The threshold with the best expected score.
 
     Args:
         present, absent: no-answer scores where the answer is there and where it is not.
         gains: what answering each present case earns, 0 to 1.
+        unanswerable: how much the absent cases weigh, 0 to 1.
     """
     finite = np.concatenate([present, absent])
     finite = np.unique(finite[np.isfinite(finite)])
@@ -79,6 +81,6 @@ def best_threshold(present: np.ndarray, gains: np.ndarray, absent: np.ndarray) -
         return 0.0
     # Between two scores, and beyond either end: the choice never sits on a score itself.
     cuts = np.concatenate([[finite[0] - 1.0], (finite[1:] + finite[:-1]) / 2, [finite[-1] + 1.0]])
-    kept = [gains[present <= cut].sum() / max(1e-9, gains.sum()) for cut in cuts]
+    kept = [gains[present <= cut].sum() / max(1, len(present)) for cut in cuts]
     withheld = [(absent > cut).mean() if len(absent) else 0.0 for cut in cuts]
-    return float(cuts[int(np.argmax(np.array(kept) + np.array(withheld)))])
+    return float(cuts[int(np.argmax((1 - unanswerable) * np.array(kept) + unanswerable * np.array(withheld)))])

@@ -32,6 +32,8 @@ class DataConfig(_Strict):
         limit: use only so many questions, drawn by digest; None uses all.
         calibration_share: share of the questions' documents kept aside to calibrate the no-answer threshold;
             ``calibration_limit`` is how many of their questions are used at most.
+        unanswerable_share: how many of the questions that will be asked are expected to have no answer; the threshold
+            is calibrated for that.
     """
 
     questions: list[str] = Field(min_length=1)
@@ -40,6 +42,7 @@ class DataConfig(_Strict):
     limit: int | None = Field(None, ge=1)
     calibration_share: float = Field(0.03, ge=0.0, lt=0.5)
     calibration_limit: int = Field(100, ge=1)
+    unanswerable_share: float = Field(0.2, ge=0.0, le=1.0)
 
 
 class RaftConfig(_Strict):

@@ -237,7 +237,15 @@ def _save(run: Run, folder: Path) -> Path | None:
         model.tokenizer = run.collator.tokenizer
     model.eval()
     texts = [run.dataset.text(question) for question in run.held]
-    model.config.no_answer_threshold = calibrate(model, run.held, texts, run.held_retrieved, run.index, run.config.raft)
+    model.config.no_answer_threshold = calibrate(
+        model,
+        run.held,
+        texts,
+        run.held_retrieved,
+        run.index,
+        run.config.raft,
+        run.config.data.unanswerable_share,
+    )
     model.tokenizer.save_pretrained(folder)
     model.save_pretrained(folder, message="train")
     batch = run.collator([run.dataset[at] for at in range(min(2, len(run.dataset)))])

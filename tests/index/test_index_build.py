@@ -302,7 +302,7 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, driver, store, old, new],
-        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{driver.parent}", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=True,
