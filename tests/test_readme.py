@@ -70,6 +70,26 @@ def run_tour(clone: Path, commands: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_understood(command: str) -> None:
+    """Its verbs, arguments and options exist, and so do the files it names that the repository holds."""
+    import typer
+
+    from ragmoe.cli.main import app
+
+    words = shlex.split(command)[1:]
+    found, context = typer.main.get_command(app), None
+    while hasattr(found, "get_command"):
+        context = found.make_context(words[0], words, parent=context, resilient_parsing=True)
+        found, words = found.get_command(context, words[0]), words[1:]
+        assert found is not None, command
+    found.make_context(command, list(words), parent=context)
+    for word in words:
+        if word.startswith(("eval/", "indexes/", "data/")) and word != "indexes/demo":
+            assert list(ROOT.glob(word)), word
+
+
+@pytest.mark.slow
 def test_the_tour_runs(clone: Path) -> None:
     """Doctor is left out here: it measures the machine for some seconds, and has its own tests."""
     run_tour(clone, [quicker(command) for command in commands() if command != "ragmoe doctor"])
