@@ -112,8 +112,8 @@ def _table(outcome: Outcome) -> Any:
         "Answers to the questions of dev",
         ["arm", "F1 gold", "95 %", "EM gold", "F1 open", "active", "MI", "seconds"],
         rows,
-        note="gold: reads the right passage; open: reads the three best found and chooses, on sixteen questions a domain. MI: how far a domain "
-        f"decides the expert, 0 to 1. Retrieval: {found}.",
+        note="gold: reads the right passage; open: reads the three best found and chooses, on sixteen questions a "
+        f"domain. MI: how far a domain decides the expert, 0 to 1. Retrieval: {found}.",
     )
 
 
