@@ -1,11 +1,11 @@
 """What a query returned from an index, as tensors that travel through a model's ``forward`` by name.
 
-B questions, N neighbours, R encoder width.
+B questions, N neighbours, R encoder width, L sparse layers, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,12 +22,17 @@ class Neighbours:
         scores_BN: float32, cosine similarity of question and neighbour, whichever retriever ranked them.
         mask_BN: bool, True where there is a neighbour.
         passage_ids: for each question the ids of its neighbours, without padding.
+        votes_BNLE: float32, for gates with expert memory: how much each neighbour speaks for each expert of each
+            sparse layer, summing to one over E, or zero everywhere for a passage without memory.
+        domain_B: int64, for the oracle gate: the expert of the question's domain, -1 where it has none.
     """
 
     embeddings_BNR: Tensor
     scores_BN: Tensor
     mask_BN: Tensor
     passage_ids: list[list[str]] = field(default_factory=list)
+    votes_BNLE: Tensor | None = None
+    domain_B: Tensor | None = None
 
     def __post_init__(self) -> None:
         B, N, _ = self.embeddings_BNR.shape
@@ -37,6 +42,10 @@ class Neighbours:
                 f"scores {tuple(self.scores_BN.shape)}, mask {tuple(self.mask_BN.shape)}; "
                 "expected (B, N, R), (B, N), (B, N)"
             )
+        if self.votes_BNLE is not None and (self.votes_BNLE.dim() != 4 or self.votes_BNLE.shape[:2] != (B, N)):
+            raise ValueError(f"votes have the shape {tuple(self.votes_BNLE.shape)}; expected ({B}, {N}, L, E)")
+        if self.domain_B is not None and self.domain_B.shape != (B,):
+            raise ValueError(f"domains have the shape {tuple(self.domain_B.shape)}; expected ({B},)")
 
     def __len__(self) -> int:
         return self.embeddings_BNR.shape[0]
@@ -56,22 +65,31 @@ class Neighbours:
         """Join the rows of several, padding to the largest N."""
         N = max(row.mask_BN.shape[1] for row in rows)
 
-        def grow(x: Tensor) -> Tensor:
-            missing = N - x.shape[1]
-            return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1) if missing else x
+        def join(parts: Sequence[Tensor | None]) -> Tensor | None:
+            """Below each other, with columns of zeros where there are fewer than N; None where one has nothing."""
+            have = [x for x in parts if x is not None]
+            if len(have) < len(parts):
+                return None
+            missing = [N - x.shape[1] if x.dim() > 1 else 0 for x in have]
+            grown = [
+                torch.cat([x, x.new_zeros(x.shape[0], n, *x.shape[2:])], dim=1) if n else x
+                for x, n in zip(have, missing, strict=True)
+            ]
+            return torch.cat(grown)
 
-        return cls(
-            torch.cat([grow(row.embeddings_BNR) for row in rows]),
-            torch.cat([grow(row.scores_BN) for row in rows]),
-            torch.cat([grow(row.mask_BN) for row in rows]),
-            [ids for row in rows for ids in row.passage_ids],
-        )
+        joined = {name: join([getattr(row, name) for row in rows]) for name in _TENSORS}
+        return cls(passage_ids=[ids for row in rows for ids in row.passage_ids], **joined)  # type: ignore[arg-type]
 
     def rows(self, indices: Sequence[int]) -> Neighbours:
         """The neighbours of some of the questions, in the order given (repeats allowed)."""
         at = torch.as_tensor(indices, dtype=torch.long)
         ids = [self.passage_ids[i] for i in indices] if self.passage_ids else []
-        return Neighbours(self.embeddings_BNR[at], self.scores_BN[at], self.mask_BN[at], ids)
+        return replace(self, passage_ids=ids, **{name: x[at] for name, x in self._tensors()})
+
+    def first(self, n: int) -> Neighbours:
+        """The n best neighbours of each question."""
+        cut = {name: x[:, :n] for name, x in self._tensors() if x.dim() > 1}
+        return replace(self, passage_ids=[ids[:n] for ids in self.passage_ids], **cut)
 
     def masked(self, keep_BN: Tensor) -> Neighbours:
         """The same neighbours with only those kept where ``keep_BN`` (bool) is True; the others vanish entirely."""
@@ -83,6 +101,7 @@ class Neighbours:
             scores_BN=self.scores_BN * mask,
             mask_BN=mask,
             passage_ids=ids,
+            votes_BNLE=self.votes_BNLE * mask[..., None, None] if self.votes_BNLE is not None else None,
         )
 
     def without(self, passage_ids: Sequence[Sequence[str]]) -> Neighbours:
@@ -101,19 +120,40 @@ class Neighbours:
         ]
 
     def to(self, *args: Any, **kwargs: Any) -> Neighbours:
-        """The same on another device or in another dtype (of the embeddings and scores), as ``Tensor.to`` says it."""
+        """The same on another device or in another dtype (of what is a float), as ``Tensor.to`` says it."""
         device = self.mask_BN.to(*args, **kwargs).device
-        return replace(
-            self,
-            embeddings_BNR=self.embeddings_BNR.to(*args, **kwargs),
-            scores_BN=self.scores_BN.to(*args, **kwargs),
-            mask_BN=self.mask_BN.to(device),
-        )
+        moved: dict[str, Any] = {
+            name: x.to(*args, **kwargs) if x.is_floating_point() else x.to(device) for name, x in self._tensors()
+        }
+        return replace(self, **moved)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(name, x) for name in _TENSORS if (x := getattr(self, name)) is not None]
 
     def tensors(self) -> dict[str, Tensor]:
         """The named tensors as ``forward`` takes them."""
-        return {
-            "neighbour_embeddings": self.embeddings_BNR,
-            "neighbour_scores": self.scores_BN,
-            "neighbour_mask": self.mask_BN,
-        }
+        return {_TENSORS[name]: x for name, x in self._tensors()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor | None]) -> Neighbours | None:
+        """What ``tensors`` gave, as ``forward`` receives it; None where there are no embeddings.
+
+        Raises:
+            ValueError: embeddings without scores or mask.
+        """
+        given = {name: tensors.get(argument) for name, argument in _TENSORS.items()}
+        if given["embeddings_BNR"] is None:
+            return None
+        if given["scores_BN"] is None or given["mask_BN"] is None:
+            raise ValueError("neighbour_embeddings came without neighbour_scores or neighbour_mask")
+        return cls(**given)  # type: ignore[arg-type]
+
+
+# The fields that are tensors, and what ``forward`` calls them.
+_TENSORS = {
+    "embeddings_BNR": "neighbour_embeddings",
+    "scores_BN": "neighbour_scores",
+    "mask_BN": "neighbour_mask",
+    "votes_BNLE": "neighbour_votes",
+    "domain_B": "question_domain",
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -89,3 +91,48 @@ def test_moving_keeps_the_mask_boolean() -> None:
     moved = Neighbours.empty(2, 4).to(torch.bfloat16)
     assert moved.embeddings_BNR.dtype == moved.scores_BN.dtype == torch.bfloat16
     assert moved.mask_BN.dtype == torch.bool
+
+
+def full() -> Neighbours:
+    """With votes for three experts in two layers, and domains."""
+    votes_BNLE = torch.rand(2, 3, 2, 3) * found().mask_BN[..., None, None]
+    return replace(found(), votes_BNLE=votes_BNLE, domain_B=torch.tensor([4, -1]))
+
+
+def test_votes_and_domains_travel_along() -> None:
+    whole = full()
+    rows = whole.rows([1, 0])
+    assert torch.equal(rows.votes_BNLE, whole.votes_BNLE[[1, 0]]) and rows.domain_B.tolist() == [-1, 4]
+    some = whole.without([["b"], []])
+    assert not some.votes_BNLE[0, 1].any() and torch.equal(some.votes_BNLE[0, 2], whole.votes_BNLE[0, 2])
+    assert some.domain_B.tolist() == [4, -1]
+    moved = whole.to(torch.bfloat16)
+    assert moved.votes_BNLE.dtype == torch.bfloat16 and moved.domain_B.dtype == torch.int64
+    both = Neighbours.stack([whole.first(1), whole])
+    assert both.votes_BNLE.shape == (4, 3, 2, 3) and both.domain_B.tolist() == [4, -1, 4, -1]
+    assert torch.equal(both.votes_BNLE[2:], whole.votes_BNLE) and not both.votes_BNLE[:2, 1:].any()
+    # Where one of them has none, none is what they have together.
+    assert Neighbours.stack([whole, found()]).votes_BNLE is None
+
+
+def test_the_first_of_each() -> None:
+    one = full().first(1)
+    assert one.passage_ids == [["a"], ["d"]] and one.mask_BN.shape == (2, 1)
+    assert one.votes_BNLE.shape == (2, 1, 2, 3) and one.domain_B.tolist() == [4, -1]
+
+
+def test_from_the_named_tensors_and_back() -> None:
+    whole = full()
+    back = Neighbours.from_tensors(whole.tensors())
+    for field in ("embeddings_BNR", "scores_BN", "mask_BN", "votes_BNLE", "domain_B"):
+        assert getattr(back, field) is getattr(whole, field)
+    assert Neighbours.from_tensors({}) is None
+    with pytest.raises(ValueError, match="without neighbour_scores or neighbour_mask"):
+        Neighbours.from_tensors({"neighbour_embeddings": whole.embeddings_BNR})
+
+
+def test_shapes_of_votes_and_domains_must_agree() -> None:
+    with pytest.raises(ValueError, match=r"votes have the shape \(2, 2, 2, 3\); expected \(2, 3, L, E\)"):
+        replace(found(), votes_BNLE=torch.zeros(2, 2, 2, 3))
+    with pytest.raises(ValueError, match=r"domains have the shape \(3,\); expected \(2,\)"):
+        replace(found(), domain_B=torch.zeros(3, dtype=torch.long))

@@ -5,8 +5,10 @@ S flattened tokens, D model width, H hidden width, E experts, K experts a token,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -16,8 +18,12 @@ from ragmoe._errors import ConfigError
 from ragmoe.gates.base import Routing
 
 
-class FeedForward(NamedTuple):
-    """The dense feed-forward network of a layer: ``down(act(up(x)))``, both with their biases."""
+@dataclass(frozen=True)
+class FeedForward:
+    """The dense feed-forward network of a layer: ``down(act(up(x)))``, both with their biases.
+
+    No tuple: accelerate would move what is in it to another device, which fails for weights that lie on the disk.
+    """
 
     up: Callable[[Tensor], Tensor]
     act: Callable[[Tensor], Tensor]
@@ -30,18 +36,22 @@ class FeedForward(NamedTuple):
 class Experts(nn.Module, ABC):
     """E experts of one layer, built from a model's configuration (``hidden_size``, ``intermediate_size``, ``experts``).
 
-    All parameters have the expert as their first dimension. ``needs_dense`` says whether the layer keeps its dense
-    network whatever the configuration says of a shared expert.
+    All parameters have the expert as their first dimension.
+
+    Attributes:
+        needs_dense: whether the layer keeps its dense network without being asked for a shared expert.
+        has_rank: whether ``expert_rank`` means anything to it.
     """
 
     needs_dense: ClassVar[bool]
+    has_rank: ClassVar[bool]
     summary: ClassVar[str] = ""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
 
     @abstractmethod
-    def mix(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
+    def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
         """What the chosen experts answer, weighted: y_SD.
 
         Args:
@@ -62,6 +72,36 @@ class Experts(nn.Module, ABC):
         Returns:
             The largest absolute deviation of a weight from the dense one; 0.0 where copies are exact.
         """
+
+    @classmethod
+    def merge(cls, experts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> MergedExpert:
+        """One expert that stands for several: here the weighted mean of their tensors, which keeps all of it.
+
+        Source: Wortsman et al. 2022 (model soups); experts copied from one network are still aligned.
+
+        Args:
+            experts: the tensors of each by name, without the dimension E.
+            weights: one an expert, summing to one.
+        """
+        mean = {name: weighted_mean([expert[name] for expert in experts], weights) for name in experts[0]}
+        norm = math.sqrt(sum(float(x.square().sum()) for x in mean.values()))
+        return MergedExpert({name: x.to(experts[0][name].dtype) for name, x in mean.items()}, norm, norm)
+
+
+class MergedExpert(NamedTuple):
+    """What a merge gives: tensors without the dimension E, the norm of the exact mean, and how much of it they keep."""
+
+    tensors: dict[str, Tensor]
+    norm: float
+    kept: float
+
+
+def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted mean, in float64."""
+    total = tensors[0].double() * weights[0]
+    for x, weight in zip(tensors[1:], weights[1:], strict=True):
+        total = total + x.double() * weight
+    return total
 
 
 ExpertsType = TypeVar("ExpertsType", bound=type[Experts])

@@ -52,6 +52,7 @@ class FeedForwardExperts(Experts):
     """E full networks. With a shared expert, the dense network answers too and the experts start at zero beside it."""
 
     needs_dense = False
+    has_rank = False
     summary = "full feed-forward networks through transformers' experts kernels"
 
     def __init__(self, config: Any) -> None:
@@ -86,6 +87,6 @@ class FeedForwardExperts(Experts):
                 deviation = max(deviation, drawn.abs().max().item())
         return deviation
 
-    def mix(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
+    def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
         y_SD = self.fused(x_SD, routing.experts_SK, routing.weights_SK)
         return y_SD + dense(x_SD) if dense is not None else y_SD

@@ -9,7 +9,8 @@ where no expert is available. S tokens, D model width, H hidden width, E experts
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ragmoe._errors import ConfigError
-from ragmoe.experts.base import Experts, FeedForward, dispatch, permute_rows, register_experts
+from ragmoe.experts.base import Experts, FeedForward, MergedExpert, dispatch, permute_rows, register_experts
 from ragmoe.gates.base import Routing
 
 
@@ -32,6 +33,7 @@ class LoraExperts(Experts):
     """
 
     needs_dense = True
+    has_rank = True
     summary = "low-rank deltas on a shared feed-forward network; small, and dense when untrained"
 
     def __init__(self, config: Any) -> None:
@@ -62,7 +64,7 @@ class LoraExperts(Experts):
             raise ConfigError(f"expert_noise is {noise}, but LoRA experts differ from the start: expected 0")
         return 0.0
 
-    def mix(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
+    def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
         assert dense is not None
         S, K = routing.experts_SK.shape
         order_P, back_P, offsets_E = dispatch(routing.experts_SK, self.experts)
@@ -82,6 +84,46 @@ class LoraExperts(Experts):
         low_PD = _low_rank(act_PH, self.down_a, self.down_b, offsets_E)
         low_SKD = permute_rows(low_PD, back_P, order_P).view(S, K, -1)
         return dense.down(mixed_SH) + (low_SKD * weights_SK1).sum(dim=1)
+
+    @classmethod
+    def merge(cls, experts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> MergedExpert:
+        """The best rank-r approximation of the weighted mean of the products ``A B`` (Eckart and Young 1936).
+
+        The mean of the factors would be another matrix: its cross terms belong to no expert. What the activation
+        between both deltas makes of them is not averaged.
+        """
+        tensors: dict[str, Tensor] = {}
+        norm = kept = 0.0
+        for side in ("up", "down"):
+            a, b = f"{side}_a", f"{side}_b"
+            product = _mean_product([(expert[a], expert[b]) for expert in experts], weights)
+            tensors |= {a: product.a, b: product.b}
+            norm, kept = norm + product.norm**2, kept + product.kept**2
+        return MergedExpert(tensors, math.sqrt(norm), math.sqrt(kept))
+
+
+class _Product(NamedTuple):
+    a: Tensor
+    b: Tensor
+    norm: float
+    kept: float
+
+
+def _mean_product(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> _Product:
+    """Factors of the mean of products, cut to the rank of the first, through QR: the products are never made."""
+    dtype, rank = factors[0][0].dtype, factors[0][0].shape[-1]
+    left = torch.cat([weight * a.double() for (a, _), weight in zip(factors, weights, strict=True)], dim=1)
+    right = torch.cat([b.double() for _, b in factors], dim=0)
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, s, v = torch.linalg.svd(r_left @ r_right.T)
+    if not s.any():
+        # Untrained: with A and B both zero it could never learn.
+        return _Product(factors[0][0].clone(), torch.zeros_like(factors[0][1]), 0.0, 0.0)
+    root = s[:rank].sqrt()
+    a, b = q_left @ u[:, :rank] * root, root.unsqueeze(1) * (v[:rank] @ q_right.T)
+    norm, kept = (float(x.square().sum().sqrt()) for x in (s, s[:rank]))
+    return _Product(a.to(dtype).contiguous(), b.to(dtype).contiguous(), norm, kept)
 
 
 def _repeat(x_SD: Tensor, K: int) -> Tensor:

@@ -37,11 +37,14 @@ class GateSettings:
     """Sizes and selection of a gate.
 
     Attributes:
-        normalise: weights are a softmax over the chosen experts instead of their share of the softmax over all.
-            None means: where more than one expert is chosen (over one alone it would leave the gate no gradient).
+        normalise: the weights of the chosen experts sum to one; False leaves each its share of the softmax over all,
+            which scales down what copies of a dense network answer together. None means True. A single expert's weight
+            is then one, with the gradient of the logarithm of its share (of itself it would leave the gate none).
         noise: standard deviation of the Gaussian noise on the logits while training (0: none).
         token_dropout: share of tokens whose state is hidden from the gate while training, so that it learns to route
             from the neighbours alone. Ignored by gates that see no neighbours.
+        layer: the gate's place among the sparse layers, which is where its votes stand.
+        common_experts: the last so many experts belong to no domain.
     """
 
     width: int
@@ -52,10 +55,14 @@ class GateSettings:
     normalise: bool | None = None
     noise: float = 0.0
     token_dropout: float = 0.0
+    layer: int = 0
+    common_experts: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
             raise ConfigError(f"top_k is {self.top_k}: expected 1 to {self.experts}, the number of experts")
+        if not 0 <= self.common_experts <= self.experts:
+            raise ConfigError(f"common_experts is {self.common_experts}: expected 0 to {self.experts}")
 
 
 class Gate(nn.Module, ABC):
@@ -64,16 +71,25 @@ class Gate(nn.Module, ABC):
     A gate is one subclass that says how logits come about; noise, the balance bias, availability, top-k and weights
     are here. ``expert_parameters`` names the parameters whose first dimension is the expert, which belong to the
     expert's own file in a bundle.
+
+    Attributes:
+        uses_neighbours: whether it looks at the neighbours at all.
+        uses_votes: whether it wants their votes (``Neighbours.votes_BNLE``).
+        uses_domain: whether it wants the question's domain (``Neighbours.domain_B``).
     """
 
     uses_neighbours: ClassVar[bool] = False
+    uses_votes: ClassVar[bool] = False
+    uses_domain: ClassVar[bool] = False
     expert_parameters: ClassVar[tuple[str, ...]] = ("balance_bias",)
     summary: ClassVar[str] = ""
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.normalise = settings.top_k > 1 if settings.normalise is None else settings.normalise
+        self.normalise = settings.normalise is not False
+        # Set with the buffer ``available``, whose own value would have to be fetched from the device at each call.
+        self.none_available = False
         self.balance_bias: Tensor
         self.available: Tensor
         self.register_buffer("balance_bias", torch.zeros(settings.experts))
@@ -121,10 +137,11 @@ class Gate(nn.Module, ABC):
         # The bias moves the choice only, never the weights (DeepSeek-V3's balancing without a loss).
         experts_SK = (logits_SE + self.balance_bias).topk(settings.top_k, dim=-1).indices
         chosen_SK = logits_SE.gather(1, experts_SK)
-        if self.normalise:
+        if self.normalise and settings.top_k > 1:
             weights_SK = chosen_SK.softmax(dim=-1)
         else:
-            weights_SK = (chosen_SK - logits_SE.logsumexp(dim=-1, keepdim=True)).exp()
+            log_share_SK = chosen_SK - logits_SE.logsumexp(dim=-1, keepdim=True)
+            weights_SK = (log_share_SK - log_share_SK.detach() if self.normalise else log_share_SK).exp()
         # Where no expert is available the softmax of -inf is NaN; the weight there is zero.
         idle_SK = chosen_SK.isneginf()
         weights_SK = weights_SK.masked_fill(idle_SK, 0.0)
@@ -148,6 +165,7 @@ class Gate(nn.Module, ABC):
     def set_available(self, available_E: Tensor) -> None:
         """Hold experts back (False) or let them in (True); a token never goes to one that is held back."""
         self.available.copy_(available_E)
+        self.none_available = not bool(available_E.any())
 
     @torch.no_grad()
     def update_balance_bias(self, load_E: Tensor, rate: float) -> None:

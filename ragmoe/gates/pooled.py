@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ragmoe.gates.attention import weigh
 from ragmoe.gates.base import GateSettings, register_gate
 from ragmoe.gates.token import TokenGate
 from ragmoe.neighbours import Neighbours
@@ -40,9 +41,6 @@ class PooledGate(TokenGate):
         logits_SE = super().logits(x_SD, neighbours)
         if neighbours is None:
             return logits_SE
-        scores_BN = (neighbours.scores_BN / self.temperature).masked_fill(~neighbours.mask_BN, -torch.inf)
-        # A row without any neighbour is NaN after the softmax and must become zero.
-        weights_BN = scores_BN.softmax(dim=-1).masked_fill(~neighbours.mask_BN, 0.0)
-        pooled_BR = torch.einsum("bn,bnr->br", weights_BN, neighbours.embeddings_BNR)
+        pooled_BR = torch.einsum("bn,bnr->br", weigh(neighbours, self.temperature), neighbours.embeddings_BNR)
         context_BE = self.context(pooled_BR.to(x_SD.dtype) * math.sqrt(self.settings.neighbour_width))
         return logits_SE + context_BE.repeat_interleave(x_SD.shape[0] // len(neighbours), dim=0)

@@ -6,6 +6,7 @@ force stays readable until the manifest is replaced; only then are older generat
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections import Counter
@@ -23,7 +24,7 @@ from ragmoe._version import __version__
 from ragmoe.corpus.chunking import Chunk
 from ragmoe.corpus.passages import OnError, read_passages
 from ragmoe.corpus.types import Passage
-from ragmoe.index import bm25
+from ragmoe.index import bm25, memory
 from ragmoe.index import manifest as manifests
 from ragmoe.index._crash import reached
 from ragmoe.index.blocks import Blocks, Encoded, OldVectors
@@ -39,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 
 _DATA_FILE = re.compile(r"^(passages|texts|offsets|embeddings|index|bm25)-(\d+)(\.\w+)?$")
 # ``.neighbours`` is where training keeps what it retrieved; it is keyed by the index's digest.
-_OURS = {manifests.NAME, f"{manifests.NAME}.part", "build.lock", "partial", ".neighbours"}
+_OURS = {manifests.NAME, f"{manifests.NAME}.part", "build.lock", "partial", ".neighbours", memory.FOLDER}
 _VERSIONS = ("faiss-cpu", "sentence-transformers", "transformers", "torch", "bm25s", "numpy", "pyarrow")
 _ESTIMATE_SAMPLE = 512
 _REPLACE = "replace it with --overwrite, or name another folder with --out"
@@ -95,6 +96,11 @@ class BuildPlan:
     longer_share: float
     disk_bytes: int
     memory_bytes: int
+
+    @property
+    def cut(self) -> int:
+        """How many passages are pieces of something longer."""
+        return sum(chunk.source_id != chunk.passage.id for chunk in self.chunks)
 
     def run(self, progress: Progress | None = None) -> Manifest:
         """Build the index and return its manifest; see `build_index` for the errors."""
@@ -300,7 +306,7 @@ class _Build:
                 words=options.chunk_words,
                 overlap=options.chunk_overlap,
                 rechunk=options.rechunk,
-                chunks=sum(chunk.source_id != chunk.passage.id for chunk in self.plan.chunks),
+                chunks=self.plan.cut,
             ),
             faiss=faiss,
             bm25=bm25.SETTINGS,
@@ -324,6 +330,11 @@ def _check_target(options: BuildOptions) -> None:
     folder = options.out
     if folder.exists() and not folder.is_dir():
         raise IndexFolderError(f"{folder} is a file; expected a folder, new or empty")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise IndexFolderError(f"{folder} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise IndexFolderError(f"{folder} cannot be written: {there} is not writable", hint="name another with --out")
     if not folder.is_dir():
         return
     others = sorted(
@@ -357,6 +368,7 @@ def _clean(folder: Path, manifest: Manifest) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.rmtree(folder / "partial", ignore_errors=True)
     (folder / f"{manifests.NAME}.part").unlink(missing_ok=True)
+    memory.forget(folder, manifest.digest)
 
 
 def _longer_share(chunks: Sequence[Chunk], encoder: Encoder) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ragmoe._errors import BundleError
@@ -12,14 +13,18 @@ from ragmoe.models.config import RagmoeBertConfig
 from ragmoe.models.reading import Answer
 
 
-def load(bundle: str | os.PathLike[str]) -> RagmoeBertForQuestionAnswering:
+def load(
+    bundle: str | os.PathLike[str], *, version: int | None = None, experts: Sequence[int | str] | None = None
+) -> RagmoeBertForQuestionAnswering:
     """Open a saved model, ready to read, with its tokenizer.
 
     Args:
         bundle: the folder that ``ragmoe train`` or ``save_pretrained`` wrote.
+        version: an earlier version of it, by the number of its map; None opens the current one.
+        experts: ids or names of the experts to open, in their order; None opens all.
 
     Raises:
-        BundleError: when it is missing or damaged.
+        BundleError: when it is missing or damaged, or has no such version or expert.
     """
     folder = Path(bundle)
     if not is_bundle(folder):
@@ -29,7 +34,7 @@ def load(bundle: str | os.PathLike[str]) -> RagmoeBertForQuestionAnswering:
             + (f"found {', '.join(have) or 'nothing'}" if have is not None else "there is no such folder"),
             hint="ragmoe train CONFIG.yaml writes one",
         )
-    return RagmoeBertForQuestionAnswering.from_pretrained(folder).eval()
+    return RagmoeBertForQuestionAnswering.from_pretrained(folder, version=version, experts=experts).eval()
 
 
 __all__ = [

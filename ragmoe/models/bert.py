@@ -32,7 +32,7 @@ from ragmoe.models.loss import answer_loss
 from ragmoe.models.reading import ReaderMixin
 from ragmoe.models.saving import BundleMixin
 from ragmoe.models.upcycling import copy_dense, dense_source, upcycled_config
-from ragmoe.moe import MoELayer, load_balance_loss, z_loss
+from ragmoe.moe import MoELayer, NeighbourSummary, load_balance_loss, z_loss
 from ragmoe.neighbours import Neighbours
 
 
@@ -64,8 +64,11 @@ class RagmoeBertLayer(BertLayer):
     def __init__(self, config: RagmoeBertConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx=layer_idx)
         self.moe: MoELayer | None = None
-        if layer_idx in config.resolved_sparse_layers():
-            self.moe = MoELayer(config)
+        self.summary: NeighbourSummary | None = None
+        if layer_idx in (sparse := config.resolved_sparse_layers()):
+            self.moe = MoELayer(config, sparse.index(layer_idx))
+            if config.neighbour_summary:
+                self.summary = NeighbourSummary(config.hidden_size, config.neighbour_width, config.gate_width)
             if not (self.moe.experts.needs_dense or config.shared_expert):
                 self.intermediate = None
                 self.output.dense = None
@@ -82,6 +85,8 @@ class RagmoeBertLayer(BertLayer):
     ) -> tuple[Tensor, Routing | None]:
         """One layer: states (Q, T, D), and its routing where it is sparse."""
         attended_QTD, _ = self.attention(hidden_states, attention_mask)
+        if self.summary is not None:
+            attended_QTD = self.summary(attended_QTD, neighbours)
         routing = None
         if self.moe is None:
             y_QTD = cast(FeedForward, self.dense)(attended_QTD)
@@ -140,7 +145,7 @@ class RagmoeBertPreTrainedModel(BundleMixin, BertPreTrainedModel):
             # Not saved, so from_pretrained leaves it as uninitialised memory.
             init.ones_(module.available)
             init.zeros_(module.balance_bias)
-        if isinstance(module, Gate | Experts):
+        if isinstance(module, Gate | Experts | NeighbourSummary):
             module.reset_parameters()
 
 
@@ -195,6 +200,8 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
         neighbour_embeddings: Tensor | None = None,
         neighbour_scores: Tensor | None = None,
         neighbour_mask: Tensor | None = None,
+        neighbour_votes: Tensor | None = None,
+        question_domain: Tensor | None = None,
         context_mask: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
@@ -206,15 +213,23 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
             input_ids, attention_mask, token_type_ids: (Q, T).
             neighbour_embeddings, neighbour_scores, neighbour_mask: (B, N, R), (B, N), (B, N); B divides Q and the
                 sequences of one question are consecutive. All or none.
+            neighbour_votes: (B, N, L, E), for gates with expert memory.
+            question_domain: (B,) int64, for the oracle gate.
             context_mask: (Q, T) bool, the tokens that may be answers; without it, those of the second segment.
             start_positions, end_positions: (B, M) int64, the candidate that is right in each of a question's M
                 sequences: 0 no answer here, 1 yes, 2 no, 3 maybe, 4 + t token t.
         """
         neighbours = None
-        if neighbour_embeddings is not None and self.gate_sees_neighbours:
-            if neighbour_scores is None or neighbour_mask is None:
-                raise ValueError("neighbour_embeddings came without neighbour_scores or neighbour_mask")
-            neighbours = Neighbours(neighbour_embeddings, neighbour_scores, neighbour_mask)
+        if self.gate_sees_neighbours:
+            neighbours = Neighbours.from_tensors(
+                {
+                    "neighbour_embeddings": neighbour_embeddings,
+                    "neighbour_scores": neighbour_scores,
+                    "neighbour_mask": neighbour_mask,
+                    "neighbour_votes": neighbour_votes,
+                    "question_domain": question_domain,
+                }
+            )
         states, routings = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, neighbours)
         x_QTD = states[-1]
         if attention_mask is None:
@@ -270,8 +285,9 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
 
     @property
     def gate_sees_neighbours(self) -> bool:
-        """Whether the gate would do anything with neighbours."""
-        return bool(self.sparse_layers) and gate_class(self.config.gate).uses_neighbours
+        """Whether the gate, or the neighbours' summary, would do anything with neighbours."""
+        looks = gate_class(self.config.gate).uses_neighbours or self.config.neighbour_summary
+        return bool(self.sparse_layers) and looks
 
     @property
     def expert_names(self) -> list[str]:

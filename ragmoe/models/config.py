@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 
 from ragmoe._errors import ModelError
+from ragmoe.experts import experts_class
 
 # What a sequence can answer besides a span of its tokens, in the order of the logits; the first is "no answer here".
 SPECIAL_CANDIDATES = ("", "yes", "no", "maybe")
@@ -21,10 +22,13 @@ class RagmoeBertConfig(BertConfig):
         gate: name of the gate (see ``ragmoe.gates.gate_names()``).
         experts, top_k: E experts a sparse layer, K of them for each token.
         expert_kind: ``lora`` or ``ffn``; ``expert_rank`` is the rank of the former.
-        shared_expert: full experts stand beside the dense network instead of in its place.
+        shared_expert: full experts stand beside the dense network instead of in its place (LoRA experts always do).
         sparse_layers: which layers are sparse; None means every second one, beginning with the second.
         gate_width: width of the retrieval gate's attention.
         neighbour_width: width R of the index's embeddings; ``neighbours`` how many of them the gate sees.
+        common_experts: the last so many experts belong to no domain (oracle gate).
+        neighbour_summary: add what a token's attention finds among the neighbours to its state before each sparse
+            layer, whatever the gate sees: the control that separates routing from extra input.
         balance_loss, z_loss: weights of the routing losses.
         max_length, stride: tokens of a sequence, and how far the windows of a longer passage overlap.
         max_answer_tokens: longest answer read.
@@ -49,6 +53,8 @@ class RagmoeBertConfig(BertConfig):
     normalise_weights: bool | None = None
     neighbour_width: int = 384
     neighbours: int = 16
+    common_experts: int = 0
+    neighbour_summary: bool = False
     balance_loss: float = 0.01
     z_loss: float = 0.001
     max_length: int = 384
@@ -72,6 +78,11 @@ class RagmoeBertConfig(BertConfig):
     def check(self) -> None:
         """Raise ModelError where settings contradict each other; called when a model is built."""
         self.resolved_sparse_layers()
+        if self.shared_expert and experts_class(self.expert_kind).needs_dense:
+            raise ModelError(
+                f"shared_expert is true, but {self.expert_kind!r} experts always stand beside the dense network",
+                hint="leave shared_expert out, or set expert_kind: ffn",
+            )
         names = self.expert_names
         if names is not None and not len(names) == len(set(names)) == self.experts:
             raise ModelError(f"expert_names is {names}: expected {self.experts} different names, one for each expert")

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ragmoe._errors import ModelError
 from ragmoe.corpus.types import Passage
 from ragmoe.models.config import SPECIAL_CANDIDATES
+from ragmoe.models.memory import MemoryMixin
 from ragmoe.models.windows import Window, collate, tokenize_passages, tokenize_questions, windows
 from ragmoe.moe import RoutingStatistics
 from ragmoe.neighbours import Neighbours
@@ -73,17 +74,12 @@ class _Candidate:
     last: int
 
 
-class ReaderMixin(nn.Module):
+class ReaderMixin(MemoryMixin):
     """``read``, ``answer`` and ``route`` for a question-answering model."""
-
-    config: Any
 
     if TYPE_CHECKING:
 
         def post_init(self) -> None: ...
-
-        @property
-        def sparse_layers(self) -> list[int]: ...
 
         @property
         def gate_sees_neighbours(self) -> bool: ...
@@ -119,8 +115,7 @@ class ReaderMixin(nn.Module):
         N = self.config.neighbours if neighbours is None else neighbours
         found = index.neighbours(questions, max(N, passages))
         read = [index.passages(ids[:passages]) for ids in found.passage_ids]
-        seen = found.masked((torch.arange(found.mask_BN.shape[1]) < N).expand_as(found.mask_BN))
-        return self.read(questions, read, seen)
+        return self.read(questions, read, self.recall(found.first(N), index))
 
     def check_index(self, index: Index) -> None:
         """Raise ModelError unless the index was made with the encoder that the gate learned to read."""
@@ -208,7 +203,8 @@ class ReaderMixin(nn.Module):
         """Batches of sequences of like length, within the token budget, on the model's device."""
         if neighbours is not None and not self.gate_sees_neighbours:
             neighbours = None
-        device = next(self.parameters()).device
+        # Weights that were offloaded to the disk are on no device; accelerate brings them to the inputs.
+        device = next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].window), reverse=True)
         while order:
             size = max(1, batch_tokens // len(sequences[order[0]].window))

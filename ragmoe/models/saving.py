@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ragmoe._errors import BundleError
-from ragmoe.bundle import BundleMap, is_bundle, read_bundle, write_bundle
+from ragmoe.bundle import BundleMap, is_bundle, read_bundle, read_map, write_bundle
 from ragmoe.gates import Gate
 from ragmoe.moe import MoELayer
 
@@ -42,12 +42,14 @@ _IN_MAP = ("expert_ids", "expert_names", "encoder", "index_digest")
 class BundleMixin(PreTrainedModel):
     """``save_pretrained`` and ``from_pretrained`` in the bundle format (see ragmoe.bundle)."""
 
+    bundle_digests: Sequence[str]
+
     def expert_tensors(self) -> set[str]:
         """Names of the tensors whose first dimension is the expert."""
         names = set()
         for prefix, module in self.named_modules():
             if isinstance(module, MoELayer):
-                names |= {f"{prefix}.experts.{name}" for name, _ in module.experts.named_parameters()}
+                names |= {f"{prefix}.experts.{name}" for name in module.experts.state_dict()}
                 names |= {f"{prefix}.gate.{name}" for name in module.gate.expert_parameters}
         return names
 
@@ -65,6 +67,7 @@ class BundleMixin(PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         message: str = "save",
+        extra: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
         """Write the bundle: what has changed becomes a new version, and the map is replaced last.
@@ -72,6 +75,7 @@ class BundleMixin(PreTrainedModel):
         Args:
             state_dict: saved instead of the model's own, as Trainer hands it over in distributed training.
             message: what changed, for the bundle's lineage.
+            extra: recorded in the map beside the configuration, as JSON.
         """
         if not is_main_process:
             return
@@ -82,32 +86,50 @@ class BundleMixin(PreTrainedModel):
         sparse = any(isinstance(module, MoELayer) for module in self.modules())
         # What from_pretrained loads as: a stale one would round the weights in silence.
         config.dtype = next((x.dtype for x in tensors.values() if x.is_floating_point()), self.dtype)
-        write_bundle(
-            folder,
-            tensors,
-            expert_tensors=self.expert_tensors(),
-            gate_tensors=self.gate_tensors(),
-            expert_ids=config.expert_ids if sparse else None,
-            expert_names=(config.expert_names or [f"expert {i}" for i in range(config.experts)]) if sparse else None,
-            encoder=config.encoder,
-            index=config.index_digest,
-            extra={"config": {name: value for name, value in config.to_dict().items() if name not in _IN_MAP}},
-            message=message,
+        self.bundle_digests = _digests(
+            write_bundle(
+                folder,
+                tensors,
+                expert_tensors=self.expert_tensors(),
+                gate_tensors=self.gate_tensors(),
+                expert_ids=config.expert_ids if sparse else None,
+                expert_names=(config.expert_names or [f"expert {i}" for i in range(config.experts)])
+                if sparse
+                else None,
+                encoder=config.encoder,
+                index=config.index_digest,
+                extra={
+                    **(extra or {}),
+                    "config": {name: value for name, value in config.to_dict().items() if name not in _IN_MAP},
+                },
+                message=message,
+            )
         )
         # After the map, which holds it too and is what from_pretrained goes by: this copy is for other tools.
         config.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        version: int | None = None,
+        experts: Sequence[int | str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Open a bundle; anything else goes to transformers' own loader.
 
         The configuration, the experts and the encoder come from the bundle's map, the one thing that is replaced at
         once; ``config.json`` is a copy of it. Of a ``config`` given, the map's own fields and the threshold give way.
+
+        Args:
+            version: of a bundle, an earlier version of its map instead of the current one.
+            experts: of a bundle, ids or names of the experts to open, in their order; None opens all.
         """
         path = pretrained_model_name_or_path
         if path is None or kwargs.get("state_dict") is not None or not is_bundle(path):
             return super().from_pretrained(path, *args, **kwargs)
-        tensors, bundle = read_bundle(path)
+        tensors, bundle = read_bundle(path, version=version, experts=experts)
         if "config" not in bundle.extra:
             raise BundleError(f"the map of {path} holds no configuration", hint="was it written by save_pretrained?")
         config = kwargs.pop("config", None) or cls.config_class.from_dict(dict(bundle.extra["config"]))
@@ -129,6 +151,8 @@ class BundleMixin(PreTrainedModel):
                 hint="was it written by another version, or for another model class?",
             )
         model.name_or_path = model.config._name_or_path = str(path)
+        # Of the whole map, also where only some of its experts were opened.
+        model.bundle_digests = _digests(bundle if experts is None else read_map(path, version=bundle.version))
         return (model, info) if wanted_info else model
 
     @torch.no_grad()
@@ -137,6 +161,12 @@ class BundleMixin(PreTrainedModel):
         tensors, bundle = read_bundle(Path(folder))
         _apply_map(self.config, bundle)
         self.load_state_dict(tensors, strict=True)
+        self.bundle_digests = _digests(bundle)
+
+
+def _digests(bundle: BundleMap) -> list[str]:
+    """Of this version and of all before it, newest first."""
+    return [bundle.digest, *(step.parent for step in reversed(bundle.lineage) if step.parent)]
 
 
 def _apply_map(config: Any, bundle: BundleMap) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, BertConfig, BertModel
 
 from ragmoe._errors import ModelError
+from ragmoe.experts import experts_class
 from ragmoe.models.config import RagmoeBertConfig
 from ragmoe.models.saving import quiet_loading
 
@@ -49,22 +50,29 @@ def dense_source(base: Any) -> tuple[Any, nn.Module]:
 
 
 def upcycled_config(dense: Any, settings: dict[str, Any]) -> RagmoeBertConfig:
-    """The dense model's configuration with the settings laid over it.
+    """The dense model's configuration with the settings laid over it; one that is null counts as not given.
 
     Raises:
-        ModelError: a setting does not exist, or has a wrong value.
+        ModelError: a setting does not exist, has a wrong value, or means nothing beside the others.
     """
     ours = set(RagmoeBertConfig.__annotations__) | set(BertConfig.__annotations__)
     if unknown := sorted(set(settings) - ours):
         raise ModelError(
             f"unknown model settings {', '.join(unknown)}; there are: {', '.join(sorted(ours - {'model_type'}))}"
         )
+    # An arm of an experiment takes back with null what all arms were given. Where null is itself a value, it stays.
+    settings = {k: v for k, v in settings.items() if v is not None or getattr(RagmoeBertConfig, k, None) is None}
     # A dense reader's list of sparse layers is empty, and would leave the new model dense as well.
     inherited = {k: v for k, v in dense.to_dict().items() if k in ours - {"model_type", "sparse_layers"}}
     try:
         config = RagmoeBertConfig(**{**inherited, **settings})
     except StrictDataclassError as error:
         raise ModelError(f"bad model settings: {error}") from None
+    if "expert_rank" in settings and not experts_class(config.expert_kind).has_rank:
+        raise ModelError(
+            f"expert_rank is {config.expert_rank}, but {config.expert_kind!r} experts have no rank",
+            hint="leave expert_rank out (an experiment's arm: model.expert_rank: null), or set expert_kind: lora",
+        )
     config.sparse_layers = config.resolved_sparse_layers()
     return config
 
@@ -78,7 +86,7 @@ def copy_dense(sparse: Any, dense: Any, *, noise: float, generator: torch.Genera
     """
     missing, unexpected = sparse.load_state_dict(dense.state_dict(), strict=False)
     sparse_layers = sparse.config.resolved_sparse_layers()
-    left_out = [name for name in missing if ".moe." not in name]
+    left_out = [name for name in missing if ".moe." not in name and ".summary." not in name]
     replaced = tuple(f"encoder.layer.{i}." for i in sparse_layers)
     unexpected = [name for name in unexpected if not name.startswith(replaced)]
     if left_out or unexpected:

@@ -27,6 +27,12 @@ class Window:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def visible(self, start: int, end: int) -> tuple[int, int] | None:
+        """The passage's characters start to end without those at either end that the tokenizer drops (control
+        characters, joiners, spaces); None where no token has any of them."""
+        tokens = [(first, stop) for first, stop in self.offsets if stop > start and first < end]
+        return (max(start, tokens[0][0]), min(end, tokens[-1][1])) if tokens else None
+
     def token_span(self, start: int, end: int) -> tuple[int, int] | None:
         """First and last position in the sequence of the passage's characters start to end; None if not inside."""
         first = next((i for i, (_, stop) in enumerate(self.offsets) if stop > start), None)

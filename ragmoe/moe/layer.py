@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ragmoe.experts import FeedForward, experts_class
@@ -11,8 +12,8 @@ from ragmoe.gates import GateSettings, Routing, gate_class
 from ragmoe.neighbours import Neighbours
 
 
-def gate_settings(config: Any) -> GateSettings:
-    """The gate's part of a model's configuration."""
+def gate_settings(config: Any, layer: int = 0) -> GateSettings:
+    """The gate's part of a model's configuration; ``layer`` is its place among the sparse layers."""
     return GateSettings(
         width=config.hidden_size,
         experts=config.experts,
@@ -22,6 +23,8 @@ def gate_settings(config: Any) -> GateSettings:
         normalise=config.normalise_weights,
         noise=config.gate_noise,
         token_dropout=config.token_dropout,
+        layer=layer,
+        common_experts=config.common_experts,
     )
 
 
@@ -31,9 +34,9 @@ class MoELayer(nn.Module):
     Dropless: every token reaches all the experts it was routed to.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, layer: int = 0) -> None:
         super().__init__()
-        self.gate = gate_class(config.gate)(gate_settings(config))
+        self.gate = gate_class(config.gate)(gate_settings(config, layer))
         self.experts = experts_class(config.expert_kind)(config)
 
     def forward(
@@ -46,9 +49,14 @@ class MoELayer(nn.Module):
             neighbours: of as many questions as divide B; sequences of one question are consecutive.
 
         Returns:
-            y_BTD and the routing of all S tokens, padding included.
+            y_BTD and the routing of all S tokens, padding included. Where no expert is available, y_BTD is what the
+            dense network answers, or zero without one.
         """
         x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = self.gate(x_SD, neighbours)
-        y_SD = self.experts.mix(x_SD, routing, dense)
+        if self.gate.none_available:
+            # Not through experts of weight zero: one that is held back may hold NaN, and zero times NaN is NaN.
+            y_SD = dense(x_SD) if dense is not None else torch.zeros_like(x_SD)
+        else:
+            y_SD = self.experts(x_SD, routing, dense)
         return y_SD.view_as(x_BTD), routing

@@ -49,7 +49,7 @@ def routing(S: int, K: int, experts: int = E) -> Routing:
 def gradients(experts: Experts, x_SD: Tensor, r: Routing) -> tuple[Tensor, dict[str, Tensor]]:
     experts.zero_grad()
     x_SD, weights_SK = x_SD.clone().requires_grad_(), r.weights_SK.clone().requires_grad_()
-    y_SD = experts.mix(x_SD, r._replace(weights_SK=weights_SK), None)
+    y_SD = experts(x_SD, r._replace(weights_SK=weights_SK), None)
     (y_SD * torch.linspace(-1, 1, y_SD.numel()).view_as(y_SD)).sum().backward()
     found = {name: parameter.grad.clone() for name, parameter in experts.named_parameters()}
     return y_SD.detach(), {**found, "x": x_SD.grad, "weights": weights_SK.grad}
@@ -93,12 +93,12 @@ def test_untrained_lora_experts_are_the_dense_network_bit_for_bit(training: bool
     experts = experts_class("lora")(config()).train(training)
     network = dense(nn.Linear(D, H), nn.Linear(H, D))
     x_SD = torch.randn(50, D) * 3
-    assert torch.equal(experts.mix(x_SD, routing(50, 2), network), network(x_SD))
+    assert torch.equal(experts(x_SD, routing(50, 2), network), network(x_SD))
 
 
 def test_untrained_lora_experts_have_a_gradient() -> None:
     experts, network = experts_class("lora")(config()), dense(nn.Linear(D, H), nn.Linear(H, D))
-    experts.mix(torch.randn(50, D), routing(50, 2), network).square().sum().backward()
+    experts(torch.randn(50, D), routing(50, 2), network).square().sum().backward()
     assert experts.up_b.grad.any() and experts.down_b.grad.any()
 
 
@@ -123,8 +123,8 @@ def test_beside_a_shared_expert_they_start_at_nothing() -> None:
     experts, up, down = experts_class("ffn")(config(shared_expert=True)), nn.Linear(D, H), nn.Linear(H, D)
     experts.copy_dense(up, down, noise=0.0, generator=torch.Generator())
     x_SD, network = torch.randn(9, D), dense(up, down)
-    assert torch.equal(experts.mix(x_SD, routing(9, 2), network), network(x_SD))
-    experts.mix(x_SD, routing(9, 2), network).square().sum().backward()
+    assert torch.equal(experts(x_SD, routing(9, 2), network), network(x_SD))
+    experts(x_SD, routing(9, 2), network).square().sum().backward()
     assert experts.fused.down_proj.grad.any()
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ragmoe import Neighbours
+from ragmoe import ModelError, Neighbours
 from ragmoe.gates import Gate, GateSettings, gate_class
 
-SETTINGS = GateSettings(width=16, experts=5, top_k=2, neighbour_width=12, attention_width=8)
+L, E = 3, 5
+SETTINGS = GateSettings(width=16, experts=E, top_k=2, neighbour_width=12, attention_width=8, layer=1)
 B, T, N = 3, 6, 4
 
 
-@pytest.fixture(params=["pooled", "retrieval"])
+@pytest.fixture(params=["pooled", "retrieval", "memory", "retrieval+memory"])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -38,7 +41,9 @@ def x_SD() -> Tensor:
 def neighbours() -> Neighbours:
     mask_BN = torch.tensor([[True] * 4, [True, True, False, False], [True] * 4])
     embeddings_BNR = F.normalize(torch.randn(B, N, 12), dim=-1) * mask_BN.unsqueeze(-1)
-    return Neighbours(embeddings_BNR, torch.rand(B, N) * mask_BN, mask_BN)
+    votes_BNLE = torch.rand(B, N, L, E).softmax(dim=-1) * mask_BN[..., None, None]
+    votes_BNLE[0, 1] = 0.0
+    return Neighbours(embeddings_BNR, torch.rand(B, N) * mask_BN, mask_BN, votes_BNLE=votes_BNLE)
 
 
 def token_part(gate: Gate, x_SD: Tensor) -> Tensor:
@@ -67,7 +72,9 @@ def test_no_neighbours_leave_the_token_part_bit_for_bit(gate: Gate, x_SD: Tensor
     assert torch.equal(gate(x_SD, None).logits_SE, want)
     assert torch.equal(gate(x_SD, Neighbours.empty(B, 12)).logits_SE, want)
     assert torch.equal(gate(x_SD, neighbours.masked(nobody)).logits_SE, want)
-    garbage = Neighbours(torch.randn(B, N, 12) * 100, torch.randn(B, N) * 100, nobody)
+    garbage = Neighbours(
+        torch.randn(B, N, 12) * 100, torch.randn(B, N) * 100, nobody, votes_BNLE=torch.randn(B, N, L, E)
+    )
     assert torch.equal(gate(x_SD, garbage).logits_SE, want)
 
 
@@ -82,7 +89,10 @@ def test_a_row_without_neighbours_beside_rows_that_have_some(gate: Gate, x_SD: T
 def test_order_of_neighbours_changes_nothing(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
     order = torch.tensor([2, 0, 3, 1])
     other = Neighbours(
-        neighbours.embeddings_BNR[:, order], neighbours.scores_BN[:, order], neighbours.mask_BN[:, order]
+        neighbours.embeddings_BNR[:, order],
+        neighbours.scores_BN[:, order],
+        neighbours.mask_BN[:, order],
+        votes_BNLE=neighbours.votes_BNLE[:, order],
     )
     assert torch.allclose(gate(x_SD, other).logits_SE, gate(x_SD, neighbours).logits_SE, atol=1e-6)
 
@@ -92,6 +102,7 @@ def test_padding_neighbours_change_nothing(gate: Gate, x_SD: Tensor, neighbours:
         torch.cat([neighbours.embeddings_BNR, torch.randn(B, 3, 12) * 50], dim=1),
         torch.cat([neighbours.scores_BN, torch.full((B, 3), 99.0)], dim=1),
         torch.cat([neighbours.mask_BN, torch.zeros(B, 3, dtype=torch.bool)], dim=1),
+        votes_BNLE=torch.cat([neighbours.votes_BNLE, torch.randn(B, 3, L, E) * 50], dim=1),
     )
     assert torch.allclose(gate(x_SD, padded).logits_SE, gate(x_SD, neighbours).logits_SE, atol=1e-6)
 
@@ -115,21 +126,25 @@ def test_several_sequences_share_the_neighbours_of_one_question(
     assert torch.allclose(gate(x_SD, two).logits_SE, gate(x_SD, each).logits_SE, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["retrieval"])
-def test_retrieval_gate_against_a_loop(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+@pytest.mark.parametrize("name", ["retrieval", "retrieval+memory"])
+def test_retrieval_gate_against_a_loop(name: str, gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
     logits_SE = gate.logits(x_SD, neighbours)
+    look = gate.attention
     for s in range(B * T):
         b = s // T
-        query_A = gate.query.weight @ x_SD[s]
-        scores, values = [query_A @ gate.null_key / 8**0.5], [torch.zeros(8)]
+        query_A = look.query.weight @ x_SD[s]
+        scores, values, votes = [query_A @ look.null_key / 8**0.5], [torch.zeros(8)], [torch.zeros(E)]
         for n in range(N):
             if neighbours.mask_BN[b, n]:
                 embedding_R = neighbours.embeddings_BNR[b, n] * 12**0.5
-                bias = gate.score_scale[0] * neighbours.scores_BN[b, n]
-                scores.append(query_A @ gate.key.weight @ embedding_R / 8**0.5 + bias)
-                values.append(gate.value.weight @ embedding_R)
-        context_A = (torch.stack(scores).softmax(dim=0).unsqueeze(1) * torch.stack(values)).sum(dim=0)
-        want_E = gate.token.weight @ x_SD[s] + gate.context.weight @ context_A
+                bias = look.score_scale[0] * neighbours.scores_BN[b, n]
+                scores.append(query_A @ look.key.weight @ embedding_R / 8**0.5 + bias)
+                values.append(look.value.weight @ embedding_R)
+                votes.append(neighbours.votes_BNLE[b, n, 1])
+        attention_N1 = torch.stack(scores).softmax(dim=0).unsqueeze(1)
+        want_E = gate.token.weight @ x_SD[s] + gate.context.weight @ (attention_N1 * torch.stack(values)).sum(dim=0)
+        if name == "retrieval+memory":
+            want_E = want_E + 10 * gate.vote_scale * (attention_N1 * torch.stack(votes)).sum(dim=0)
         assert torch.allclose(logits_SE[s], want_E, atol=1e-5)
 
 
@@ -144,6 +159,28 @@ def test_pooled_gate_against_a_loop(gate: Gate, x_SD: Tensor, neighbours: Neighb
         assert torch.allclose(logits_SE[b * T : (b + 1) * T], want_TE, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["memory"])
+def test_memory_gate_against_a_loop(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    logits_SE = gate.logits(x_SD, neighbours)
+    for b in range(B):
+        have = [n for n in range(N) if neighbours.mask_BN[b, n]]
+        weights = (neighbours.scores_BN[b, have] / 0.1).softmax(dim=0)
+        votes_E = (weights.unsqueeze(1) * neighbours.votes_BNLE[b, have, 1]).sum(dim=0)
+        want_TE = token_part(gate, x_SD[b * T : (b + 1) * T]) + 10 * gate.vote_scale * votes_E
+        assert torch.allclose(logits_SE[b * T : (b + 1) * T], want_TE, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["memory", "retrieval+memory"])
+def test_neighbours_that_do_not_vote_are_refused(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    with pytest.raises(ModelError, match="carry no votes") as caught:
+        gate(x_SD, replace(neighbours, votes_BNLE=None))
+    assert "model.recall" in str(caught.value.hint)
+    with pytest.raises(ModelError, match="vote for 4 experts in 3 layers; expected 5"):
+        gate(x_SD, replace(neighbours, votes_BNLE=torch.rand(B, N, L, 4)))
+    with pytest.raises(ModelError, match="5 experts in 1 layers"):
+        gate(x_SD, replace(neighbours, votes_BNLE=torch.rand(B, N, 1, E)))
+
+
 def test_gradients_reach_every_parameter_and_stay_finite(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
     some = neighbours.masked(torch.tensor([[True], [False], [True]]).expand(B, N))
     gate(x_SD.requires_grad_(), some).logits_SE.square().sum().backward()
@@ -155,4 +192,5 @@ def test_gradients_reach_every_parameter_and_stay_finite(gate: Gate, x_SD: Tenso
 def test_gradients_reach_the_context_at_step_0(name: str, x_SD: Tensor, neighbours: Neighbours) -> None:
     gate = gate_class(name)(SETTINGS)
     gate(x_SD, neighbours).weights_SK[:, 0].sum().backward()
-    assert gate.context.weight.grad.any()
+    late = [p for at, p in gate.named_parameters() if at in ("context.weight", "vote_scale")]
+    assert late and all(parameter.grad.any() for parameter in late)

@@ -35,7 +35,9 @@ def make(dense_folder: Path) -> Make:
     """``make(**settings)``: a small reader with a tokenizer; ``trained`` means that nothing is zero any more."""
 
     def build(*, trained: bool = True, expert_noise: float = 0.0, **settings: Any) -> RagmoeBertForQuestionAnswering:
-        small = {"experts": 4, "expert_rank": 8, "neighbour_width": 16, "gate_width": 8, "max_length": 48, "stride": 8}
+        small = {"experts": 4, "neighbour_width": 16, "gate_width": 8, "max_length": 48, "stride": 8}
+        if settings.get("expert_kind", "lora") == "lora":
+            small["expert_rank"] = 8
         model = RagmoeBertForQuestionAnswering.from_dense(
             dense_folder, expert_noise=expert_noise, **{**small, **settings}
         )

@@ -13,6 +13,7 @@ from tiny_models import LABELS, Make, some_neighbours, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
 
 from ragmoe import BundleError, load
+from ragmoe.corpus.types import Passage
 from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering, RagmoeBertModel
 
 MAP = "model.safetensors.index.json"
@@ -92,7 +93,8 @@ def test_one_file_an_expert_with_its_gate_rows(make: Make, tmp_path: Path) -> No
             assert torch.equal(file.get_tensor(f"{name}.2"), state[name][2])
     with safe_open(tmp_path / "gate.1.safetensors", framework="pt") as file:
         assert {name.rsplit("gate.", 1)[1] for name in file.keys()} == {  # noqa: SIM118
-            "query.weight", "key.weight", "value.weight", "null_key", "score_scale"
+            "attention.query.weight", "attention.key.weight", "attention.value.weight", "attention.null_key",
+            "attention.score_scale",
         }  # fmt: skip
 
 
@@ -175,6 +177,31 @@ def test_loading_options_of_transformers(make: Make, tmp_path: Path) -> None:
     assert not info["missing_keys"]
     config = RagmoeBertConfig.from_pretrained(tmp_path, max_answer_tokens=3)
     assert RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, config=config).config.max_answer_tokens == 3
+
+
+@pytest.mark.parametrize("expert_kind", ["lora", "ffn"])
+@pytest.mark.parametrize("gate", ["token", "retrieval"])
+@pytest.mark.parametrize("disk", [[""], ["bert.encoder.layer.1", "bert.encoder.layer.3"]])
+def test_with_weights_on_the_disk_it_answers_equally(
+    make: Make, tmp_path: Path, expert_kind: str, gate: str, disk: list[str]
+) -> None:
+    model = make(expert_kind=expert_kind, gate=gate)
+    model.save_pretrained(tmp_path / "bundle")
+    model.tokenizer.save_pretrained(tmp_path / "bundle")
+    parts = ["bert.embeddings", *(f"bert.encoder.layer.{i}" for i in range(4)), "qa_outputs", "special_outputs"]
+    places = dict.fromkeys(disk, "disk") if disk == [""] else {p: "disk" if p in disk else "cpu" for p in parts}
+    again = RagmoeBertForQuestionAnswering.from_pretrained(
+        tmp_path / "bundle", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    experts = again.moe_layers[0].experts
+    assert all(parameter.is_meta for parameter in experts.parameters())
+    inputs, seen = tokens(), some_neighbours(2)
+    got, want = again(**inputs, **seen.tensors()), model(**inputs, **seen.tensors())
+    assert torch.equal(got.start_logits, want.start_logits) and torch.equal(got.end_logits, want.end_logits)
+    asked = (["who is the river?"], [[Passage("a", "the zebra is the river")]], some_neighbours(1))
+    assert again.read(*asked) == model.read(*asked)
+    with pytest.raises(BundleError, match="tensors without data"):
+        again.save_pretrained(tmp_path / "elsewhere")
 
 
 def test_a_loaded_model_trains(make: Make, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import Make, some_neighbours, tokens
+from tiny_models import LABELS, Make, some_neighbours, tokens
 from transformers import BertModel, DistilBertConfig
 
 from ragmoe import ConfigError, ModelError, Neighbours
@@ -29,6 +29,7 @@ def states(model: RagmoeBertForQuestionAnswering, inputs: dict, neighbours: Neig
         ({"expert_kind": "lora"}, True),
         ({"expert_kind": "lora", "top_k": 1}, True),
         ({"expert_kind": "ffn"}, False),
+        ({"expert_kind": "ffn", "top_k": 1}, False),
         ({"expert_kind": "ffn", "shared_expert": True}, True),
         ({"sparse_layers": []}, True),
         ({"sparse_layers": [0, 3]}, True),
@@ -43,6 +44,22 @@ def test_equals_the_dense_model(make: Make, dense_folder: Path, gate: str, setti
     assert len(found) == len(want) == 5
     for got, reference in zip(found, want, strict=True):
         assert torch.equal(got, reference) if exact else torch.allclose(got, reference, atol=1e-5)
+
+
+def test_the_gate_of_a_single_full_expert_learns(make: Make) -> None:
+    """What is chosen counts whole, so that the upcycled model is the dense one; the gradient is that of log p."""
+    model = make(trained=False, expert_kind="ffn", top_k=1, expert_noise=0.1, balance_loss=0.0, z_loss=0.0)
+    output = model(**tokens(), **LABELS)
+    for routing in output.routings:
+        assert torch.equal(routing.weights_SK, torch.ones_like(routing.weights_SK))
+    output.loss.backward()
+    for layer in model.moe_layers:
+        assert layer.gate.token.weight.grad.abs().max() > 1e-6
+
+
+def test_a_null_setting_counts_as_not_given(make: Make) -> None:
+    model = make(trained=False, expert_kind="ffn", expert_rank=None, sparse_layers=None)
+    assert model.config.expert_rank == 16 and model.sparse_layers == [1, 3]
 
 
 def test_which_layers_are_sparse(make: Make) -> None:
@@ -172,10 +189,16 @@ def test_what_cannot_be_built(make: Make, dense_folder: Path, tmp_path: Path) ->
         make(sparse_layers=[1, 7])
     with pytest.raises(ModelError, match=r"expert_names is \['law'\]: expected 4 different names"):
         make(expert_names=["law"])
-    with pytest.raises(ConfigError, match="no gate 'tokn'; there are: pooled, retrieval, token"):
+    with pytest.raises(ConfigError, match=r"no gate 'tokn'; there are: .*pooled, .*token"):
         make(gate="tokn")
     with pytest.raises(ConfigError, match="no expert kind 'full'"):
         make(expert_kind="full")
+    with pytest.raises(ModelError, match="shared_expert is true, but 'lora' experts always stand beside") as error:
+        make(expert_kind="lora", shared_expert=True)
+    assert "set expert_kind: ffn" in str(error.value)
+    with pytest.raises(ModelError, match="expert_rank is 8, but 'ffn' experts have no rank") as error:
+        make(expert_kind="ffn", expert_rank=8)
+    assert "model.expert_rank: null" in str(error.value)
     with pytest.raises(ConfigError, match="top_k is 5: expected 1 to 4"):
         make(top_k=5)
 

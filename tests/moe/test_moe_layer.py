@@ -34,6 +34,7 @@ def build(kind: str, gate: str = "retrieval", **changes: Any) -> MoELayer:
         "hidden_act": "gelu",
         "initializer_range": 0.02,
         "shared_expert": False,
+        "common_experts": 0,
         "_experts_implementation": "grouped_mm",
     }
     layer = MoELayer(SimpleNamespace(**{**settings, **changes}))
@@ -75,11 +76,13 @@ def naive(layer: MoELayer, dense: Dense | None, x_BTD: Tensor, found: Neighbours
     rows = []
     for x_D, logits_E in zip(x_SD, logits_SE, strict=True):
         best = sorted(allowed, key=lambda e: -logits_E[e].item())[: layer.gate.settings.top_k]
-        over = best if layer.gate.normalise else allowed
+        over = best if layer.gate.normalise and len(best) > 1 else allowed
         y_D = dense.network(x_D) if dense is not None else torch.zeros(D)
         base_D = y_D if hasattr(layer.experts, "up_a") else torch.zeros(D)
         for e in best:
             weight = logits_E[e].exp() / logits_E[over].exp().sum()
+            if layer.gate.normalise and len(best) == 1:
+                weight = weight / weight.detach()
             y_D = y_D + weight * (one_expert(layer, dense, x_D, e) - base_D)
         rows.append(y_D)
     return torch.stack(rows).view_as(x_BTD)
@@ -175,6 +178,25 @@ def test_with_no_expert_available_lora_answers_like_the_dense_network() -> None:
         assert gradient is None or gradient.isfinite().all(), name
         if name.startswith("layer"):
             assert gradient is None or not gradient.any(), name
+
+
+@pytest.mark.parametrize(("kind", "shared"), KINDS)
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_with_broken_experts_and_none_available_what_is_left_answers(
+    kind: str, shared: bool, implementation: str
+) -> None:
+    layer = build(kind, shared_expert=shared, _experts_implementation=implementation)
+    dense = Dense() if shared or kind == "lora" else None
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter.fill_(torch.nan)
+    layer.gate.set_available(torch.zeros(E, dtype=torch.bool))
+    x_BTD = torch.randn(B, T, D, requires_grad=True)
+    y_BTD, routing = layer(x_BTD, dense and dense.network, neighbours())
+    assert torch.equal(y_BTD, dense.network(x_BTD) if dense else torch.zeros(B, T, D))
+    assert not routing.weights_SK.any()
+    layer.gate.set_available(torch.ones(E, dtype=torch.bool))
+    assert layer(x_BTD, dense and dense.network, neighbours())[0].isnan().all()
 
 
 @pytest.mark.parametrize("kind", ["lora", "ffn"])

@@ -1,0 +1,78 @@
+"""Record which experts served the questions about each passage, beside the index's embeddings.
+
+L sparse layers, E experts, N neighbours.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ragmoe._errors import DataError, ModelError
+from ragmoe.corpus.types import Question
+
+if TYPE_CHECKING:
+    from ragmoe.index import Index
+    from ragmoe.index.memory import ExpertMemory
+
+CHUNK = 64
+
+
+def annotate(
+    model: Any,
+    index: Index,
+    questions: Sequence[Question],
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> ExpertMemory:
+    """Route every question over its gold passages and keep, for each passage, which experts its questions went to.
+
+    The memory is saved with the index, under the digest of the model's bundle, and is used from then on wherever this
+    bundle, or a later version of it, meets this index. Passages that no question is about speak for the expert that is
+    named like their domain, as all did before.
+
+    Args:
+        model: a reader with sparse layers, loaded from a bundle.
+        questions: those whose gold passages are in the index count.
+        progress: called with what is done, how much of it and of how much.
+
+    Raises:
+        ModelError: the model has no experts, or comes from no bundle.
+        DataError: none of the questions has a gold passage in the index.
+    """
+    from ragmoe.index.memory import ExpertMemory
+    from ragmoe.moe import RoutingStatistics
+
+    if not model.sparse_layers:
+        raise ModelError("the model is dense: it has no experts that passages could speak for")
+    if not model.bundle_digests:
+        raise ModelError("the model comes from no bundle, which its memory could be kept under: save and load it first")
+    model.check_index(index)
+    about = [(q, [name for name in q.gold_ids if index.find(name) is not None]) for q in questions]
+    about = [(q, ids) for q, ids in about if ids]
+    if not about:
+        raise DataError(f"none of the {len(questions)} questions has a gold passage in {index.folder}")
+    counts: dict[int, np.ndarray] = {}
+    asked: Counter[int] = Counter()
+    for begin in range(0, len(about), CHUNK):
+        chunk = about[begin : begin + CHUNK]
+        texts, domains = [q.question for q, _ in chunk], [q.domain for q, _ in chunk]
+        neighbours = model.recall(index.neighbours(texts, model.config.neighbours), index, domains)
+        # Counted by question: the label of a question is its place in the chunk.
+        routed = RoutingStatistics(model.sparse_layers, model.config.experts)
+        labels = [str(place) for place in range(len(chunk))]
+        model.read(texts, [index.passages(ids) for _, ids in chunk], neighbours, statistics=routed, domains=labels)
+        for label, counts_LE in zip(routed.domains, routed.counts_DLE, strict=True):
+            for row in {index.row(name) for name in chunk[int(label)][1]}:
+                counts[row] = counts.get(row, 0) + counts_LE
+                asked[row] += 1
+        if progress:
+            progress("questions", begin + len(chunk), len(about))
+    ids = model.config.expert_ids or list(range(model.config.experts))
+    initial = ExpertMemory.of_domains(index, model.expert_names, ids, model.sparse_layers)
+    memory = initial.recorded(counts, asked, model.bundle_digests[0])
+    memory.save(index)
+    return memory

@@ -1,0 +1,163 @@
+"""Gates that send a question to the expert of its domain: told which (oracle), or guessing it from the neighbours.
+
+None of them learns which expert is whose; what they learn is how to weigh a domain's own expert and the common ones.
+S tokens of B questions, Q training questions, R encoder width, E experts, of which the last C are common and the
+others, D of them, belong to one domain each.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from ragmoe._errors import ConfigError, ModelError
+from ragmoe.gates.attention import weigh
+from ragmoe.gates.base import GateSettings, register_gate
+from ragmoe.gates.token import TokenGate
+from ragmoe.neighbours import Neighbours
+
+# Far below any logit, but finite: a token's softmax over it is zero and no loss becomes infinite.
+_NEVER = -1e4
+
+
+class DomainGate(TokenGate):
+    """One domain's expert and the common experts beside it, weighed by the token state.
+
+    Where the domain is not known, or has no expert, all experts are open: it is the token gate.
+    Source: Gururangan et al. 2021 (DEMix).
+    """
+
+    uses_neighbours = True
+
+    def __init__(self, settings: GateSettings) -> None:
+        super().__init__(settings)
+        if settings.top_k > 1 + settings.common_experts:
+            raise ConfigError(
+                f"the gate chooses {settings.top_k} experts, but a domain has one of its own and "
+                f"{settings.common_experts} in common with the others",
+                hint=f"model.common_experts={settings.top_k - 1} or model.top_k=1",
+            )
+
+    @abstractmethod
+    def domain(self, neighbours: Neighbours) -> Tensor | None:
+        """The expert of each question's domain, int64 (B,), -1 where it is not known; None where none is."""
+
+    def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
+        logits_SE = super().logits(x_SD, neighbours)
+        domain_B = self.domain(neighbours) if neighbours is not None else None
+        if neighbours is None or domain_B is None:
+            return logits_SE
+        E = self.settings.experts
+        place_E = torch.arange(E, device=x_SD.device)
+        allowed_BE = place_E == domain_B.unsqueeze(1)
+        allowed_BE |= (place_E >= E - self.settings.common_experts) | (domain_B < 0).unsqueeze(1)
+        allowed_SE = allowed_BE.repeat_interleave(x_SD.shape[0] // len(neighbours), dim=0)
+        return logits_SE.masked_fill(~allowed_SE, _NEVER)
+
+
+@register_gate("oracle")
+class OracleGate(DomainGate):
+    """The expert of the question's true domain: the upper bound of an evaluation, and not for use."""
+
+    uses_domain = True
+    summary = "the expert of the question's true domain; the upper bound of an evaluation"
+
+    def domain(self, neighbours: Neighbours) -> Tensor | None:
+        return neighbours.domain_B
+
+
+class FittedDomainGate(DomainGate):
+    """The domain is guessed from the neighbours' weighted mean, by what was fitted on the training questions."""
+
+    # As in the pooled gate.
+    temperature = 0.1
+
+    def __init__(self, settings: GateSettings) -> None:
+        super().__init__(settings)
+        D = settings.experts - settings.common_experts
+        if D < 1:
+            raise ConfigError(f"common_experts is {settings.common_experts}: no expert is left for a domain")
+        self.weight: Tensor
+        self.offset: Tensor
+        self.register_buffer("weight", torch.zeros(D, settings.neighbour_width))
+        self.register_buffer("offset", torch.zeros(D))
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+        init.zeros_(self.offset)
+
+    def domain(self, neighbours: Neighbours) -> Tensor | None:
+        pooled_BR = self.pool(neighbours).to(self.weight.dtype)
+        scores_BD = F.linear(pooled_BR, self.weight, self.offset)
+        return torch.where(neighbours.mask_BN.any(dim=1), scores_BD.argmax(dim=-1), -1)
+
+    def pool(self, neighbours: Neighbours) -> Tensor:
+        """The mean of each question's neighbours, weighted by the softmax of their scores, (B, R)."""
+        return torch.einsum("bn,bnr->br", weigh(neighbours, self.temperature), neighbours.embeddings_BNR)
+
+    @torch.no_grad()
+    def fit(self, pooled_QR: Tensor, domain_Q: Tensor) -> None:
+        """Learn to guess the domain, in closed form.
+
+        Args:
+            pooled_QR: float32, what ``pool`` makes of the neighbours of each training question.
+            domain_Q: int64, the expert of its domain; -1 where that has none.
+
+        Raises:
+            ModelError: no question belongs to an expert.
+        """
+        D = self.weight.shape[0]
+        known_Q = (domain_Q >= 0) & (domain_Q < D)
+        if not known_Q.any():
+            raise ModelError(
+                "none of the questions belongs to a domain that an expert is named after",
+                hint="name the experts after the domains: model.expert_names=[...]",
+            )
+        weight_DR, offset_D = self.solve(pooled_QR[known_Q].float(), F.one_hot(domain_Q[known_Q], D).float())
+        # A domain without questions is never guessed.
+        empty_D = torch.bincount(domain_Q[known_Q], minlength=D) == 0
+        self.weight.copy_(weight_DR)
+        self.offset.copy_(offset_D.masked_fill(empty_D, _NEVER))
+
+    @abstractmethod
+    def solve(self, x_QR: Tensor, y_QD: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (D, R) and offset (D,) of the linear scores whose largest names the domain."""
+
+
+@register_gate("centroid")
+class CentroidGate(FittedDomainGate):
+    """The domain whose training questions' neighbours lie nearest on average.
+
+    Source: Gururangan et al. 2023 (c-BTM), with the domains as clusters.
+    """
+
+    summary = "the expert whose domain's centroid lies nearest to the neighbours; nothing is learned"
+
+    def solve(self, x_QR: Tensor, y_QD: Tensor) -> tuple[Tensor, Tensor]:
+        centroid_DR = (y_QD.T @ x_QR) / y_QD.sum(dim=0).clamp(min=1).unsqueeze(1)
+        # The nearest has the least |x - c|^2, which is the largest 2 c.x - |c|^2.
+        return 2 * centroid_DR, -centroid_DR.square().sum(dim=1)
+
+
+@register_gate("ridge")
+class RidgeGate(FittedDomainGate):
+    """The domain that a ridge regression on the neighbours' mean gives the largest score.
+
+    Source: the closed-form gate of DUME, on encoder embeddings in the place of hidden states.
+    """
+
+    summary = "the expert that a closed-form ridge regression on the neighbours' mean points to"
+    penalty = 1.0
+
+    def solve(self, x_QR: Tensor, y_QD: Tensor) -> tuple[Tensor, Tensor]:
+        # In double precision, and around the means: so the offset is not penalised.
+        x_QR, y_QD = x_QR.double(), y_QD.double()
+        middle_R, share_D = x_QR.mean(dim=0), y_QD.mean(dim=0)
+        x_QR = x_QR - middle_R
+        square_RR = x_QR.T @ x_QR + self.penalty * torch.eye(x_QR.shape[1], dtype=x_QR.dtype)
+        weight_DR = torch.linalg.solve(square_RR, x_QR.T @ (y_QD - share_D)).T
+        return weight_DR.float(), (share_D - weight_DR @ middle_R).float()

@@ -1,0 +1,99 @@
+"""Gates with expert memory: the neighbours vote for the experts that have served questions about them.
+
+Each passage of an index carries how much it speaks for each expert: at first for its domain's expert or for none,
+after ``ragmoe index annotate`` for those that were routed to when questions about it were answered.
+S tokens of B questions, N neighbours, L sparse layers, E experts, A attention width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ragmoe._errors import ModelError
+from ragmoe.gates.attention import weigh
+from ragmoe.gates.base import Gate, GateSettings, register_gate
+from ragmoe.gates.retrieval import RetrievalGate
+from ragmoe.gates.token import TokenGate
+from ragmoe.neighbours import Neighbours
+
+# A learned scale moves by about one learning rate a step. Gates learn with rates around 1e-3, and a vote counts for
+# nothing before it is worth a few units of logit: so one unit of the parameter is worth ten.
+_UNIT = 10.0
+
+
+@register_gate("memory")
+class MemoryGate(TokenGate):
+    """``logits = W_t x + s v``: the votes of the neighbours, weighted by the softmax of their scores.
+
+    The learned scale ``s`` starts at zero: at step 0, and wherever there are no neighbours or none of them has memory,
+    it is the token gate.
+    """
+
+    uses_neighbours = True
+    uses_votes = True
+    summary = "token state plus the votes of the neighbours for the experts that have served them"
+    # As in the pooled gate.
+    temperature = 0.1
+
+    def __init__(self, settings: GateSettings) -> None:
+        super().__init__(settings)
+        self.vote_scale = nn.Parameter(torch.zeros(1))
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.vote_scale)
+
+    def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
+        logits_SE = super().logits(x_SD, neighbours)
+        if neighbours is None:
+            return logits_SE
+        votes_BE = torch.einsum("bn,bne->be", weigh(neighbours, self.temperature), votes(self, neighbours))
+        scaled_BE = (_UNIT * self.vote_scale * votes_BE).to(x_SD.dtype)
+        return logits_SE + scaled_BE.repeat_interleave(x_SD.shape[0] // len(neighbours), dim=0)
+
+
+@register_gate("retrieval+memory")
+class RetrievalMemoryGate(RetrievalGate):
+    """``logits = W_t x + W_c c + s v``: context and votes, both weighted by each token's own attention."""
+
+    uses_votes = True
+    summary = "the retrieval gate, with the votes of the neighbours that each token attends to"
+
+    def __init__(self, settings: GateSettings) -> None:
+        super().__init__(settings)
+        self.vote_scale = nn.Parameter(torch.zeros(1))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        # The base class resets before this class has made its own.
+        if hasattr(self, "vote_scale"):
+            init.zeros_(self.vote_scale)
+
+    def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
+        logits_SE = self.token(x_SD)
+        if neighbours is None:
+            return logits_SE
+        found_SV = self.attention(x_SD, neighbours, votes(self, neighbours))
+        context_SA, votes_SE = found_SV.split([self.attention.width, self.settings.experts], dim=-1)
+        return logits_SE + self.context(context_SA) + _UNIT * self.vote_scale * votes_SE
+
+
+def votes(gate: Gate, neighbours: Neighbours) -> Tensor:
+    """The votes of the neighbours in a gate's own layer, float32 (B, N, E).
+
+    Raises:
+        ModelError: the neighbours carry none, or for other experts.
+    """
+    settings = gate.settings
+    if neighbours.votes_BNLE is None:
+        if neighbours.mask_BN.any():
+            raise ModelError(
+                "the gate has expert memory, but the neighbours carry no votes",
+                hint="bring them with model.recall(neighbours, index)",
+            )
+        return neighbours.scores_BN.new_zeros(*neighbours.mask_BN.shape, settings.experts)
+    L, E = neighbours.votes_BNLE.shape[2:]
+    if settings.experts != E or settings.layer >= L:
+        raise ModelError(f"the neighbours vote for {E} experts in {L} layers; expected {settings.experts} experts")
+    return neighbours.votes_BNLE[:, :, settings.layer]

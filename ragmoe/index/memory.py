@@ -1,0 +1,192 @@
+"""Expert memory: how much each passage of an index speaks for each expert of a bundle.
+
+P passages, L sparse layers, E experts, N neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragmoe._errors import IndexFolderError
+
+if TYPE_CHECKING:
+    from ragmoe.index.folder import Index
+    from ragmoe.neighbours import Neighbours
+
+FOLDER = "memory"
+
+
+@dataclass(frozen=True)
+class ExpertMemory:
+    """The affinity of passages to experts.
+
+    Attributes:
+        affinity_PLE: float16, summing to one over E; zero everywhere for a passage that speaks for no expert.
+        questions_P: int32, how many questions about each passage were routed; 0 where the affinity is its domain's.
+        expert_ids: of the experts, in the order of E.
+        layers: the sparse layers.
+        bundle: digest of the bundle whose routing was recorded; empty for the domains alone.
+        index: digest of the index.
+    """
+
+    affinity_PLE: NDArray[np.float16]
+    questions_P: NDArray[np.int32]
+    expert_ids: list[int]
+    layers: list[int]
+    bundle: str
+    index: str
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits over the affinities."""
+        content = self.affinity_PLE.tobytes() + json.dumps([self.expert_ids, self.layers]).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    @classmethod
+    def of_domains(
+        cls, index: Index, names: Sequence[str], expert_ids: Sequence[int], layers: Sequence[int]
+    ) -> ExpertMemory:
+        """Before anything is recorded: each passage speaks for the expert named like its domain, or for none."""
+        at = {name: place for place, name in enumerate(names)}
+        affinity_PLE = np.zeros((len(index), len(layers), len(names)), dtype=np.float16)
+        for row, domain in enumerate(index.domains):
+            if domain in at:
+                affinity_PLE[row, :, at[domain]] = 1.0
+        return cls(affinity_PLE, np.zeros(len(index), dtype=np.int32), list(expert_ids), list(layers), "", index.digest)
+
+    def recorded(
+        self, counts: Mapping[int, NDArray[np.float64]], questions: Mapping[int, int], bundle: str
+    ) -> ExpertMemory:
+        """The same with what was recorded put in.
+
+        Args:
+            counts: by row of the index, how many choices fell on each expert, (L, E).
+            questions: by row, how many questions these came from.
+        """
+        affinity_PLE, questions_P = self.affinity_PLE.copy(), self.questions_P.copy()
+        for row, counts_LE in counts.items():
+            affinity_PLE[row] = counts_LE / np.maximum(counts_LE.sum(axis=1, keepdims=True), 1)
+            questions_P[row] = questions[row]
+        return replace(self, affinity_PLE=affinity_PLE, questions_P=questions_P, bundle=bundle)
+
+    def votes(self, rows_N: Sequence[int]) -> NDArray[np.float32]:
+        """What some rows of the index vote, float32 (N, L, E)."""
+        return self.affinity_PLE[np.asarray(rows_N, dtype=np.int64)].astype(np.float32)
+
+    def recall(self, neighbours: Neighbours, index: Index) -> Neighbours:
+        """The neighbours with their votes."""
+        import torch
+
+        B, N = neighbours.mask_BN.shape
+        votes_BNLE = torch.zeros(B, N, *self.affinity_PLE.shape[1:])
+        for b, (mask_N, ids) in enumerate(zip(neighbours.mask_BN, neighbours.passage_ids, strict=True)):
+            votes_BNLE[b, mask_N] = torch.from_numpy(self.votes([index.row(name) for name in ids]))
+        return replace(neighbours, votes_BNLE=votes_BNLE)
+
+    def save(self, index: Index) -> Path:
+        """Write it beside the index's embeddings, whole or not at all; returns the file."""
+        from safetensors.numpy import save_file
+
+        path = memory_path(index, self.bundle)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        about = {
+            "bundle": self.bundle,
+            "index": self.index,
+            "expert_ids": json.dumps(self.expert_ids),
+            "layers": json.dumps(self.layers),
+        }
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_file({"affinity": self.affinity_PLE, "questions": self.questions_P}, part, metadata=about)
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise IndexFolderError(f"cannot write {path}: {error.strerror}") from None
+        return path
+
+
+def memory_path(index: Index, bundle: str) -> Path:
+    """Where the memory of a bundle (by its digest) lies, whether or not it exists."""
+    return index.folder / FOLDER / f"{bundle[:16]}.safetensors"
+
+
+def read_memory(index: Index, bundle: str) -> ExpertMemory | None:
+    """What was recorded with a bundle (by its digest) for this very index; None where nothing was.
+
+    Raises:
+        IndexFolderError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = memory_path(index, bundle)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+            affinity_PLE, questions_P = file.get_tensor("affinity"), file.get_tensor("questions")
+        memory = ExpertMemory(
+            affinity_PLE,
+            questions_P,
+            json.loads(about["expert_ids"]),
+            json.loads(about["layers"]),
+            about["bundle"],
+            about["index"],
+        )
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise IndexFolderError(
+            f"{path} is damaged: {error}", hint=f"ragmoe index annotate {index.folder} --model BUNDLE --questions FILE"
+        ) from None
+    return memory if memory.bundle == bundle and memory.index == index.digest else None
+
+
+def forget(folder: Path, digest: str) -> None:
+    """Remove what was recorded with an index that stood in a folder before the one of this digest."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in (folder / FOLDER).glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                kept = (file.metadata() or {}).get("index") == digest
+        except (OSError, SafetensorError):
+            kept = False
+        if not kept:
+            path.unlink(missing_ok=True)
+
+
+def recall_memory(
+    index: Index, names: Sequence[str], expert_ids: Sequence[int], layers: Sequence[int], bundles: Sequence[str]
+) -> ExpertMemory:
+    """The memory that a model brings to an index.
+
+    It is what was recorded with the newest of the model's own versions that left a memory; passages it says nothing of,
+    and those of the domain of an expert that is newer than it, speak for their domain's expert.
+
+    Args:
+        names, expert_ids: of the model's experts, in order.
+        layers: the model's sparse layers.
+        bundles: digests of the versions of the model's bundle, newest first.
+    """
+    initial = ExpertMemory.of_domains(index, names, expert_ids, layers)
+    for bundle in bundles:
+        found = read_memory(index, bundle)
+        if found is None or found.layers != list(layers):
+            continue
+        affinity_PLE = np.zeros_like(initial.affinity_PLE)
+        for place, expert in enumerate(expert_ids):
+            if expert in found.expert_ids:
+                affinity_PLE[:, :, place] = found.affinity_PLE[:, :, found.expert_ids.index(expert)]
+        new = {name for name, expert in zip(names, expert_ids, strict=True) if expert not in found.expert_ids}
+        own_P = np.array([domain in new for domain in index.domains]) | (found.questions_P == 0)
+        affinity_PLE[own_P] = initial.affinity_PLE[own_P]
+        return replace(initial, affinity_PLE=affinity_PLE, questions_P=found.questions_P, bundle=bundle)
+    return initial

@@ -1,0 +1,68 @@
+"""What a model adds to the neighbours an index returned: their votes for its experts, and the question's domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ragmoe._errors import ModelError
+from ragmoe.gates import gate_class
+from ragmoe.index.memory import ExpertMemory, recall_memory
+from ragmoe.neighbours import Neighbours
+
+if TYPE_CHECKING:
+    from ragmoe.index import Index
+
+
+class MemoryMixin(nn.Module):
+    """``recall`` for a model with gates.
+
+    Attributes:
+        bundle_digests: of the versions of the bundle it was loaded from or saved to, newest first.
+    """
+
+    config: Any
+    bundle_digests: Sequence[str] = ()
+
+    if TYPE_CHECKING:
+
+        @property
+        def sparse_layers(self) -> list[int]: ...
+
+        @property
+        def expert_names(self) -> list[str]: ...
+
+    def memory(self, index: Index) -> ExpertMemory | None:
+        """The expert memory that the gates use with an index; None for gates without memory."""
+        if not (self.sparse_layers and gate_class(self.config.gate).uses_votes):
+            return None
+        key = (index.digest, tuple(self.bundle_digests))
+        if getattr(self, "_memory", (None, None))[0] != key:
+            ids = self.config.expert_ids or list(range(self.config.experts))
+            found = recall_memory(index, self.expert_names, ids, self.sparse_layers, self.bundle_digests)
+            self._memory = (key, found)
+        return self._memory[1]
+
+    def recall(self, neighbours: Neighbours, index: Index, domains: Sequence[str] | None = None) -> Neighbours:
+        """The neighbours with what the gates want beside their embeddings; as they are where that is nothing.
+
+        Args:
+            domains: of the questions, for the oracle gate, which only an evaluation can know.
+
+        Raises:
+            ModelError: the oracle gate was given no domains.
+        """
+        memory = self.memory(index)
+        if memory is not None:
+            neighbours = memory.recall(neighbours, index)
+        if self.sparse_layers and gate_class(self.config.gate).uses_domain:
+            if domains is None:
+                raise ModelError("the oracle gate routes by the questions' domains, which only an evaluation knows")
+            names = self.expert_names
+            at = [names.index(domain) if domain in names else -1 for domain in domains]
+            neighbours = replace(neighbours, domain_B=torch.tensor(at, dtype=torch.long))
+        return neighbours
