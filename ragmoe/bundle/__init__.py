@@ -8,6 +8,7 @@ The folder::
     expert.0.1.safetensors          expert 0, version 1
     maps/1.json                     maps that were replaced; their files stay
     bundle.json                     what the map says, for people; derived
+    experts/8/                      how expert 8, which was added later, was trained
 
 Files are never changed once the map lists them. Publishing is one ``os.replace`` of the map.
 """
@@ -15,6 +16,8 @@ Files are never changed once the map lists them. Publishing is one ``os.replace`
 from __future__ import annotations
 
 from ragmoe.bundle._map import MAP_NAME, BundleMap, EncoderRef, ExpertEntry, LineageStep
+from ragmoe.bundle.experts import ExpertInfo, list_experts, prune_experts, rename_expert, show_expert
+from ragmoe.bundle.merging import Merge, merge_experts
 from ragmoe.bundle.read import is_bundle, read_bundle, read_map
 from ragmoe.bundle.write import write_bundle
 
@@ -23,9 +26,16 @@ __all__ = [
     "BundleMap",
     "EncoderRef",
     "ExpertEntry",
+    "ExpertInfo",
     "LineageStep",
+    "Merge",
     "is_bundle",
+    "list_experts",
+    "merge_experts",
+    "prune_experts",
     "read_bundle",
     "read_map",
+    "rename_expert",
+    "show_expert",
     "write_bundle",
 ]

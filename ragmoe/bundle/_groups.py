@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +44,21 @@ def make_groups(parts: Parts, experts: Sequence[ExpertEntry]) -> list[Group]:
     return groups
 
 
-def save_groups(folder: Path, old: BundleMap | None, groups: Sequence[Group], max_shard_bytes: int) -> dict[str, Saved]:
-    """Write the groups that differ from what the folder has; by kind, where each one is now."""
+def save_groups(
+    folder: Path, old: BundleMap | None, groups: Sequence[Group], max_shard_bytes: int, fixed: Container[str] = ()
+) -> dict[str, Saved]:
+    """Write the groups that differ from what the folder has; by kind, where each one is now.
+
+    Args:
+        fixed: kinds of groups that must not differ.
+    """
     taken = _versions_taken(folder)
     kept = {group.kind: _kept(folder, old, group) for group in groups}
     for group in groups:
         if group.locked and kept[group.kind] is None:
             raise BundleError(f"{group.label} is locked, and the tensors to be saved differ from those it has")
+        if group.kind in fixed and kept[group.kind] is None:
+            raise BundleError(f"{group.label} must stay as it is, but the tensors to be saved differ from those it has")
     return {
         group.kind: kept[group.kind] or _write_group(folder, group, taken.get(group.kind, 0), max_shard_bytes)
         for group in groups

@@ -112,6 +112,11 @@ class BundleMap(_Record):
         """sha256 of the map as it is written."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    @property
+    def gate_tensors(self) -> set[str]:
+        """The tensors of the gates that belong to no single expert."""
+        return {name for name, file in self.weight_map.items() if _GATE.fullmatch(file)}
+
     def files(self) -> dict[str, list[str]]:
         """For each file the tensors that it holds."""
         found: dict[str, list[str]] = {}
@@ -122,6 +127,21 @@ class BundleMap(_Record):
     def expert(self, id: int) -> ExpertEntry | None:
         """The expert with this id, or None."""
         return next((expert for expert in self.experts if expert.id == id), None)
+
+    def find(self, expert: int | str) -> ExpertEntry:
+        """The expert with this id or name; a name wins over an id that is written the same.
+
+        Raises:
+            BundleError: there is none; the message lists those there are.
+        """
+        for known in self.experts:
+            if known.name == expert:
+                return known
+        for known in self.experts:
+            if str(known.id) == str(expert):
+                return known
+        there = ", ".join(f"{known.id} ({known.name})" for known in self.experts) or "none"
+        raise BundleError(f"there is no expert {expert!r}; there are: {there}")
 
     def to_json(self) -> str:
         """The text of the map file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ragmoe._errors import BundleError
 from ragmoe.bundle._files import file_digest, load_tensors
-from ragmoe.bundle._map import MAP_NAME, BundleMap, expert_tensor
+from ragmoe.bundle._map import MAP_NAME, BundleMap, expert_file, expert_tensor
 
 
 def is_bundle(folder: str | Path) -> bool:
@@ -44,7 +45,11 @@ def read_map(folder: str | Path, *, version: int | None = None) -> BundleMap:
 
 
 def read_bundle(
-    folder: str | Path, *, version: int | None = None, verify: bool = False
+    folder: str | Path,
+    *,
+    version: int | None = None,
+    experts: Sequence[int | str] | None = None,
+    verify: bool = False,
 ) -> tuple[dict[str, Tensor], BundleMap]:
     """Read the tensors of a bundle, bit for bit as they were given to ``write_bundle``.
 
@@ -54,13 +59,18 @@ def read_bundle(
 
     Args:
         version: an earlier version of the map instead of the current one.
+        experts: ids or names of the experts to read, in the order in which they are stacked; the map that is returned
+            knows of no others. None reads all.
         verify: also compare the sha256 of each file.
 
     Raises:
-        BundleError: the map or a file is missing or damaged, or does not hold what the map says.
+        BundleError: the map or a file is missing or damaged, or does not hold what the map says, or an expert that was
+            asked for is not there.
     """
     folder = Path(folder)
     map_ = read_map(folder, version=version)
+    if experts is not None:
+        map_ = _with_experts(map_, experts)
     files = map_.files()
     if missing := sorted(file for file in files if not (folder / file).is_file()):
         raise BundleError(
@@ -80,6 +90,21 @@ def read_bundle(
     for alias, name in map_.aliases.items():
         state[alias] = state[name]
     return state, map_
+
+
+def _with_experts(map_: BundleMap, experts: Sequence[int | str]) -> BundleMap:
+    """The map as if there were only some of its experts."""
+    kept = [map_.find(expert) for expert in experts]
+    if map_.fused and not kept:
+        raise BundleError("no expert was asked for; expected at least one")
+    files = {expert_file(e.id, e.version) for e in map_.experts} - {expert_file(e.id, e.version) for e in kept}
+    return map_.model_copy(
+        update={
+            "experts": kept,
+            "weight_map": {name: file for name, file in map_.weight_map.items() if file not in files},
+            "digests": {file: digest for file, digest in map_.digests.items() if file not in files},
+        }
+    )
 
 
 def _stack(name: str, state: dict[str, Tensor], map_: BundleMap) -> Tensor:

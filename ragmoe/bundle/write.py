@@ -44,6 +44,7 @@ def write_bundle(
     extra: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 2 << 30,
     message: str = "",
+    parent: BundleMap | None = None,
 ) -> BundleMap:
     """Save a model's tensors as a bundle, or as the next version of the bundle that is there.
 
@@ -65,19 +66,23 @@ def write_bundle(
         extra: anything else to record, as JSON.
         max_shard_bytes: largest file of the base, except where one tensor is larger.
         message: recorded in the lineage.
+        parent: publish only as the next version of this map, and only if the base, the gate and the experts that stay
+            keep their files, digests included; experts may join, leave or be renamed.
 
     Raises:
-        BundleError: the arguments contradict each other or the bundle that is there, a locked expert would change, or
-            another writer does not finish within a minute.
+        BundleError: the arguments contradict each other or the bundle that is there, a locked expert would change or
+            leave, ``parent`` is no longer the bundle's map or would not be kept, or another writer does not finish
+            within a minute.
     """
     folder = Path(folder)
     about = _About.checked(encoder, index, extra)
     with _locked(folder):
         remove_unfinished(folder)
         old = read_map(folder) if is_bundle(folder) else None
+        fixed = _fixed(folder, old, parent)
         experts = _experts(old, count_experts(state_dict, expert_tensors), expert_ids, expert_names)
         parts = split_state(state_dict, expert_tensors, gate_tensors, [expert.id for expert in experts])
-        saved = save_groups(folder, old, make_groups(parts, experts), max_shard_bytes)
+        saved = save_groups(folder, old, make_groups(parts, experts), max_shard_bytes, fixed)
         new = _compose(old, experts, parts, saved, about)
         if new != old:
             new = _with_step(folder, old, new, saved, message)
@@ -85,6 +90,19 @@ def write_bundle(
         write_text(folder / SUMMARY_NAME, summary(new, folder))
         _remove_strays(folder)
         return new
+
+
+def _fixed(folder: Path, old: BundleMap | None, parent: BundleMap | None) -> set[str]:
+    """The groups that must not change where a map is to follow ``parent``, which must still be there."""
+    if parent is None:
+        return set()
+    if old != parent:
+        raise BundleError(
+            f"{folder} was changed by somebody else meanwhile: it has version {old.version if old else 'none'}, "
+            f"expected {parent.version}",
+            hint="Give the same command again, on what is there now.",
+        )
+    return {"base", "gate", *(f"expert.{id}" for id in parent.expert_ids)}
 
 
 @contextmanager
@@ -135,6 +153,8 @@ def _experts(
             hint="Name the id of each expert with expert_ids, new ones from next_expert_id on.",
         )
     known = {expert.id: expert for expert in old.experts} if old else {}
+    if leaving := [expert for expert in known.values() if expert.locked and expert.id not in ids]:
+        raise BundleError(f"expert {leaving[0].id} ({leaving[0].name}) is locked and cannot leave")
     first_free = old.next_expert_id if old else 0
     if reused := [id for id in ids if id not in known and id < first_free]:
         raise BundleError(f"expert ids are never reused: {reused} were used before; the next free one is {first_free}")
@@ -142,6 +162,9 @@ def _experts(
         names = [known[id].name if id in known else f"expert{id}" for id in ids]
     if len(names) != count or len(set(names)) != count or not all(names):
         raise BundleError(f"expected {count} different expert names; got {list(names)}")
+    for id, name in zip(ids, names, strict=True):
+        if id in known and known[id].locked and known[id].name != name:
+            raise BundleError(f"expert {id} ({known[id].name}) is locked and cannot be renamed to {name}")
     fresh = ExpertEntry(id=0, name="?", version=1)
     return [
         known.get(id, fresh).model_copy(update={"id": id, "name": name}) for id, name in zip(ids, names, strict=True)

@@ -1,7 +1,19 @@
 """Retrieval-augmented fine-tuning: from a configuration to a bundle."""
 
+from ragmoe.training.adding import Added, Judges, add_expert, new_expert_config
 from ragmoe.training.config import TrainingConfig, load_config
 from ragmoe.training.run import TrainResult, prepare, train
 from ragmoe.training.trainer import RagmoeTrainer
 
-__all__ = ["RagmoeTrainer", "TrainResult", "TrainingConfig", "load_config", "prepare", "train"]
+__all__ = [
+    "Added",
+    "Judges",
+    "RagmoeTrainer",
+    "TrainResult",
+    "TrainingConfig",
+    "add_expert",
+    "load_config",
+    "new_expert_config",
+    "prepare",
+    "train",
+]

@@ -45,7 +45,7 @@ def calibrate(
         # The passage an unanswerable question was asked over is its hardest distractor.
         near = list(dict.fromkeys([*(() if gold else question.context_ids), *retrieved.ids(place)]))
         distractors = hard_distractors(question, gold, index.passages(near))
-        seen = retrieved.neighbours(place, config.neighbours)
+        seen = model.recall(retrieved.neighbours(place, config.neighbours), index, [question.domain])
         if readable := gold_ids(question)[:1]:
             present.append((question, texts[place], index.passages(readable) + distractors[: READ - 1], seen))
         absent.append((question, texts[place], distractors[:READ], seen.without([question.gold_ids])))

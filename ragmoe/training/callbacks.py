@@ -61,6 +61,13 @@ class HistoryCallback(TrainerCallback):
             self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
+def last_load(path: Path) -> list[list[float]] | None:
+    """For each expert its share of the choices in each sparse layer, as last written; None where nothing was."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    load_LE = json.loads(lines[-1])["load"] if lines else []
+    return [list(load_L) for load_L in zip(*load_LE, strict=True)] or None
+
+
 def _line(record: dict[str, Any], steps: int, layers: Sequence[int]) -> str:
     """One line: losses, then load per expert (per cent) and gate entropy (nats) of each sparse layer."""
     text = f"step {record['step']}/{steps}  loss {record['loss']:.3f}"

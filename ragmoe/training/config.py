@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -42,7 +42,7 @@ class DataConfig(_Strict):
     limit: int | None = Field(None, ge=1)
     calibration_share: float = Field(0.03, ge=0.0, lt=0.5)
     calibration_limit: int = Field(100, ge=1)
-    unanswerable_share: float = Field(0.2, ge=0.0, le=1.0)
+    unanswerable_share: float = Field(0.1, ge=0.0, le=1.0)
 
 
 class RaftConfig(_Strict):
@@ -56,6 +56,7 @@ class RaftConfig(_Strict):
         retriever: None means the index's default.
         drop_all: how often a question's neighbours are all hidden from the gate.
         drop_each: how often each single neighbour is.
+        shuffle_neighbours: show the gate another question's neighbours, always the same one's: a control.
         max_length: tokens of a training sequence; of a longer passage a random window with the answer is read.
     """
 
@@ -65,6 +66,7 @@ class RaftConfig(_Strict):
     retriever: str | None = None
     drop_all: float = Field(0.1, ge=0.0, le=1.0)
     drop_each: float = Field(0.1, ge=0.0, le=1.0)
+    shuffle_neighbours: bool = False
     max_length: int = Field(256, ge=32)
 
 
@@ -79,8 +81,8 @@ class OptimiserConfig(_Strict):
     """How it is learned.
 
     Attributes:
-        what: ``all``; ``gate``, ``experts`` or ``gate+experts`` (with the head); or ``lora``: adapters on the frozen
-            base, with gate, experts and head.
+        what: ``all``; ``gate``, ``experts`` or ``gate+experts`` (with the head); ``lora``: adapters on the frozen
+            base, with gate, experts and head; or ``new_expert``: one more expert of a bundle, and nothing else.
         steps: optimiser steps.
         batch_size: questions of a micro-batch; ``accumulation`` micro-batches make a step.
         learning_rate: of the base; the others where given, else the same.
@@ -89,7 +91,7 @@ class OptimiserConfig(_Strict):
         precision: ``auto`` takes bf16 where it is measured to be faster.
     """
 
-    what: Literal["all", "gate", "experts", "gate+experts", "lora"] = "all"
+    what: Literal["all", "gate", "experts", "gate+experts", "lora", "new_expert"] = "all"
     steps: int = Field(450, ge=1)
     batch_size: int = Field(12, ge=1)
     accumulation: int = Field(1, ge=1)
@@ -107,6 +109,34 @@ class OptimiserConfig(_Strict):
     lora: LoraConfig = LoraConfig()
 
 
+class NewExpertConfig(_Strict):
+    """One more expert for a bundle, trained alone, for ``train.what: new_expert``; ``ragmoe experts add`` fills it in.
+
+    Attributes:
+        name: of the expert; its domain's, where it has one.
+        start: what it starts as: ``shared`` (the layer's dense network), ``nearest`` (the expert whose documents lie
+            nearest to the new ones), or an expert's name or id.
+        corpus: sources of the new documents, all in the index; none means the passages of the questions' domains.
+        others: questions about what the bundle knows, for the gate to learn when not to call the new expert; none
+            means that sentences of the index's other passages stand for them.
+        unseen: questions by which the expert will be judged: the gate learns nothing from their documents.
+        documents: how many of the new and of the other documents the gate learns from at most.
+        train_gate: False leaves the gate rows as they start, so that only votes lead to the expert.
+        gate_bias: added to the expert's balance bias after training, so that it is called only by this margin of logit.
+        joins: digest of the bundle's map, where it must still be that.
+    """
+
+    name: str = Field(min_length=1)
+    start: str = "shared"
+    corpus: list[str] = []
+    others: list[str] = []
+    unseen: list[str] = []
+    documents: int = Field(1000, ge=1)
+    train_gate: bool = True
+    gate_bias: float = Field(0.0, le=0)
+    joins: str | None = None
+
+
 class TrainingConfig(_Strict):
     """A whole run.
 
@@ -116,6 +146,7 @@ class TrainingConfig(_Strict):
         start: PEFT adapter laid over the dense base first: ``warm-start`` (packaged), a folder, or None.
         model: fields of ``RagmoeBertConfig``.
         expert_noise: relative noise that tells copied full experts apart.
+        new_expert: for ``train.what: new_expert``, and only there.
         checkpoint_every: steps between checkpoints; 0 writes none.
         log_every: steps between lines of the history.
     """
@@ -127,6 +158,7 @@ class TrainingConfig(_Strict):
     data: DataConfig
     raft: RaftConfig = RaftConfig()
     train: OptimiserConfig = OptimiserConfig()
+    new_expert: NewExpertConfig | None = None
     seed: int = 0
     checkpoint_every: int = Field(100, ge=0)
     log_every: int = Field(10, ge=1)
@@ -245,5 +277,7 @@ def _known(loc: tuple[int | str, ...]) -> str:
     model: type[BaseModel] | None = TrainingConfig
     for part in loc[:-1]:
         annotation = model.model_fields[str(part)].annotation if model and str(part) in model.model_fields else None
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        # A section that may be missing is a union with None.
+        kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        model = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
     return f"; there are: {', '.join(model.model_fields)}" if model else ""

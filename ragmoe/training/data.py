@@ -10,7 +10,7 @@ import glob
 import hashlib
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,11 @@ from ragmoe.training.raft import Example, sample
 
 # Distractors come from this many neighbours beyond those that are read, since some hold the answer.
 _SPARE = 8
+# Questions that are retrieved for at a time.
+_CHUNK = 256
 _FIRST_TOKEN = len(SPECIAL_CANDIDATES)
+
+Recall = Callable[[Neighbours, Question], Neighbours]
 
 
 def load_questions(patterns: Sequence[str], limit: int | None = None) -> list[Question]:
@@ -104,8 +108,21 @@ class Retrieved:
         self.scores_QN = scores_QN
 
     @classmethod
-    def of(cls, index: Index, texts: Sequence[str], n: int, retriever: str | None, cache: Path) -> Retrieved:
-        """Retrieve, or take what was retrieved before for the same index, questions and retriever."""
+    def of(
+        cls,
+        index: Index,
+        texts: Sequence[str],
+        n: int,
+        retriever: str | None,
+        cache: Path,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Retrieved:
+        """Retrieve, or take what was retrieved before for the same index, questions and retriever.
+
+        Args:
+            progress: called with questions done and questions in all; not where all was retrieved before.
+        """
         key = _digest("\x1f".join([index.digest, str(n), retriever or index.retriever, *texts]))
         path = cache / f"neighbours-{key}.safetensors"
         if path.is_file():
@@ -113,11 +130,14 @@ class Retrieved:
             return cls(index, stored["rows"], stored["scores"])
         rows_QN = np.full((len(texts), n), -1, dtype=np.int64)
         scores_QN = np.zeros((len(texts), n), dtype=np.float32)
-        for begin in range(0, len(texts), 256):
-            found = index.neighbours(texts[begin : begin + 256], n, retriever=retriever)
+        progress = progress or (lambda done, total: None)
+        progress(0, len(texts))
+        for begin in range(0, len(texts), _CHUNK):
+            found = index.neighbours(texts[begin : begin + _CHUNK], n, retriever=retriever)
             for at, ids in enumerate(found.passage_ids):
                 rows_QN[begin + at, : len(ids)] = [index.row(name) for name in ids]
                 scores_QN[begin + at, : len(ids)] = found.scores_BN[at, : len(ids)].numpy()
+            progress(min(begin + _CHUNK, len(texts)), len(texts))
         # An index may lie where nothing can be written; then the next run retrieves again.
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +166,9 @@ class RaftDataset(Dataset):
 
     Each pass goes over all questions in a new order. Within ``bucket`` batches questions are grouped by the length of
     their passage, so that little is padded; the batches themselves stay in random order.
+
+    Args:
+        recall: what the model adds to the neighbours of a question (see ``MemoryMixin.recall``); None adds nothing.
     """
 
     def __init__(
@@ -160,6 +183,7 @@ class RaftDataset(Dataset):
         seed: int,
         question_field: str = "question",
         bucket: int = 8,
+        recall: Recall | None = None,
     ) -> None:
         self.questions = list(questions)
         self.index = index
@@ -167,6 +191,14 @@ class RaftDataset(Dataset):
         self.config = config
         self.seed = seed
         self.raw = question_field == "question_raw"
+        self.recall = recall or (lambda neighbours, question: neighbours)
+        # Whose neighbours the gate is shown: in a random cycle of all questions the next one's, so never its own.
+        self.shown = list(range(len(self.questions)))
+        if config.shuffle_neighbours:
+            cycle = random.Random(seed).sample(self.shown, len(self.shown))
+            self.shown = [after for _, after in sorted(zip(cycle, cycle[1:] + cycle[:1], strict=True))]
+        # Characters of each question's passage.
+        self.lengths = [self._length(question) for question in self.questions]
         # Which question is shown, and which of its random draws: both are independent of how batches are cut.
         self.order, self.draws = self._plan(examples, batch_size, bucket)
 
@@ -189,14 +221,13 @@ class RaftDataset(Dataset):
             question,
             [known[name] for name in gold],
             [known[name] for name in spare],
-            self.retrieved.neighbours(place, self.config.neighbours),
+            self.recall(self.retrieved.neighbours(self.shown[place], self.config.neighbours), question),
             self.config,
             seed=self.seed * 1_000_003 + self.draws[at],
         )
 
     def _plan(self, examples: int, batch_size: int, bucket: int) -> tuple[list[int], list[int]]:
         draw = random.Random(self.seed)
-        lengths = [self._length(question) for question in self.questions]
         order: list[int] = []
         while len(order) < examples:
             epoch = list(range(len(self.questions)))
@@ -206,7 +237,7 @@ class RaftDataset(Dataset):
         planned: list[int] = []
         for begin in range(0, examples, batch_size * bucket):
             end = min(examples, begin + batch_size * bucket)
-            part = sorted(range(begin, end), key=lambda i: lengths[order[i]])
+            part = sorted(range(begin, end), key=lambda i: self.lengths[order[i]])
             batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
             # A last, smaller batch must stay last, or those after it would be cut differently.
             last = [batches.pop()] if len(batches[-1]) < batch_size else []
@@ -255,7 +286,8 @@ class RaftCollator:
             is_gold = m == example.gold
             whole = window(self.tokenizer, question, text, 0, len(text.ids))
             span = example.span if is_gold else None
-            target = whole.token_span(span.start, span.start + len(span.text)) if span else None
+            seen = whole.visible(span.start, span.start + len(span.text)) if span else None
+            target = whole.token_span(*seen) if seen else None
             low, high = 0, at_most
             if target is not None:
                 first, last = (position - whole.context_start for position in target)
@@ -264,16 +296,16 @@ class RaftCollator:
                 low = min(low, high) if last - first < size else high
             begin = draw.randint(low, high)
             w = window(self.tokenizer, question, text, begin, size)
-            found.append((w, *self._target(example, w, is_gold)))
+            found.append((w, *self._target(example, w, is_gold, seen)))
         return found
 
-    def _target(self, example: Example, w: Window, is_gold: bool) -> tuple[int, int]:
-        if not is_gold:
-            return 0, 0
-        if example.span is None:
+    def _target(self, example: Example, w: Window, is_gold: bool, seen: tuple[int, int] | None) -> tuple[int, int]:
+        """Candidates of start and end; ``seen`` are the characters of the answer that have tokens."""
+        if is_gold and example.span is None:
             said = SPECIAL_CANDIDATES.index(example.question.answers[0].lower())
             return said, said
-        reach = w.offsets[-1][1]
-        positions = w.token_span(example.span.start, min(reach, example.span.start + len(example.span.text)))
+        if not is_gold or seen is None:
+            return 0, 0
+        positions = w.token_span(seen[0], min(w.offsets[-1][1], seen[1]))
         assert positions is not None, "the window was chosen to hold the answer's beginning"
         return positions[0] + _FIRST_TOKEN, positions[1] + _FIRST_TOKEN

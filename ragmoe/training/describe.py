@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,15 +16,17 @@ _GIB = 2**30
 def describe(run: Run) -> dict[str, Any]:
     """Figures of a prepared run, with ``text`` for people.
 
-    Memory is an estimate: weights, gradients and two moments in fp32, and the activations that backward needs.
+    Memory is an estimate: weights, gradients and two moments in fp32, and the activations that backward needs in the
+    longest batch of the run.
     """
     config, train = run.config, run.config.train
-    batch = run.collator([run.dataset[at] for at in range(train.batch_size)])
+    batch = _batch(run, 0)
     sequences, length = batch["input_ids"].shape
+    longest = tuple(_batch(run, _longest(run))["input_ids"].shape)
     tokens = int(batch["attention_mask"].sum())
     parameters = run.parameters
     weights = 4 * parameters["total"] + 12 * parameters["trained"]
-    activations = _activation_bytes(run, sequences * length)
+    activations = _activation_bytes(run, math.prod(longest))
     report: dict[str, Any] = {
         "parameters": parameters,
         "sparse_layers": run.model.sparse_layers,
@@ -36,11 +39,23 @@ def describe(run: Run) -> dict[str, Any]:
         "tokens_per_step": tokens * train.accumulation,
         "padding": round(1 - tokens / (sequences * length), 3),
         "memory_gib": {"weights": round(weights / _GIB, 2), "activations": round(activations / _GIB, 2)},
+        "longest_batch": {"sequences": longest[0], "tokens": longest[1]},
         "passes": round(len(run.dataset) / len(run.dataset.questions), 2),
         "first_batch": _decoded(run, batch),
     }
     report["text"] = _text(report, config.train.steps)
     return report
+
+
+def _batch(run: Run, begin: int) -> dict[str, torch.Tensor]:
+    return run.collator([run.dataset[at] for at in range(begin, begin + run.config.train.batch_size)])
+
+
+def _longest(run: Run) -> int:
+    """Where the batch begins that holds the longest of the questions' own passages, counted in characters."""
+    dataset, size = run.dataset, run.config.train.batch_size
+    begins = range(0, len(dataset), size)
+    return max(begins, key=lambda at: max(dataset.lengths[i] for i in dataset.order[at : at + size]))
 
 
 def _activation_bytes(run: Run, tokens: int) -> int:
@@ -67,7 +82,7 @@ def _decoded(run: Run, batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
 
 
 def _text(report: dict[str, Any], steps: int) -> str:
-    p, q, m = report["parameters"], report["questions"], report["memory_gib"]
+    p, q, m, longest = (report[key] for key in ("parameters", "questions", "memory_gib", "longest_batch"))
     lines = [
         f"parameters   {p['total']:,} in all, {p['active']:,} active for a token, {p['trained']:,} trained",
         f"sparse       layers {', '.join(map(str, report['sparse_layers'])) or 'none'}",
@@ -76,6 +91,7 @@ def _text(report: dict[str, Any], steps: int) -> str:
         f"a step       {report['sequences_per_step']} sequences, {report['tokens_per_step']:,} tokens, "
         f"{report['padding']:.0%} padding; {steps} steps",
         f"memory       about {m['weights']} GiB weights and optimiser, {m['activations']} GiB activations",
+        f"             in the longest batch ({longest['sequences']} sequences of {longest['tokens']} tokens)",
         "",
         "first batch",
     ]

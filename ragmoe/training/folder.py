@@ -17,13 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from ragmoe._errors import ConfigError, UsageError
 from ragmoe.bundle import is_bundle
 from ragmoe.corpus.types import Question
-from ragmoe.training.config import TrainingConfig
+from ragmoe.training.config import TrainingConfig, explain, read_yaml
 
 CONFIG_NAME, STARTED_NAME, HISTORY_NAME, CHECKPOINTS = "training.yaml", "started.json", "history.jsonl", "checkpoints"
+
+
+def is_started(folder: Path) -> bool:
+    """Whether a run has begun here, finished or not."""
+    return (folder / CONFIG_NAME).is_file()
 
 
 def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: bool) -> None:
@@ -35,7 +41,7 @@ def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: 
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
-    started, finished = (folder / CONFIG_NAME).is_file(), is_bundle(folder)
+    started, finished = is_started(folder), is_bundle(folder)
     others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if others and not (started or finished):
         raise ConfigError(
@@ -45,16 +51,33 @@ def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: 
         return
     if finished:
         raise ConfigError(f"{folder} holds a finished run", hint="name another folder, or pass --overwrite")
+    can_go_on = any(_is_whole(path) for path in _checkpoints(folder))
+    again = "--overwrite to start again"
     if started and not resume:
-        raise ConfigError(f"{folder} holds a run that did not finish", hint="pass --resume to go on, or --overwrite")
+        raise ConfigError(
+            f"{folder} holds a run that did not finish{'' if can_go_on else ' and left no checkpoint'}",
+            hint=f"pass --resume to go on from the last checkpoint, or {again}" if can_go_on else f"pass {again}",
+        )
     if started:
-        before = yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        now = config.model_dump(mode="json")
+        before, now = saved_config(folder), config.model_dump(mode="json")
         if differ := sorted(key for key in now if now[key] != before.get(key)):
             raise ConfigError(
                 f"cannot resume {folder}: the configuration differs in {', '.join(differ)} from its {CONFIG_NAME}",
-                hint=f"ragmoe train {folder / CONFIG_NAME} --out {folder} --resume",
+                hint=f"ragmoe train {folder / CONFIG_NAME} --out {folder} --resume" if can_go_on else f"pass {again}",
             )
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The configuration a run in ``folder`` was started with; keys that did not exist then have their defaults.
+
+    Raises:
+        ConfigError: it is none that this version knows.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        return TrainingConfig.model_validate(read_yaml(path)).model_dump(mode="json")
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error)}", hint="was it written by a newer ragmoe?") from None
 
 
 def start(
@@ -85,16 +108,26 @@ def start(
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint; torn ones, left by a kill while they were written, are removed."""
-    found = sorted((folder / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
-        try:
-            # Trainer writes it last.
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-        else:
+    for path in _checkpoints(folder):
+        if _is_whole(path):
             return str(path)
+        shutil.rmtree(path)
     return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints, newest first."""
+    found = (folder / CHECKPOINTS).glob("checkpoint-*")
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        # Trainer writes it last.
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _digest(questions: Sequence[Question]) -> str:

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from transformers import TrainingArguments, set_seed
 
 from ragmoe._errors import BundleError, DataError, ModelError
 from ragmoe.bundle import MAP_NAME
+from ragmoe.bundle.experts import LOAD
 from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering, load
 from ragmoe.training.build import build_model, make_trainable, trained_parameters, wants_bf16
 from ragmoe.training.calibration import calibrate
-from ragmoe.training.callbacks import HistoryCallback, Shows
+from ragmoe.training.callbacks import HistoryCallback, Shows, last_load
 from ragmoe.training.config import TrainingConfig, load_config
 from ragmoe.training.data import (
     RaftCollator,
@@ -31,7 +33,9 @@ from ragmoe.training.data import (
     learnable,
     load_questions,
 )
-from ragmoe.training.folder import CHECKPOINTS, HISTORY_NAME, check_out, last_checkpoint, start
+from ragmoe.training.fitting import fit_gates
+from ragmoe.training.folder import CHECKPOINTS, HISTORY_NAME, check_out, is_started, last_checkpoint, start
+from ragmoe.training.new_expert import NewExpert, begin_new_expert
 from ragmoe.training.trainer import RagmoeTrainer
 
 CACHE_NAME = ".neighbours"
@@ -73,6 +77,7 @@ class Run:
     held: list[Any]
     held_retrieved: Retrieved
     left_out: int
+    new_expert: NewExpert | None = None
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -88,8 +93,13 @@ class Run:
         }
 
 
-def prepare(config: TrainingConfig, *, cache: Path | None = None) -> Run:
-    """Load questions and index, retrieve once, build the model and decide what of it is trained."""
+def prepare(config: TrainingConfig, *, cache: Path | None = None, show: Shows | None = None) -> Run:
+    """Load questions and index, retrieve once, build the model and decide what of it is trained.
+
+    Args:
+        cache: folder where neighbours of questions are kept between runs; None means in the index's own folder.
+        show: told how far retrieving is, which takes minutes for many questions.
+    """
     index = Index.open(config.data.index)
     questions = load_questions(config.data.questions, config.data.limit)
     known = [question for question in questions if learnable(question)]
@@ -98,12 +108,23 @@ def prepare(config: TrainingConfig, *, cache: Path | None = None) -> Run:
     if not fit:
         raise DataError(f"none of the {len(questions)} questions can be learned from: no answer_spans, no yes/no/maybe")
     model = build_model(config, index, on_cpu=not torch.cuda.is_available())
+    cache = cache or index.folder / CACHE_NAME
+    new_expert = begin_new_expert(model, config, index, fit, held, cache, show)
+    if new_expert is not None:
+        model = new_expert.model
     adapted = make_trainable(model, config)
 
     raw = config.data.question_field == "question_raw"
     texts = [question.raw if raw else question.question for question in fit + held]
     n = max(config.raft.neighbours, config.raft.passages + _SPARE_NEIGHBOURS)
-    retrieved = Retrieved.of(index, texts, n, config.raft.retriever, cache or index.folder / CACHE_NAME)
+    retrieved = Retrieved.of(
+        index,
+        texts,
+        n,
+        config.raft.retriever,
+        cache,
+        progress=partial(show.stage, "retrieving neighbours") if show else None,
+    )
     of_fit = Retrieved(index, retrieved.rows_QN[: len(fit)], retrieved.scores_QN[: len(fit)])
     of_held = Retrieved(index, retrieved.rows_QN[len(fit) :], retrieved.scores_QN[len(fit) :])
     train = config.train
@@ -116,9 +137,12 @@ def prepare(config: TrainingConfig, *, cache: Path | None = None) -> Run:
         batch_size=train.batch_size,
         seed=config.seed,
         question_field=config.data.question_field,
+        recall=lambda neighbours, question: model.recall(neighbours, index, [question.domain]),
     )
     collator = RaftCollator(model.tokenizer, config.raft, raw=raw)
-    return Run(config, index, model, adapted, dataset, collator, held, of_held, len(questions) - len(known))
+    fit_gates(model, index, fit, of_fit, config.raft.neighbours)
+    left_out = len(questions) - len(known)
+    return Run(config, index, model, adapted, dataset, collator, held, of_held, left_out, new_expert)
 
 
 def train(
@@ -136,7 +160,8 @@ def train(
     Args:
         config: YAML file, mapping or configuration; ``overrides`` are ``key.key=value``.
         out: the bundle's folder; ``training.yaml``, ``history.jsonl`` and, while training, ``checkpoints/`` go there.
-        resume: go on from the last checkpoint; equals the run that was never interrupted.
+        resume: go on from the last checkpoint, or from the first step where there is none; equals the run that was
+            never interrupted.
         overwrite: start again where a run has left something.
         cache: folder where neighbours of questions are kept between runs; None means in the index's own folder.
         show: told of each step and each line of the history.
@@ -148,8 +173,9 @@ def train(
     resolved = config if isinstance(config, TrainingConfig) else load_config(config, overrides)
     folder = Path(out)
     check_out(folder, resolved, resume=resume, overwrite=overwrite)
+    goes_on = resume and is_started(folder)
     set_seed(resolved.seed)
-    run = prepare(resolved, cache=Path(cache) if cache else None)
+    run = prepare(resolved, cache=Path(cache) if cache else None, show=show)
     bf16 = start(
         folder,
         resolved,
@@ -158,44 +184,57 @@ def train(
         bf16=wants_bf16(resolved.train.precision),
         overwrite=overwrite,
     )
-    checkpoints = folder / CHECKPOINTS
-    history = HistoryCallback(folder / HISTORY_NAME, steps=resolved.train.steps, show=show)
-    trainer = RagmoeTrainer(
-        model=run.model,
-        args=_arguments(resolved, checkpoints, bf16=bf16),
-        train_dataset=run.dataset,
-        data_collator=run.collator,
-        callbacks=[history],
-        optimiser=resolved.train,
-    )
-    history.trainer = trainer
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
+    trainer = _trainer(run, folder, bf16=bf16, show=show)
     last = last_checkpoint(folder)
+    if goes_on and last is None and show:
+        show.line("the run before left no checkpoint: starting again at the first step")
     parameters = run.parameters
     begin = time.perf_counter()
-    try:
-        finished = trainer.train(resume_from_checkpoint=last)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"out of memory in a step: {str(error).splitlines()[0]}",
-            hint="halve train.batch_size and double train.accumulation, or set train.gradient_checkpointing=true",
-        ) from None
+    loss = _fit(trainer, last)
     seconds = None if last else time.perf_counter() - begin
     # Trainer leaves its autocast around forward; what is saved and compared is the model itself.
     run.model = trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     adapter = _save(run, folder)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return TrainResult(
         folder,
         adapter,
         seconds,
         resolved.train.steps,
-        float(finished.training_loss),
+        loss,
         parameters,
         {"fitted": len(run.dataset.questions), "held_out": len(run.held), "left_out": run.left_out},
     )
+
+
+def _trainer(run: Run, folder: Path, *, bf16: bool, show: Shows | None) -> RagmoeTrainer:
+    """The trainer of a run, with its history in place of Trainer's own printing."""
+    from transformers import PrinterCallback
+
+    history = HistoryCallback(folder / HISTORY_NAME, steps=run.config.train.steps, show=show)
+    trainer = RagmoeTrainer(
+        model=run.model,
+        args=_arguments(run.config, folder / CHECKPOINTS, bf16=bf16),
+        train_dataset=run.dataset,
+        data_collator=run.collator,
+        callbacks=[history],
+        optimiser=run.config.train,
+        gate_lesson=run.new_expert.lesson if run.new_expert else None,
+    )
+    history.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _fit(trainer: RagmoeTrainer, checkpoint: str | None) -> float:
+    """Take the steps, or those after a checkpoint; the mean training loss."""
+    try:
+        return float(trainer.train(resume_from_checkpoint=checkpoint).training_loss)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"out of memory in a step: {str(error).splitlines()[0]}",
+            hint="halve train.batch_size and double train.accumulation, or set train.gradient_checkpointing=true",
+        ) from None
 
 
 def _arguments(config: TrainingConfig, checkpoints: Path, *, bf16: bool) -> TrainingArguments:
@@ -236,18 +275,23 @@ def _save(run: Run, folder: Path) -> Path | None:
         model = run.adapted.merge_and_unload()
         model.tokenizer = run.collator.tokenizer
     model.eval()
-    texts = [run.dataset.text(question) for question in run.held]
-    model.config.no_answer_threshold = calibrate(
-        model,
-        run.held,
-        texts,
-        run.held_retrieved,
-        run.index,
-        run.config.raft,
-        run.config.data.unanswerable_share,
-    )
+    if run.new_expert is not None:
+        # The threshold stays the bundle's own, as everything else that its other experts go by.
+        model = run.new_expert.finish(model)
+    else:
+        model.config.no_answer_threshold = calibrate(
+            model,
+            run.held,
+            [run.dataset.text(question) for question in run.held],
+            run.held_retrieved,
+            run.index,
+            run.config.raft,
+            run.config.data.unanswerable_share,
+        )
     model.tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder, message="train")
+    loads = last_load(folder / HISTORY_NAME) or []
+    recorded = dict(zip(model.config.expert_ids or range(len(loads)), loads, strict=True)) if loads else {}
+    model.save_pretrained(folder, message="train", extra={LOAD: recorded} if recorded else None)
     batch = run.collator([run.dataset[at] for at in range(min(2, len(run.dataset)))])
     difference = largest_difference(model, load(folder), batch)
     if difference != 0.0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +17,14 @@ from ragmoe.training.config import OptimiserConfig
 # What a parameter belongs to, by its name; the first that matches.
 _PARTS = (
     ("gate", ".moe.gate."),
+    ("gate", ".summary."),
     ("experts", ".moe.experts."),
     ("head", "qa_outputs"),
     ("head", "special_outputs"),
 )
+
+
+GateLesson = Callable[[Any, int], Tensor]
 
 
 def part_of(name: str) -> str:
@@ -27,8 +33,8 @@ def part_of(name: str) -> str:
 
 
 def freeze(model: nn.Module, what: str) -> None:
-    """Leave trainable what ``train.what`` says (for ``lora``, adapters are trainable already)."""
-    if what == "all":
+    """Leave trainable what ``train.what`` says (for ``lora`` and ``new_expert`` what is new is trainable already)."""
+    if what in ("all", "new_expert"):
         return
     trained = {"head", *({"gate", "experts"} if what == "lora" else what.split("+"))}
     for name, parameter in model.named_parameters():
@@ -40,13 +46,20 @@ class RagmoeTrainer(Trainer):
     """Trains a model of ragmoe; checkpoints are bundles and are loaded strictly, experts included.
 
     Examples come in the order of the dataset, which has its own (see ``RaftDataset``).
+
+    Args:
+        gate_lesson: a loss to be added, of the model and the number of the micro-batch, counted through a resumed run.
     """
 
     optimizer: Any
 
-    def __init__(self, *args: Any, optimiser: OptimiserConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, optimiser: OptimiserConfig, gate_lesson: GateLesson | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.optimiser_config = optimiser
+        self.gate_lesson = gate_lesson
+        self._lessons: int | None = None
         # Without this, Trainer takes the loss for a sum over the whole accumulated batch and does not average it.
         self.model_accepts_loss_kwargs = False
         self.routing = self._new_statistics()
@@ -98,7 +111,18 @@ class RagmoeTrainer(Trainer):
             self.routing.update(*counted)
             if self.optimiser_config.balance_bias_rate:
                 self._step_routing.update(*counted)
-        return (output["loss"], output) if return_outputs else output["loss"]
+        loss = output["loss"]
+        if self.gate_lesson is not None:
+            loss = loss + self._lesson(self.gate_lesson, model)
+        return (loss, output) if return_outputs else loss
+
+    def _lesson(self, lesson: GateLesson, model: Any) -> Tensor:
+        if self._lessons is None:
+            self._lessons = self.state.global_step * self.args.gradient_accumulation_steps
+        taught = lesson(model, self._lessons)
+        self._lessons += 1
+        self._parts["gate_loss"] = self._parts.get("gate_loss", torch.zeros(())) + taught.detach().float().cpu()
+        return taught
 
     def drain(self) -> dict[str, Any]:
         """Mean losses and routing since the last call."""
@@ -122,7 +146,20 @@ class RagmoeTrainer(Trainer):
     # Trainer's own ways load with strict=False and without our format: experts would stay at initialisation.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        (model or self.model).load_bundle(resume_from_checkpoint)
+        with self._memory_kept():
+            (model or self.model).load_bundle(resume_from_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with self._memory_kept():
+            super()._save(output_dir, state_dict)
+
+    @contextmanager
+    def _memory_kept(self) -> Iterator[None]:
+        """A checkpoint is no version of the bundle that is trained on, and has no expert memory of its own."""
+        model: Any = self.model
+        before = model.bundle_digests
+        yield
+        model.bundle_digests = before
 
     def _load_best_model(self) -> None:
         self.model.load_bundle(self.state.best_model_checkpoint)

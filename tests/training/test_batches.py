@@ -13,7 +13,7 @@ import torch
 
 from ragmoe import DataError, Index, Neighbours, Passage, Question
 from ragmoe.corpus.types import Span
-from ragmoe.training import load_config, prepare
+from ragmoe.training import data, load_config, prepare
 from ragmoe.training.config import RaftConfig
 from ragmoe.training.data import RaftCollator, Retrieved, hold_out, load_questions
 from ragmoe.training.raft import Example
@@ -117,6 +117,15 @@ def test_retrieval_is_taken_from_the_cache_the_second_time(
     np.testing.assert_array_equal(first.rows_QN, again.rows_QN)
 
 
+def test_progress_of_retrieving(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_CHUNK", 2)
+    index, texts, told = Index.open(world / "index"), [f"who keeps the {thing}?" for thing in "abcde"], []
+    for _ in range(2):
+        # The second time it comes from the cache.
+        Retrieved.of(index, texts, 3, None, tmp_path, progress=lambda done, total: told.append((done, total)))
+    assert told == [(0, 5), (2, 5), (4, 5), (5, 5)]
+
+
 def test_a_document_is_never_on_both_sides_of_the_calibration_slice(world: Path) -> None:
     questions = load_questions([str(world / "questions.jsonl")])
     fit, held = hold_out(questions, Index.open(world / "index"), 0.3, 100)
@@ -136,3 +145,59 @@ def test_a_limit_does_not_depend_on_the_order_of_files(world: Path, tmp_path: Pa
 def test_no_question_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no question file matches .*none\*.jsonl"):
         load_questions([str(tmp_path / "none*.jsonl")])
+
+
+def test_shuffled_neighbours_are_another_questions_and_always_the_same_ones(config: Config) -> None:
+    plain = prepare(load_config(config(**{"raft.drop_all": 0.0, "raft.drop_each": 0.0})))
+    shuffled = prepare(
+        load_config(config(**{"raft.drop_all": 0.0, "raft.drop_each": 0.0, "raft.shuffle_neighbours": True}))
+    )
+    shown = shuffled.dataset.shown
+    assert sorted(shown) == list(range(len(shown))) and all(place != other for place, other in enumerate(shown))
+    assert plain.dataset.order == shuffled.dataset.order and plain.dataset.shown == list(range(len(shown)))
+    for at in range(6):
+        place, ids = shuffled.dataset.order[at], shuffled.dataset[at].neighbours.passage_ids[0]
+        own = shuffled.dataset.retrieved.neighbours(shown[place], 4).passage_ids[0]
+        assert ids == [name for name in own if name in ids] and len(ids) >= 3
+        # What is read is the question's own, as without the shuffling.
+        assert [p.id for p in shuffled.dataset[at].passages] == [p.id for p in plain.dataset[at].passages]
+
+
+def test_gates_are_told_what_they_ask_for(config: Config) -> None:
+    names = {"model.expert_names": ["river", "market", "a", "common"]}
+    oracle = prepare(load_config(config(**names, **{"model.gate": "oracle", "model.common_experts": 1})))
+    memory = prepare(load_config(config(**names, **{"model.gate": "memory"})))
+    examples = [oracle.dataset[at] for at in range(4)]
+    domains = [["river", "market"].index(example.question.domain) for example in examples]
+    assert oracle.collator(examples)["question_domain"].tolist() == domains
+    batch = memory.collator([memory.dataset[at] for at in range(4)])
+    assert batch["neighbour_votes"].shape == (4, 4, 2, 4) and "question_domain" not in batch
+    assert torch.equal(batch["neighbour_votes"].sum(dim=-1)[:, :, 0] > 0, batch["neighbour_mask"])
+
+
+@pytest.mark.parametrize("gate", ["centroid", "ridge"])
+def test_gates_in_closed_form_are_fitted_before_training(config: Config, gate: str) -> None:
+    names = {"model.expert_names": ["river", "market", "a", "common"], "model.common_experts": 1}
+    run = prepare(load_config(config(**names, **{"model.gate": gate})))
+    fitted = [layer.gate for layer in run.model.moe_layers]
+    assert all(gate.weight.any() for gate in fitted) and torch.equal(fitted[0].weight, fitted[1].weight)
+    dataset = run.dataset
+    right = [
+        int(fitted[0].domain(dataset.retrieved.neighbours(place, 4))) == ["river", "market"].index(question.domain)
+        for place, question in enumerate(dataset.questions)
+    ]
+    assert sum(right) / len(right) > 0.8
+
+
+def test_an_answer_that_ends_in_a_character_without_a_token(run: Run) -> None:
+    text = "the river is open until zebra city\u200d and the bank is the law"
+    passage, start = Passage("joined", text), text.index("zebra")
+    question = Question("q", "until when?", ("zebra city\u200d",), "span", ("joined",), "river")
+    for answer, target in (("zebra city\u200d", "zebra city"), ("\u200d", None)):
+        at = start if target else text.index(answer)
+        span = Span("joined", at, answer)
+        example = Example(question, [passage, Passage("", "")], 0, span, Neighbours.empty(1, 64), seed=0)
+        batch = run.collator([example])
+        first, last = batch["start_positions"][0, 0].item(), batch["end_positions"][0, 0].item()
+        read = run.collator.tokenizer.decode(batch["input_ids"][0, first - 4 : last - 3]) if first else None
+        assert read == target

@@ -27,7 +27,10 @@ def test_overrides_are_read_as_yaml(config: Config) -> None:
         ("nonsense=1", "unknown key 'nonsense'; there are: base, start, model"),
         ("train.steps=0", "train.steps: Input should be greater than or equal to 1 (got 0)"),
         ("raft.gold_probability=often", "raft.gold_probability"),
-        ("train.what=some", "train.what: Input should be 'all', 'gate', 'experts', 'gate+experts' or 'lora'"),
+        (
+            "train.what=some",
+            "train.what: Input should be 'all', 'gate', 'experts', 'gate+experts', 'lora' or 'new",
+        ),
         ("steps", "expected key.key=value"),
         ("base.x=1", "'base' is not a section"),
     ],

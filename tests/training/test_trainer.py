@@ -102,12 +102,57 @@ def test_a_killed_run_resumes_to_the_same_model(
     monkeypatch.setattr("ragmoe.index.folder.load_encoder", lambda name: pytest.fail("retrieved again"))
     with pytest.raises(ConfigError, match="did not finish") as caught:
         train(content, out=tmp_path / "killed")
-    assert "--resume" in str(caught.value)
+    assert "pass --resume to go on from the last checkpoint, or --overwrite" in str(caught.value)
     resumed = train(content, out=tmp_path / "killed", resume=True)
     a, b = tensors(whole.bundle), tensors(resumed.bundle)
     assert all(torch.equal(a[name], b[name]) for name in a)
     lines = [(folder / "history.jsonl").read_text().splitlines() for folder in (whole.bundle, resumed.bundle)]
     assert [json.loads(line)["loss"] for line in lines[0]] == [json.loads(line)["loss"] for line in lines[1]]
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int, int]] = []
+        self.lines: list[str] = []
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        self.stages.append((name, done, total))
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, said = config(**{"train.steps": 2}), "left no checkpoint"
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    first = Recorder()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(content, out=tmp_path / "run", resume=True, show=first)
+    assert not any(said in line for line in first.lines)
+    for changes in ({}, {"seed": 5}):
+        with pytest.raises(ConfigError) as caught:
+            train({**content, **changes}, out=tmp_path / "run", resume=bool(changes))
+        assert "pass --overwrite to start again" in str(caught.value) and "--resume" not in str(caught.value)
+        assert changes or said in str(caught.value)
+    again = Recorder()
+    resumed = train(content, out=tmp_path / "run", resume=True, show=again)
+    assert said in again.lines[0] and again.lines[1].startswith("step 1/2")
+    a, b = tensors(resumed.bundle), tensors(train(content, out=tmp_path / "whole").bundle)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_preparing_tells_how_far_it_is(config: Config, tmp_path: Path) -> None:
+    shown = Recorder()
+    run = prepare(load_config(config()), cache=tmp_path, show=shown)
+    total = len(run.dataset.questions) + len(run.held)
+    assert shown.stages == [("retrieving neighbours", 0, total), ("retrieving neighbours", total, total)]
 
 
 def test_a_killed_adapter_run_resumes_too(config: Config, tmp_path: Path) -> None:
@@ -249,7 +294,7 @@ def test_another_configuration_cannot_be_resumed(config: Config, tmp_path: Path)
     ("changes", "said"),
     [
         ({"raft.max_length": 500}, "max_length is 500, but the base has 128 positions"),
-        ({"model.gate": "nonsense"}, "there is no gate 'nonsense'; there are: pooled, retrieval, token"),
+        ({"model.gate": "nonsense"}, "there is no gate 'nonsense'; there are: "),
         ({"model.nonsense": 1}, "unknown model settings nonsense"),
         ({"model.expert_rank": 7}, "expected a positive multiple of 8"),
         ({"model.top_k": 9}, "top_k is 9: expected 1 to 4"),

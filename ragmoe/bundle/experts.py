@@ -1,0 +1,220 @@
+"""Single experts of a saved bundle: listed, renamed and pruned, each as the next version of its map.
+
+No model is built and no file is changed: tensors of experts that stay keep their files, those of experts that go stay
+with the earlier maps, which still open (``load(bundle, version=N)``). Merging is in merging.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ragmoe._errors import BundleError
+from ragmoe.bundle._files import load_tensors, write_text
+from ragmoe.bundle._map import BundleMap, ExpertEntry, expert_file
+from ragmoe.bundle.read import read_bundle, read_map
+from ragmoe.bundle.write import write_bundle
+
+# What the map's ``extra`` records of single experts, by id: shares of the choices, and what adding one has cost.
+LOAD, CERTIFICATES = "load", "certificates"
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """One expert as it stands in a map.
+
+    Attributes:
+        load: for each sparse layer the share of all choices that fell on it while the bundle was trained; None where
+            that was not recorded.
+        certificate: what adding it has cost and brought, where it was added later.
+        history: the steps of the bundle's lineage that changed it.
+    """
+
+    id: int
+    name: str
+    version: int
+    locked: bool
+    file: str
+    digest: str
+    bytes: int
+    parameters: int
+    load: list[float] | None
+    certificate: dict[str, Any] | None
+    history: list[dict[str, Any]]
+
+    @property
+    def mean_load(self) -> float | None:
+        """The share of choices as a mean over layers."""
+        return sum(self.load) / len(self.load) if self.load else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "mean_load": self.mean_load}
+
+
+def list_experts(bundle: str | Path, *, version: int | None = None) -> list[ExpertInfo]:
+    """The experts of a bundle, in the order in which their tensors are stacked.
+
+    Raises:
+        BundleError: there is no bundle, or an expert's file is missing or damaged.
+    """
+    folder = Path(bundle)
+    map_ = read_map(folder, version=version)
+    files = map_.files()
+    return [_info(folder, map_, expert, files) for expert in map_.experts]
+
+
+def show_expert(bundle: str | Path, expert: int | str, *, version: int | None = None) -> ExpertInfo:
+    """One expert, by id or name.
+
+    Raises:
+        BundleError: there is no such expert, or its file is missing or damaged.
+    """
+    folder = Path(bundle)
+    map_ = read_map(folder, version=version)
+    return _info(folder, map_, map_.find(expert), map_.files())
+
+
+def rename_expert(bundle: str | Path, expert: int | str, name: str, *, message: str = "") -> BundleMap:
+    """Give an expert another name; its id and its tensors stay.
+
+    Raises:
+        BundleError: there is no such expert, it is locked, or the name is empty or taken.
+    """
+    folder = Path(bundle)
+    parent = read_map(folder)
+    found = parent.find(expert)
+    check_name(parent, name)
+    experts = [(e.id, name if e.id == found.id else e.name) for e in parent.experts]
+    state, _ = read_bundle(folder, version=parent.version)
+    return publish(folder, parent, state, experts, message or f"rename {found.name} to {name}")
+
+
+def prune_experts(bundle: str | Path, experts: Sequence[int | str], *, message: str = "") -> BundleMap:
+    """Let experts leave the map; tokens that would have chosen them go to their next best.
+
+    Raises:
+        BundleError: there is no such expert, one is locked, or fewer would be left than each token chooses.
+    """
+    folder = Path(bundle)
+    parent = read_map(folder)
+    gone = [parent.find(expert) for expert in experts]
+    kept = check_prune(parent, gone)
+    state, _ = read_bundle(folder, version=parent.version, experts=[e.id for e in kept])
+    names = ", ".join(e.name for e in gone)
+    return publish(folder, parent, state, [(e.id, e.name) for e in kept], message or f"prune {names}")
+
+
+def check_prune(map_: BundleMap, gone: Sequence[ExpertEntry]) -> list[ExpertEntry]:
+    """The experts that stay where some leave; BundleError where one must not, or too few would stay."""
+    require_unlocked(gone, "pruned")
+    kept = [expert for expert in map_.experts if expert not in gone]
+    require_enough(map_, len(kept))
+    return kept
+
+
+def publish(
+    folder: Path,
+    parent: BundleMap,
+    state: Mapping[str, Tensor],
+    experts: Sequence[tuple[int, str]],
+    message: str,
+    extra: Mapping[str, Any] | None = None,
+) -> BundleMap:
+    """Make experts with these ids and names the next version of a bundle; nothing else of it changes.
+
+    Args:
+        parent: the bundle's map, which must still be the current one.
+        state: all tensors, the fused ones with the experts in this order.
+        extra: laid over what the parent records; of its records about single experts those of the others are dropped.
+
+    Raises:
+        BundleError: as ``write_bundle`` does; nothing is published.
+    """
+    ids = [id for id, _ in experts]
+    recorded = {**parent.extra, **(extra or {})}
+    for key in (LOAD, CERTIFICATES):
+        if key in recorded:
+            recorded[key] = {id: value for id, value in recorded[key].items() if int(id) in ids}
+    if config := dict(recorded.get("config", {})):
+        common = parent.expert_ids[len(parent.experts) - config.get("common_experts", 0) :]
+        config |= {"experts": len(ids), "common_experts": sum(id in common for id in ids)}
+        recorded["config"] = config
+    map_ = write_bundle(
+        folder,
+        state,
+        expert_tensors=set(parent.fused),
+        gate_tensors=parent.gate_tensors,
+        expert_ids=ids,
+        expert_names=[name for _, name in experts],
+        encoder=parent.encoder.model_dump() if parent.encoder else None,
+        index=parent.index,
+        extra=recorded,
+        message=message,
+        parent=parent,
+    )
+    _refresh_config(folder, map_)
+    return map_
+
+
+def check_name(map_: BundleMap, name: str) -> None:
+    """Raise BundleError unless an expert may be called that."""
+    if not name.strip():
+        raise BundleError("the name of an expert is empty")
+    if name in map_.expert_names:
+        raise BundleError(f"there is an expert {name!r} already; names taken: {', '.join(map_.expert_names)}")
+
+
+def _info(folder: Path, map_: BundleMap, expert: ExpertEntry, files: Mapping[str, list[str]]) -> ExpertInfo:
+    file = expert_file(expert.id, expert.version)
+    tensors = load_tensors(folder / file, files.get(file, []))
+    return ExpertInfo(
+        **expert.model_dump(),
+        file=file,
+        digest=map_.digests[file],
+        bytes=(folder / file).stat().st_size,
+        parameters=sum(x.numel() for x in tensors.values()),
+        load=recorded_load(map_).get(str(expert.id)),
+        certificate=map_.extra.get(CERTIFICATES, {}).get(str(expert.id)),
+        history=[
+            step.model_dump(exclude={"parent"})
+            for step in map_.lineage
+            if any(said.startswith((f"expert {expert.id} ", f"expert {expert.id}:")) for said in step.changed)
+        ],
+    )
+
+
+def recorded_load(map_: BundleMap) -> dict[str, list[float]]:
+    """By id, the share of the choices that fell on an expert in each sparse layer while the bundle was trained."""
+    return dict(map_.extra.get(LOAD, {}))
+
+
+def require_unlocked(experts: Sequence[ExpertEntry], what: str) -> None:
+    """Raise BundleError where one of them may not change."""
+    for expert in experts:
+        if expert.locked:
+            raise BundleError(f"expert {expert.id} ({expert.name}) is locked and cannot be {what}")
+
+
+def require_enough(map_: BundleMap, left: int) -> None:
+    """Raise BundleError where fewer experts would be left than each token chooses."""
+    top_k = map_.extra.get("config", {}).get("top_k", 1)
+    if left < top_k:
+        raise BundleError(
+            f"{left} of {len(map_.experts)} experts would be left, but each token chooses {top_k}; "
+            f"the experts are {', '.join(map_.expert_names)}"
+        )
+
+
+def _refresh_config(folder: Path, map_: BundleMap) -> None:
+    """Bring ``config.json``, a copy for other tools, up to the map."""
+    path = folder / "config.json"
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config |= {"experts": len(map_.experts), "expert_ids": map_.expert_ids, "expert_names": map_.expert_names}
+        write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

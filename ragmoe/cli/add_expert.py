@@ -1,0 +1,115 @@
+"""``ragmoe experts add``: a new expert for a domain that a bundle does not know, without forgetting what it knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ragmoe.cli._output import DataOption, JsonOption, print_json, print_tables
+from ragmoe.cli.progress import progress
+
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[a.b=c ...]", help="For the training, as in ragmoe train.", show_default=False),
+]
+Name = Annotated[str, typer.Option(help="Of the expert: its domain's, where it has one.", show_default=False)]
+Index = Annotated[
+    Path, typer.Option(metavar="DIR", help="Holds the new passages, best beside the known.", show_default=False)
+]
+Questions = Annotated[
+    list[str], typer.Option(metavar="FILE", help="To learn from; may be repeated.", show_default=False)
+]
+Corpus = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SOURCE", help="The new documents.", show_default="the questions' domains"),
+]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="shared|nearest|EXPERT", help="What it starts as.", show_default="shared, or nearest"
+    ),
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps.", show_default="300")]
+Others = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="Questions it is not for.", show_default="the index's other passages"),
+]
+Dev = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="Questions to judge it by.", show_default="a tenth is kept aside"),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="TASK", help="What the bundle must not forget.", show_default=False),
+]
+TaskIndex = Annotated[Path | None, typer.Option(metavar="DIR", help="For the tasks.", show_default="--index")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Judge by N questions of a domain.", show_default=False)
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="NEW_BUNDLE", help="A copy that gets it.", show_default="BUNDLE's next version"),
+]
+
+
+def add(
+    bundle: Bundle,
+    overrides: Overrides = None,
+    *,
+    name: Name,
+    index: Index,
+    questions: Questions,
+    corpus: Corpus = None,
+    start: Start = None,
+    steps: Steps = None,
+    others: Others = None,
+    dev: Dev = None,
+    tasks: Tasks = None,
+    task_index: TaskIndex = None,
+    data: DataOption = None,
+    limit: Limit = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what did not finish.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin again what did not finish.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Describe the training, then stop.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one expert for a new domain and publish it with its certificate; all else stays as it is, to the bit.
+
+    Its gate rows learn when to call it from documents alone: those it is for, and the others in the index.
+    """
+    from ragmoe.cli.experts import certificate_table, find_tasks
+    from ragmoe.training import Judges, add_expert, new_expert_config
+
+    judges = Judges(dev=dev or (), tasks=find_tasks(tasks, data, None), index=task_index, limit=limit)
+    config = new_expert_config(
+        bundle,
+        name,
+        index=index,
+        questions=questions,
+        start=start,
+        corpus=corpus or (),
+        others=others or (),
+        judges=judges,
+        steps=steps,
+        overrides=overrides or (),
+    )
+    if dry_run:
+        from ragmoe.training import prepare
+        from ragmoe.training.describe import describe
+
+        report = describe(prepare(config))
+        print_json(report) if as_json else typer.echo(report["text"])
+        return
+    with progress() as show:
+        added = add_expert(bundle, config, judges, out=out, resume=resume, overwrite=overwrite, show=show)
+    expert = added.map.experts[-1]
+    if as_json:
+        print_json({"bundle": str(added.bundle), "version": added.map.version, "id": expert.id, **added.certificate})
+        return
+    print_tables([certificate_table(added.certificate)])
+    typer.echo(f"{added.bundle}: version {added.map.version} has the expert {expert.id} ({expert.name})")
+    typer.echo(f"next: ragmoe experts show {added.bundle} {expert.id}")

@@ -1,0 +1,240 @@
+"""``ragmoe experts``: single experts of a bundle, listed, renamed, pruned, merged and added."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ragmoe._errors import UsageError
+from ragmoe.cli._output import DataOption, JsonOption, print_json, print_tables, set_data
+from ragmoe.cli.add_expert import add
+from ragmoe.cli.progress import progress
+
+if TYPE_CHECKING:
+    from ragmoe.bundle import ExpertInfo
+    from ragmoe.evaluation.tables import Table
+    from ragmoe.evaluation.task import Task
+
+app = typer.Typer(help="Show, add, prune and merge single experts.", no_args_is_help=True)
+
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model.", show_default=False)]
+VersionOption = Annotated[
+    int | None, typer.Option(metavar="N", help="An earlier version of the bundle.", show_default=False)
+]
+ExpertArgument = Annotated[str, typer.Argument(metavar="EXPERT", help="Its id or name.", show_default=False)]
+TaskOption = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="TASK", help="A task to measure on; may be repeated.", show_default=False),
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="At most N questions of each domain.", show_default=False)
+]
+
+
+app.command("add", short_help="Train one expert for a new domain, without forgetting.")(add)
+
+
+@app.callback()
+def _experts() -> None:
+    """Show, add, prune and merge single experts. What changes a bundle makes a new version; the old ones still load."""
+
+
+@app.command()
+def ls(bundle: BundleArgument, version: VersionOption = None, as_json: JsonOption = False) -> None:
+    """List the experts of a bundle."""
+    from ragmoe.bundle import list_experts
+    from ragmoe.evaluation.tables import Table, number
+
+    experts = list_experts(bundle, version=version)
+    if as_json:
+        print_json([expert.as_dict() for expert in experts])
+        return
+    rows = [
+        [
+            str(e.id),
+            e.name,
+            str(e.version),
+            "locked" if e.locked else "",
+            f"{e.parameters:,}",
+            number(None if e.mean_load is None else 100 * e.mean_load),
+        ]
+        for e in experts
+    ]
+    note = f"Load: share of the choices in training. One expert: ragmoe experts show {bundle} EXPERT"
+    columns = ["id", "name", "version", "", "parameters", "load (%)"]
+    print_tables([Table(f"Experts of {bundle}", columns, rows, note=note, labels=2)])
+
+
+@app.command()
+def show(
+    bundle: BundleArgument, expert: ExpertArgument, version: VersionOption = None, as_json: JsonOption = False
+) -> None:
+    """Show one expert: its file, its load, how it came about, and its certificate where it was added later."""
+    from ragmoe.bundle import show_expert
+
+    found = show_expert(bundle, expert, version=version)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _print_expert(found)
+
+
+@app.command()
+def rename(
+    bundle: BundleArgument,
+    expert: ExpertArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its new name.", show_default=False)],
+) -> None:
+    """Give an expert another name."""
+    from ragmoe.bundle import rename_expert
+
+    map_ = rename_expert(bundle, expert, name)
+    typer.echo(f"{bundle}: version {map_.version}, {map_.lineage[-1].message}")
+
+
+@app.command()
+def prune(
+    bundle: BundleArgument,
+    experts: Annotated[
+        list[str], typer.Argument(metavar="EXPERT...", help="Ids or names of the experts to go.", show_default=False)
+    ],
+    task: TaskOption = None,
+    index: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The index, in place of the tasks'.", show_default=False)
+    ] = None,
+    data: DataOption = None,
+    limit: LimitOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict and measure; change nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Let experts go, and say what that costs: predicted by their load, and measured on tasks."""
+    from ragmoe.bundle import prune_experts, read_map, show_expert
+    from ragmoe.bundle.experts import check_prune
+
+    map_ = read_map(bundle)
+    gone = list(dict.fromkeys(map_.find(expert) for expert in experts))
+    kept = check_prune(map_, gone)
+    loads = [show_expert(bundle, expert.id).mean_load for expert in gone]
+    predicted = sum(load for load in loads if load is not None) if None not in loads else None
+    measured = _measure(bundle, [expert.id for expert in kept], find_tasks(task, data, limit), index)
+    names = ", ".join(expert.name for expert in gone)
+    said = [_prediction(predicted), *map(_sentence, measured)]
+    version = map_.version
+    if not dry_run:
+        version = prune_experts(bundle, [e.id for e in gone], message=f"prune {names}; {'; '.join(said)}").version
+    if as_json:
+        shown = [{"id": expert.id, "name": expert.name} for expert in gone]
+        content = {"pruned": shown, "predicted": predicted, "measured": measured, "version": version}
+        print_json({**content, "dry_run": dry_run})
+        return
+    typer.echo("\n".join(said))
+    done = f"{names} would go" if dry_run else f"version {version} without {names}"
+    typer.echo(f"{bundle}: {done}; {len(kept)} experts")
+
+
+@app.command()
+def merge(
+    bundle: BundleArgument,
+    a: Annotated[str, typer.Argument(metavar="A", help="One expert, by id or name.", show_default=False)],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other.", show_default=False)],
+    name: Annotated[str, typer.Option(metavar="NAME", help="The name of the one in their place.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Put one expert in the place of two: their mean, weighed by load."""
+    from ragmoe.bundle import merge_experts
+
+    merged = merge_experts(bundle, a, b, name)
+    version = merged.map.version
+    if as_json:
+        expert = {"id": merged.expert.id, "name": merged.expert.name}
+        print_json({"expert": expert, "weights": merged.weights, "kept": merged.kept, "version": version})
+        return
+    weights = " and ".join(f"{weight:.2f}" for weight in merged.weights)
+    typer.echo(f"{bundle}: version {version}, expert {merged.expert.id} ({name}) in the place of {a} and {b}")
+    typer.echo(f"weights {weights}; {100 * merged.kept:.1f} % of the norm of their mean is kept")
+
+
+def find_tasks(names: list[str] | None, data: Path | None, limit: int | None) -> list[Task]:
+    """Tasks by file or name, as ``ragmoe eval run`` finds them."""
+    from ragmoe.cli.eval import find_task
+
+    set_data(data)
+    return [find_task(name).limited(limit) for name in names or ()]
+
+
+def _measure(bundle: Path, kept: list[int], tasks: list[Task], index: Path | None) -> list[dict[str, Any]]:
+    if not tasks:
+        if index is not None:
+            raise UsageError("--index says where a task is read, but no --task was given")
+        return []
+    from ragmoe.evaluation import Retrieval
+    from ragmoe.evaluation.opening import index_of_task
+    from ragmoe.training.certificate import measure_prune
+
+    measured = []
+    with progress() as bars:
+        for task in tasks:
+            retrieval = Retrieval(index_of_task(task, given=index, progress=bars.stage))
+            measured.append(measure_prune(bundle, kept, task, retrieval, bars.stage))
+    return measured
+
+
+def _prediction(predicted: float | None) -> str:
+    if predicted is None:
+        return "predicted: unknown, its load was not recorded; measure with --task"
+    return f"predicted: {100 * predicted:.1f} % of the choices fell on it in training and go to others"
+
+
+def _sentence(change: dict[str, Any]) -> str:
+    return (
+        f"measured: {change['task']} ({change['setting']}, {change['n']} questions): F1 {change['before']:.2f} before, "
+        f"{change['after']:.2f} after, {_difference(change)}; {100 * change['load']:.1f} % of its choices fell on it"
+    )
+
+
+def _difference(change: dict[str, Any]) -> str:
+    from ragmoe.evaluation.tables import bounds, number
+
+    return f"{number(change['difference'], 2, sign=True)} {bounds(change['low'], change['high'], sign=True)}"
+
+
+def _print_expert(expert: ExpertInfo) -> None:
+    lines = {
+        "expert": f"{expert.id} ({expert.name}){', locked' if expert.locked else ''}",
+        "version": str(expert.version),
+        "file": f"{expert.file}, {expert.bytes:,} bytes, {expert.parameters:,} parameters",
+        "sha256": expert.digest,
+        "load": ", ".join(f"{100 * share:.1f} %" for share in expert.load) + " by layer" if expert.load else "unknown",
+    }
+    for name, text in lines.items():
+        typer.echo(f"{name:<9}{text}")
+    for step in expert.history:
+        typer.echo(f"{'history':<9}{step['time'][:10]}, version {step['version']} of the bundle: {step['message']}")
+    if expert.certificate:
+        print_tables([certificate_table(expert.certificate)])
+
+
+def certificate_table(certificate: dict[str, Any]) -> Table:
+    """What adding an expert has cost and brought."""
+    from ragmoe.evaluation.tables import NONE, Table, number
+
+    rows = []
+    for what, change in [*(("old", c) for c in certificate["old"]), ("new", certificate["new"])]:
+        if change is None:
+            continue
+        shares = [number(100 * change["routed"][key]) for key in ("tokens", "questions", "touched")]
+        masked = "identical" if change.get("identical") else NONE
+        scores = [number(change["before"], 2), masked, number(change["live"], 2), _difference(change)]
+        rows.append([what, f"{change['task']} ({change['setting']})", str(change["n"]), *scores, *shares])
+    minutes = certificate["minutes"]
+    took = f"{minutes:.1f} minutes" if minutes is not None else "several sittings"
+    counts = certificate["parameters"]
+    note = (
+        f"{certificate['steps']} steps on {certificate['questions']} questions in {took}; {counts['trained']:,} of "
+        f"{counts['total']:,} parameters. Masked: without the expert, answers and scores against before, bit for bit. "
+        "Routed to it, in per cent: tokens, questions of which most tokens are, questions of which any is."
+    )
+    columns = ["", "task", "n", "F1 before", "masked", "live", "change", "tokens", "questions", "touched"]
+    return Table(f"Certificate of {certificate['name']}", columns, rows, note=note, labels=2)

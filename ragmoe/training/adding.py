@@ -1,0 +1,273 @@
+"""``add_expert``: grow a bundle by one expert, prove what that did, and publish it as the bundle's next version.
+
+Training, proof and publishing come in this order, and the bundle's map is replaced last: whatever stops before, the
+bundle is what it was. ``BUNDLE/adding/NAME`` is where it goes on from; ``BUNDLE/experts/ID`` keeps the configuration
+and the history of the training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ragmoe._errors import ConfigError
+from ragmoe.bundle import BundleMap, is_bundle, read_bundle, read_map
+from ragmoe.bundle.experts import CERTIFICATES, publish
+from ragmoe.corpus import write_questions
+from ragmoe.evaluation import Retrieval, Task
+from ragmoe.evaluation.task import parse_task
+from ragmoe.experts import experts_class
+from ragmoe.index import Index
+from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering, load
+from ragmoe.training.callbacks import Shows
+from ragmoe.training.certificate import Readers, certify_new, certify_old
+from ragmoe.training.config import TrainingConfig, load_config
+from ragmoe.training.data import hold_out, learnable, load_questions
+from ragmoe.training.folder import CONFIG_NAME, HISTORY_NAME
+from ragmoe.training.run import train
+
+_RECORD = "trained.json"
+# Questions of so many documents are kept aside to judge the expert by where no others are given.
+_DEV_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Added:
+    """A bundle that has got an expert: its folder, its new map, and the certificate that the map records."""
+
+    bundle: Path
+    map: BundleMap
+    certificate: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What an expert is judged by.
+
+    Attributes:
+        dev: question files of the new domain; none keeps a tenth of the training questions' documents aside.
+        tasks: of the domains that the bundle knows, read over ``index`` (None: the index the expert is trained with).
+        limit: at most so many questions of a domain.
+    """
+
+    dev: Sequence[str | Path] = ()
+    tasks: Sequence[Task] = ()
+    index: str | Path | None = None
+    limit: int | None = None
+
+
+def add_expert(
+    bundle: str | os.PathLike[str],
+    config: TrainingConfig,
+    judges: Judges | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    show: Shows | None = None,
+) -> Added:
+    """Train one new expert of a bundle, certify it, and publish the bundle's next version.
+
+    Base, head, the other experts, their gate rows and what the gates share keep their files, by digest; so does the
+    no-answer threshold.
+
+    Args:
+        config: made by ``new_expert_config``.
+        judges: what the certificate measures.
+        out: a new folder that gets a copy of the bundle, versions included, and the expert; None adds it in place.
+        resume, overwrite: go on with an addition that did not finish, or begin it again.
+        show: told how far everything is.
+
+    Raises:
+        ConfigError, DataError, ModelError: before anything is published.
+        BundleError: the bundle has changed meanwhile, or training has moved what must stay; nothing is published.
+    """
+    assert config.new_expert is not None
+    name, judges = config.new_expert.name, judges or Judges()
+    target = Path(bundle)
+    parent = read_map(target)
+    if out is not None:
+        target = _copied(target, Path(out), parent, again=resume or overwrite)
+    work = target / "adding" / re.sub(r"[^\w.-]", "_", name)
+    trained = _train(work, config, resume=resume, overwrite=overwrite, show=show)
+    certificate = {**trained, **_certify(target, work, parent, config, judges, show)}
+    # What is to stay is compared with the files' content, and that with their digests.
+    read_bundle(target, version=parent.version, verify=True)
+    state, _ = read_bundle(work)
+    id = parent.next_expert_id
+    map_ = publish(
+        target,
+        parent,
+        state,
+        [*((expert.id, expert.name) for expert in parent.experts), (id, name)],
+        f"add expert {name}",
+        extra={CERTIFICATES: {**parent.extra.get(CERTIFICATES, {}), str(id): certificate}},
+    )
+    kept = target / "experts" / str(id)
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in (CONFIG_NAME, HISTORY_NAME):
+        if (work / file).is_file():
+            shutil.copyfile(work / file, kept / file)
+    shutil.rmtree(target / "adding")
+    return Added(target, map_, certificate)
+
+
+def new_expert_config(
+    bundle: str | os.PathLike[str],
+    name: str,
+    *,
+    index: str | os.PathLike[str],
+    questions: Sequence[str],
+    start: str | None = None,
+    corpus: Sequence[str] = (),
+    others: Sequence[str] = (),
+    judges: Judges | None = None,
+    steps: int | None = None,
+    overrides: Sequence[str] = (),
+) -> TrainingConfig:
+    """The configuration that trains a new expert: as the bundle was trained, where that is known, but for the expert.
+
+    Args:
+        questions: files and globs to learn from; ``index`` holds their passages.
+        start, corpus, others: see ``NewExpertConfig``; without a start it is the network that all experts share, or
+            where there is none the nearest expert.
+        judges: their documents are kept from the gate's lesson.
+        overrides: ``key.key=value``, which win.
+    """
+    map_ = read_map(Path(bundle))
+    judges = judges or Judges()
+    settings = map_.extra.get("config", {})
+    kind = experts_class(settings.get("expert_kind", "lora"))
+    shares = kind.needs_dense or settings.get("shared_expert")
+    unseen = [*judges.dev, *(file for task in judges.tasks for file in task.question_files())]
+    content: dict[str, Any] = {
+        "base": os.path.abspath(bundle),
+        "data": {
+            "questions": [_absolute(file) for file in questions],
+            "index": os.path.abspath(index),
+            "calibration_share": 0.0 if judges.dev else _DEV_SHARE,
+            "calibration_limit": 1_000_000,
+        },
+        "raft": {"neighbours": settings.get("neighbours", 16), **_raft_of(Path(bundle))},
+        "train": {
+            "what": "new_expert",
+            "steps": steps or 300,
+            "gate_learning_rate": 1e-3,
+            # Low-rank deltas start at zero and want larger steps than copies of whole networks.
+            "experts_learning_rate": 5e-4 if kind.has_rank else 5e-5,
+        },
+        "new_expert": {
+            "name": name,
+            "start": start or ("shared" if shares else "nearest"),
+            "corpus": [_absolute(source) for source in corpus],
+            "others": [_absolute(file) for file in others],
+            "unseen": [_absolute(file) for file in unseen],
+            "joins": map_.digest,
+        },
+    }
+    return load_config(content, overrides)
+
+
+def _train(work: Path, config: TrainingConfig, *, resume: bool, overwrite: bool, show: Shows | None) -> dict[str, Any]:
+    """Train into a folder of its own, unless that was done already; what the certificate says of it."""
+    assert config.new_expert is not None
+    record = work / _RECORD
+    if record.is_file() and not overwrite:
+        if not resume:
+            raise ConfigError(
+                f"the expert {config.new_expert.name!r} is trained, but was not published",
+                hint="pass --resume to go on with it, or --overwrite to train it again",
+            )
+        if load_config(work / CONFIG_NAME) != config:
+            raise ConfigError(f"{work} was trained with another configuration", hint="pass --overwrite")
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    result = train(config, out=work, resume=resume, overwrite=overwrite, show=show)
+    counts = result.parameters
+    trained = {
+        "name": config.new_expert.name,
+        "start": config.new_expert.start,
+        "steps": result.steps,
+        "minutes": round(result.seconds / 60, 2) if result.seconds is not None else None,
+        "parameters": {"trained": counts["trained"], "total": counts["total"]},
+        "questions": result.questions["fitted"],
+    }
+    record.write_text(json.dumps(trained) + "\n", encoding="utf-8")
+    return trained
+
+
+def _certify(
+    target: Path, work: Path, parent: BundleMap, config: TrainingConfig, judges: Judges, show: Shows | None
+) -> dict[str, Any]:
+    """The figures of the certificate."""
+    before = load(target, version=parent.version)
+    readers = Readers(before, *(_open(work, parent, before, experts) for experts in (parent.expert_ids, None)))
+    index = Index.open(config.data.index)
+    retrieval = Retrieval(index)
+    of_tasks = retrieval if judges.index is None else Retrieval(Index.open(judges.index))
+    progress = show.stage if show else lambda name, done, total: None
+    old = [certify_old(readers, task.limited(judges.limit), of_tasks, progress) for task in judges.tasks]
+    with tempfile.TemporaryDirectory() as folder:
+        task = _dev_task(config, index, judges, Path(folder))
+        new = certify_new(readers, task.limited(judges.limit), retrieval, progress) if task else None
+    return {"index": index.digest, "old": old, "new": new}
+
+
+def _open(
+    work: Path, parent: BundleMap, before: RagmoeBertForQuestionAnswering, experts: Sequence[int] | None
+) -> RagmoeBertForQuestionAnswering:
+    """What was trained, as it will be published: with the bundle's own settings and expert memory."""
+    config = RagmoeBertConfig.from_dict(dict(parent.extra["config"]))
+    model = RagmoeBertForQuestionAnswering.from_pretrained(work, config=config, experts=experts).eval()
+    model.bundle_digests = before.bundle_digests
+    return model
+
+
+def _dev_task(config: TrainingConfig, index: Index, judges: Judges, folder: Path) -> Task | None:
+    """The questions of the new domain, read with their gold passages; None where there are none."""
+    assert config.new_expert is not None
+    files = [_absolute(file) for file in judges.dev]
+    data = config.data
+    if not files:
+        known = [q for q in load_questions(data.questions, data.limit) if learnable(q)]
+        _, held = hold_out(known, index, data.calibration_share, data.calibration_limit)
+        if not any(question.answers for question in held):
+            return None
+        write_questions(folder / "dev.jsonl", held)
+        files = [str(folder / "dev.jsonl")]
+    name = re.sub(r"[^\w-]", "_", config.new_expert.name)
+    content = {"name": f"dev_of_{name}", "questions": files, "question_field": data.question_field}
+    return parse_task(content, folder, f"the questions of {config.new_expert.name}")
+
+
+def _copied(bundle: Path, out: Path, parent: BundleMap, *, again: bool) -> Path:
+    """A copy of the bundle to add to, there whole or not at all."""
+    if out.exists():
+        if again and is_bundle(out) and read_map(out) == parent:
+            return out
+        raise ConfigError(f"{out} is there already", hint="name another folder with --out")
+    part = out.with_name(f".{out.name}.copying")
+    if part.exists():
+        shutil.rmtree(part)
+    shutil.copytree(bundle, part, ignore=shutil.ignore_patterns(".bundle.lock", "adding", "checkpoints"))
+    os.replace(part, out)
+    return out
+
+
+def _raft_of(bundle: Path) -> dict[str, Any]:
+    """How the bundle's questions were shown to it, where its folder still says so."""
+    path = bundle / CONFIG_NAME
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return dict((content or {}).get("raft", {}))
+
+
+def _absolute(source: str | Path) -> str:
+    return str(source) if str(source).startswith("hub:") else os.path.abspath(source)

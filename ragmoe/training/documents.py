@@ -1,0 +1,140 @@
+"""The documents a new expert is for, and those it is not for: what its gate rows learn from.
+
+No labels are needed. A sentence of a passage stands for a question about it, as in the inverse cloze task (Lee et al.
+2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering"), on both sides alike, so that nothing but
+the documents tells them apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+
+from ragmoe._errors import DataError
+from ragmoe.corpus import read_passages
+from ragmoe.corpus.types import Question
+from ragmoe.index import Index
+from ragmoe.training.config import NewExpertConfig
+from ragmoe.training.data import gold_ids, load_questions
+
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+# Words of a sentence that can stand for a question.
+_WORDS = range(4, 31)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A passage with a question that leads to it."""
+
+    question: str
+    passage_id: str
+    domain: str
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What a new expert is for, and what it is not for."""
+
+    new: list[Document]
+    others: list[Document]
+
+
+def find_documents(
+    config: NewExpertConfig, index: Index, questions: Sequence[Question], held: Sequence[Question]
+) -> Documents:
+    """Draw documents of both kinds, at most ``config.documents`` of each; the others evenly from their domains.
+
+    Args:
+        questions: those the new expert is trained on.
+        held: those it is judged by, whose documents are left out as those of ``config.unseen`` are.
+
+    Raises:
+        DataError: sources of the new documents are not in the index.
+    """
+    unseen = {name for q in (*held, *load_questions(config.unseen)) for name in (*q.gold_ids, *q.context_ids)}
+    hidden = {_document(index, name) for name in unseen if index.find(name) is not None}
+    new, others = _sides(config, index, questions)
+    if config.others:
+        known = load_questions(config.others)
+        drawn = [_asked(questions, index, hidden, config.documents), _asked(known, index, hidden, config.documents)]
+    else:
+        drawn = [_cut(new, index, hidden, config.documents), _cut(others, index, hidden, config.documents)]
+    if not drawn[0]:
+        raise DataError(
+            f"{index.folder} holds no document that the gate could learn the expert {config.name} from",
+            hint="name its sources with --corpus, or give fewer questions to judge it by",
+        )
+    return Documents(*drawn)
+
+
+def _sides(config: NewExpertConfig, index: Index, questions: Sequence[Question]) -> tuple[list[int], list[int]]:
+    """The rows of the new documents and of all others; none where nothing tells them apart."""
+    if config.corpus:
+        inside = _rows_of(config.corpus, index)
+        return sorted(inside), [row for row in range(len(index)) if row not in inside]
+    about = {index.row(name) for q in questions for name in (*q.gold_ids, *q.context_ids)}
+    domains = {index.domains[row] for row in about} - {""}
+    if not domains:
+        return sorted(about), []
+    inside = {row for row, domain in enumerate(index.domains) if domain in domains} | about
+    return sorted(inside), [row for row in range(len(index)) if row not in inside]
+
+
+def _rows_of(sources: Sequence[str], index: Index) -> set[int]:
+    """The rows of some sources, however they were cut; DataError where they are not all there."""
+    wanted = {chunk.source_id for chunk in read_passages(sources).chunks()}
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, chunk in enumerate(index.chunks()):
+        rows[chunk.source_id].append(row)
+    if missing := sorted(wanted - rows.keys()):
+        raise DataError(
+            f"{len(missing)} of {len(wanted)} documents of {', '.join(sources)} are not in {index.folder}, "
+            f"for example {missing[0]!r}",
+            hint=f"ragmoe index build {' '.join(sources)} OTHER_SOURCES --out {index.folder} --overwrite",
+        )
+    return set(chain.from_iterable(rows[source] for source in wanted))
+
+
+def _cut(rows: Iterable[int], index: Index, hidden: set[str], limit: int) -> list[Document]:
+    """Passages with a sentence of their own for a question, in an order that only their ids decide."""
+    by_domain: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        by_domain[index.domains[row]].append(index.passage_ids[row])
+    queues = [sorted(names, key=_digest) for _, names in sorted(by_domain.items())]
+    found: list[Document] = []
+    for name in (name for turn in zip_longest(*queues) for name in turn if name is not None):
+        if len(found) == limit:
+            break
+        passage = index.passage(name)
+        if (passage.doc_id or name) not in hidden:
+            found.append(Document(_sentence(passage.text, name), name, passage.domain))
+    return found
+
+
+def _asked(questions: Sequence[Question], index: Index, hidden: set[str], limit: int) -> list[Document]:
+    """Real questions with a passage that answers them."""
+    found: list[Document] = []
+    for question in sorted(questions, key=lambda q: _digest(q.id)):
+        name = next((name for name in gold_ids(question) if index.find(name) is not None), None)
+        if name is not None and len(found) < limit and _document(index, name) not in hidden:
+            found.append(Document(question.question, name, question.domain))
+    return found
+
+
+def _sentence(text: str, seed: str) -> str:
+    """A sentence of a text, or its first words where none has the length of a question."""
+    sentences = [sentence for sentence in _SENTENCE.split(text.strip()) if len(sentence.split()) in _WORDS]
+    return random.Random(seed).choice(sentences) if sentences else " ".join(text.split()[: _WORDS[-1]])
+
+
+def _document(index: Index, passage_id: str) -> str:
+    return index.passage(passage_id).doc_id or passage_id
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

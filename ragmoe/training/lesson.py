@@ -1,0 +1,134 @@
+"""What the gate rows of a new expert learn: to call it for its own documents and for no others.
+
+S tokens, E experts with the new one last, K experts a token, Q documents, T tokens of each.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ragmoe.corpus.types import Question
+from ragmoe.index import Index
+from ragmoe.models import RagmoeBertForQuestionAnswering
+from ragmoe.training.callbacks import Shows
+from ragmoe.training.config import TrainingConfig
+from ragmoe.training.data import RaftCollator, Retrieved
+from ragmoe.training.documents import Document, Documents
+from ragmoe.training.raft import Example, drop_neighbours
+
+
+def calling_loss(scores_SE: Tensor, top_k: int, new_S: Tensor, mask_S: Tensor) -> Tensor:
+    """Logistic loss of "does this token call the last expert?", each side's mean counting the same.
+
+    A token calls it where its score is above the K-th best of the others, so that margin is the logit.
+
+    Args:
+        scores_SE: what the gate chooses by: logits and balance bias.
+        new_S: bool, True for tokens of documents that the last expert is for.
+        mask_S: bool, False for padding.
+
+    Returns:
+        The loss in nats; of one side alone where there are no tokens of the other.
+    """
+    others_S = scores_SE[:, :-1].topk(top_k, dim=-1).values[:, -1]
+    margin_S = scores_SE[:, -1] - others_S
+    sides = [F.softplus(-margin_S)[new_S & mask_S], F.softplus(margin_S)[~new_S & mask_S]]
+    return torch.stack([side.mean() for side in sides if side.numel()]).mean()
+
+
+class CallingLesson:
+    """The loss above on a few documents of each kind a micro-batch, in every sparse layer.
+
+    The documents are read as the model is now, without a gradient; only what the gates make of it has one. So the
+    lesson moves gate rows alone, and nothing can be learned by making states easier to tell apart.
+
+    Args:
+        cache: folder where neighbours are kept between runs.
+        show: told how far retrieving them is.
+    """
+
+    def __init__(
+        self,
+        model: RagmoeBertForQuestionAnswering,
+        index: Index,
+        documents: Documents,
+        config: TrainingConfig,
+        cache: Path,
+        show: Shows | None = None,
+    ) -> None:
+        self.model, self.index, self.seed = model, index, config.seed
+        self.config = config.raft.model_copy(update={"passages": 1})
+        self.collator = RaftCollator(model.tokenizer, self.config)
+        # Of each kind half as many as questions are answered, so that a step takes little longer.
+        self.batch = max(1, config.train.batch_size // 2)
+        both = [side for side in (documents.new, documents.others) if side]
+        progress = partial(show.stage, "retrieving for documents") if show else None
+        self.sides = [_Side(side, self._retrieved(side, cache, progress), config.seed) for side in both]
+
+    def _retrieved(
+        self, documents: Sequence[Document], cache: Path, progress: Callable[[int, int], None] | None
+    ) -> Retrieved:
+        texts = [document.question for document in documents]
+        config = self.config
+        return Retrieved.of(self.index, texts, config.neighbours, config.retriever, cache, progress=progress)
+
+    def __call__(self, model: Any, at: int) -> Tensor:
+        """The loss of micro-batch ``at``, which fixes its documents."""
+        examples = [self._example(side, at * self.batch + i) for side in self.sides for i in range(self.batch)]
+        device = next(model.parameters()).device
+        inputs = {name: x.to(device) for name, x in self.collator(examples).items()}
+        mask_QT = inputs["attention_mask"].bool()
+        new_QT = (torch.arange(len(examples), device=device) < self.batch).unsqueeze(1).expand_as(mask_QT)
+        losses = []
+        for gate, args in self._gate_inputs(model, inputs):
+            routing = gate(*args)
+            scores_SE = routing.logits_SE + gate.balance_bias
+            losses.append(calling_loss(scores_SE, gate.settings.top_k, new_QT.reshape(-1), mask_QT.reshape(-1)))
+        return torch.stack(losses).mean()
+
+    def _gate_inputs(self, model: Any, inputs: dict[str, Tensor]) -> list[tuple[Any, tuple[Any, ...]]]:
+        """Each gate with what it is given while the documents are read."""
+        seen: list[tuple[Any, tuple[Any, ...]]] = []
+        hooks = [
+            layer.gate.register_forward_pre_hook(lambda gate, args: seen.append((gate, args)))
+            for layer in self.model.moe_layers
+        ]
+        try:
+            with torch.no_grad():
+                model(**{name: x for name, x in inputs.items() if not name.endswith("_positions")})
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # In fp32, as the gates are: reading may have run in bf16.
+        return [(gate, (args[0].float(), *args[1:])) for gate, args in seen]
+
+    def _example(self, side: _Side, at: int) -> Example:
+        place = side.order[at % len(side.order)]
+        document = side.documents[place]
+        draw = random.Random(f"{self.seed}/{at}/{document.passage_id}")
+        found = side.retrieved.neighbours(place, self.config.neighbours)
+        neighbours = self.model.recall(found, self.index, [document.domain])
+        return Example(
+            Question(document.passage_id, document.question),
+            [self.index.passage(document.passage_id)],
+            None,
+            None,
+            drop_neighbours(neighbours, self.config.drop_all, self.config.drop_each, draw),
+            draw.getrandbits(32),
+        )
+
+
+class _Side:
+    """Documents of one kind, their neighbours, and the order in which they are shown."""
+
+    def __init__(self, documents: Sequence[Document], retrieved: Retrieved, seed: int) -> None:
+        self.documents, self.retrieved = documents, retrieved
+        self.order = random.Random(seed).sample(range(len(documents)), len(documents))

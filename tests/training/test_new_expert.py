@@ -1,0 +1,419 @@
+"""One more expert: it alone is trained, everything else stays to the bit, and the gate learns when to call it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stub_encoder import StubEncoder
+from tiny import save_tiny_bert
+from torch import Tensor
+
+from ragmoe import BundleError, ConfigError, DataError, ModelError, load
+from ragmoe.bundle import read_bundle, read_map
+from ragmoe.evaluation.task import Task, parse_task
+from ragmoe.index import BuildOptions, build_index
+from ragmoe.models.growth import grow, settle
+from ragmoe.training import RagmoeTrainer, TrainingConfig, prepare, train
+from ragmoe.training import adding as add_module
+from ragmoe.training.adding import Judges, add_expert, new_expert_config
+from ragmoe.training.lesson import calling_loss
+from ragmoe.training.new_expert import nearest_expert
+
+Config = Callable[..., dict[str, Any]]
+QUICK = ("train.batch_size=4", "train.precision=fp32", "log_every=1", "train.gate_learning_rate=0.03")
+
+
+WORDS = {"river": "ferry quay tide barge water", "market": "bread cheese apple honey stall"}
+
+
+def _span(passage: dict[str, Any], text: str) -> dict[str, Any]:
+    return {"passage_id": passage["id"], "start": passage["text"].index(text), "text": text}
+
+
+def _rows(domain: str, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A passage of a domain, which has words of its own, and two questions about it."""
+    a, b, c, d, e = WORDS[domain].split()
+    text = f"The {a} and the {b} belong to keeper{number}. Every {c} {d} near the {e} has number {number + 10}."
+    passage = {"id": f"{domain}{number}", "text": text, "domain": domain}
+    asked = {f"who has the {a} with the {c}?": f"keeper{number}", f"what has the {e}?": f"number {number + 10}"}
+    questions = [
+        {
+            "id": f"{passage['id']}-{at}",
+            "question": question,
+            "answers": [answer],
+            "answer_spans": [_span(passage, answer)],
+            "gold_ids": [passage["id"]],
+            "domain": domain,
+        }
+        for at, (question, answer) in enumerate(asked.items())
+    ]
+    return passage, questions
+
+
+@pytest.fixture(scope="session")
+def town(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an index of two domains, questions to learn from and to judge by for each, and a dense base."""
+    folder = tmp_path_factory.mktemp("town")
+    passages = []
+    for domain in WORDS:
+        for part, numbers in (("train", range(6)), ("dev", range(6, 8))):
+            made = [_rows(domain, number) for number in numbers]
+            passages += [passage for passage, _ in made]
+            rows = [question for _, questions in made for question in questions]
+            (folder / f"{domain}_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
+    build_index(BuildOptions((str(folder / "corpus.jsonl"),), folder / "index", encoder=StubEncoder()))
+    save_tiny_bert(folder / "base")
+    return folder
+
+
+@pytest.fixture
+def bundle(town: Path, config: Config, tmp_path: Path) -> Callable[..., Path]:
+    """``bundle(kind, gate)``: a copy of a reader that was trained for a few steps on the river."""
+
+    def make(kind: str = "lora", gate: str = "retrieval", **settings: Any) -> Path:
+        made = town / "-".join(["bundle", kind, gate, *map(str, settings.values())])
+        if not made.exists():
+            model = {"experts": 3, "gate_width": 8, "max_length": 64, "stride": 8, "gate": gate, "expert_kind": kind}
+            model |= {"expert_rank": 8} if kind == "lora" else {}
+            data = {"data.questions": [str(town / "river_train.jsonl")], "data.index": str(town / "index")}
+            noise = 0.05 if kind == "ffn" else 0.0
+            train(config(model={**model, **settings}, base=str(town / "base"), expert_noise=noise, **data), out=made)
+        return Path(shutil.copytree(made, tmp_path / made.name))
+
+    return make
+
+
+@pytest.fixture
+def market(town: Path) -> Callable[..., TrainingConfig]:
+    """The configuration that adds an expert for the market."""
+
+    def make(bundle: Path, *overrides: str, steps: int = 3, **settings: Any) -> TrainingConfig:
+        given = {"index": town / "index", "questions": [str(town / "market_train.jsonl")], **settings}
+        return new_expert_config(bundle, "market", steps=steps, overrides=[*QUICK, *overrides], **given)
+
+    return make
+
+
+def river(town: Path) -> Task:
+    content = {"name": "river", "questions": [str(town / "river_dev.jsonl")], "perturbations": ["null"]}
+    return parse_task(content, Path("."), "river")
+
+
+def tensors_of(folder: Path, **arguments: Any) -> dict[str, Tensor]:
+    return read_bundle(folder, **arguments)[0]
+
+
+@pytest.mark.parametrize(("kind", "gate"), [("lora", "retrieval"), ("ffn", "token"), ("lora", "memory")])
+def test_only_the_new_expert_moves(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], kind: str, gate: str
+) -> None:
+    folder = bundle(kind, gate)
+    before, old = read_bundle(folder)
+    assert [sum(layer) for layer in zip(*old.extra["load"].values())] == pytest.approx([1.0, 1.0], abs=1e-4)
+    added = add_expert(folder, market(folder, "train.weight_decay=0.5"))
+    after, map_ = read_bundle(folder, verify=True)
+    assert (map_.version, map_.expert_ids, map_.expert_names[-1]) == (old.version + 1, [0, 1, 2, 3], "market")
+    assert old.digests.items() < map_.digests.items()
+    assert map_.digests.keys() - old.digests.keys() == {"expert.3.1.safetensors"}
+    for name, x in before.items():
+        assert torch.equal(after[name][:3] if name in map_.fused else after[name], x), name
+    assert (map_.encoder, map_.index) == (old.encoder, old.index)
+    kept = {key: value for key, value in map_.extra["config"].items() if key != "experts"}
+    assert kept == {key: value for key, value in old.extra["config"].items() if key != "experts"}
+    assert map_.lineage[-1].message == "add expert market"
+    assert added.certificate["start"] == ("nearest" if kind == "ffn" else "shared")
+    assert all(torch.equal(tensors_of(folder, version=1)[name], x) for name, x in before.items())
+    assert load(folder, version=1).config.experts == 3 and load(folder).config.experts == 4
+    assert added.certificate["parameters"]["trained"] == sum(
+        x[0].numel() for name, x in after.items() if name in map_.fused and not name.endswith("balance_bias")
+    )
+    assert {path.name for path in (folder / "experts" / "3").iterdir()} == {"training.yaml", "history.jsonl"}
+    assert not (folder / "adding").exists()
+
+
+def test_the_gate_learns_to_call_it_for_its_own_documents(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path
+) -> None:
+    folder = bundle()
+    judges = Judges(dev=[town / "market_dev.jsonl"], tasks=[river(town)])
+    config = market(folder, "train.gate_learning_rate=0.3", steps=30, judges=judges)
+    certificate = add_expert(folder, config, judges).certificate
+    (old,), new = certificate["old"], certificate["new"]
+    assert old["identical"] is True and old["masked"] == old["before"]
+    assert (old["task"], old["setting"], old["n"]) == ("river", "gold", 4)
+    assert new["routed"]["tokens"] > 0.6 > 0.3 > old["routed"]["tokens"], (new["routed"], old["routed"])
+    assert new["routed"]["questions"] > old["routed"]["questions"]
+    assert old["low"] <= old["difference"] <= old["high"]
+    assert read_map(folder).extra["certificates"]["3"] == certificate
+    history = (folder / "experts" / "3" / "history.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["gate_loss"] for line in history]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_without_the_new_expert_all_is_as_before(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig]
+) -> None:
+    """Held back by the gate or not even opened: the answer is the old one to the bit."""
+    folder = bundle()
+    run = prepare(market(folder))
+    batch = run.collator([run.dataset[at] for at in range(4)])
+    add_expert(folder, market(folder, steps=5))
+    held_back = load(folder)
+    held_back.set_available_experts(range(3))
+    with torch.no_grad():
+        old = load(folder, version=1)(**batch)
+        for model in (load(folder, experts=[0, 1, 2]), held_back):
+            now = model(**batch)
+            assert torch.equal(now.start_logits, old.start_logits) and torch.equal(now.end_logits, old.end_logits)
+        changed = load(folder)(**batch)
+    assert not torch.equal(changed.start_logits, old.start_logits)
+
+
+def test_a_grown_model_answers_as_one_whose_rows_are_joined(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig]
+) -> None:
+    """Also after training, which must move nothing but the rows that are apart."""
+    folder = bundle()
+    run = prepare(market(folder))
+    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    assert trained and all(name.endswith(".original") and ".moe." in name for name in trained)
+    plain = settle(run.model)
+    assert plain.expert_tensors() == run.model.expert_tensors() and plain.gate_tensors() == run.model.gate_tensors()
+    assert plain.state_dict().keys() == run.model.state_dict().keys() == load(folder).state_dict().keys()
+    assert run.model.parameter_counts() == plain.parameter_counts()
+    batch = run.collator([run.dataset[0]])
+    with torch.no_grad():
+        assert torch.equal(run.model.eval()(**batch).start_logits, plain.eval()(**batch).start_logits)
+
+
+def test_lora_experts_start_as_the_shared_network_and_are_hardly_called(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig]
+) -> None:
+    folder = bundle()
+    state = prepare(market(folder)).model.state_dict()
+    for name, x in state.items():
+        if name.endswith("_b") and ".experts." in name:
+            assert not x[-1].any() and x[:-1].any()
+        if name.endswith("gate.token.weight"):
+            torch.testing.assert_close(x[-1], x[:-1].mean(dim=0))
+
+
+def test_it_starts_from_the_expert_that_is_named(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig]
+) -> None:
+    folder = bundle("ffn", "token")
+    for start, place in (("expert 1", 1), ("2", 2)):
+        state = prepare(market(folder, start=start)).model.state_dict()
+        up = next(x for name, x in state.items() if name.endswith("up_proj"))
+        assert torch.equal(up[-1], up[place])
+    with pytest.raises(ModelError, match=r"full experts stand in its place\n.*--from nearest"):
+        prepare(market(folder, start="shared"))
+    with pytest.raises(ModelError, match=r"no expert 'bank' to start from; there are: shared, nearest, 0 \(expert 0\)"):
+        prepare(market(folder, start="bank"))
+
+
+def test_the_nearest_expert_is_the_one_whose_documents_are(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expert 2 serves the documents that the new ones repeat, the others serve the rest."""
+    folder = bundle()
+    run = prepare(market(folder))
+    assert run.new_expert is not None
+    documents = run.new_expert.documents
+    assert {d.domain for d in documents.new} == {"market"} and {d.domain for d in documents.others} == {"river"}
+    twins = documents.others[:2]
+    near = type(documents)(twins, documents.others)
+    load_QE = torch.tensor([[0.0, 0.0, 1.0]] * 2 + [[0.5, 0.5, 0.0]] * (len(documents.others) - 2)).double().numpy()
+    monkeypatch.setattr("ragmoe.training.new_expert._loads", lambda *_: load_QE)
+    assert nearest_expert(run.model, run.index, near) == 2
+    with pytest.raises(ModelError, match="holds no documents but the new ones"):
+        nearest_expert(run.model, run.index, type(documents)(twins, []))
+
+
+def test_the_calling_loss_by_hand() -> None:
+    scores_SE = torch.tensor([[3.0, 1.0, 0.0, 2.0], [3.0, 1.0, 0.0, -1.0], [9.0, 9.0, 9.0, 99.0]])
+    new_S, mask_S = torch.tensor([True, False, False]), torch.tensor([True, True, False])
+    # K = 2: the second best of the first three is 1 in both rows that count; the third row is padding.
+    own, other = math.log1p(math.exp(-(2.0 - 1.0))), math.log1p(math.exp(-1.0 - 1.0))
+    assert calling_loss(scores_SE, 2, new_S, mask_S).item() == pytest.approx((own + other) / 2)
+    alone = calling_loss(scores_SE[:1], 2, new_S[:1], mask_S[:1])
+    assert alone.item() == pytest.approx(own)
+
+
+def test_the_lesson_reaches_gate_rows_alone(bundle: Callable[..., Path], market: Callable[..., TrainingConfig]) -> None:
+    run = prepare(market(bundle()))
+    assert run.new_expert is not None and run.new_expert.lesson is not None
+    run.model.train()
+    run.new_expert.lesson(run.model, 0).backward()
+    reached = {name for name, p in run.model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {name for name, p in run.model.named_parameters() if p.requires_grad and ".gate." in name}
+    first, again, second = (run.new_expert.lesson(run.model.eval(), at).item() for at in (0, 0, 1))
+    assert first == again != second
+
+
+def test_a_killed_addition_leaves_the_old_version_and_goes_on(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", bundle()
+    shutil.copytree(killed, whole)
+    settings = ("checkpoint_every=2", "model.token_dropout=0.3")
+    add_expert(whole, market(whole, *settings, steps=5))
+    before = tensors_of(killed)
+
+    class KilledError(Exception):
+        pass
+
+    steps = 0
+    real = RagmoeTrainer.compute_loss
+
+    def until_killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise KilledError
+        return real(self, *args, **kwargs)
+
+    config = market(killed, *settings, steps=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(RagmoeTrainer, "compute_loss", until_killed)
+        with pytest.raises(KilledError):
+            add_expert(killed, config)
+    assert read_map(killed).version == 1
+    assert all(torch.equal(x, before[name]) for name, x in tensors_of(killed, verify=True).items())
+    with pytest.raises(ConfigError, match="did not finish"):
+        add_expert(killed, config)
+    add_expert(killed, config, resume=True)
+    a, b = tensors_of(whole), tensors_of(killed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_addition_that_was_trained_and_not_published_is_not_trained_again(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bundle()
+    config = market(folder)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(add_module, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            add_expert(folder, config)
+    assert read_map(folder).version == 1
+    with pytest.raises(ConfigError, match="'market' is trained, but was not published\npass --resume"):
+        add_expert(folder, config)
+    monkeypatch.setattr(add_module, "train", lambda *_, **__: pytest.fail("trained again"))
+    with pytest.raises(ConfigError, match="trained with another configuration"):
+        add_expert(folder, market(folder, steps=4), resume=True)
+    assert add_expert(folder, config, resume=True).map.expert_names[-1] == "market"
+
+
+def test_what_training_moves_by_mistake_is_not_published(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bundle()
+    monkeypatch.setattr("ragmoe.training.new_expert.settle", lambda model: _moved(settle(model)))
+    with pytest.raises(BundleError, match="base must stay as it is"):
+        add_expert(folder, market(folder))
+    assert read_map(folder).version == 1
+
+
+def _moved(model: Any) -> Any:
+    with torch.no_grad():
+        model.qa_outputs.bias += 1e-3
+    return model
+
+
+def test_a_copy_gets_the_expert_and_the_bundle_stays(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
+    folder, out = bundle(), tmp_path / "new"
+    added = add_expert(folder, market(folder), out=out)
+    assert added.bundle == out and read_map(folder).version == 1
+    assert read_map(out).version == 2 and load(out, version=1).config.experts == 3
+    with pytest.raises(ConfigError, match="is there already"):
+        add_expert(folder, market(folder), out=out)
+
+
+def test_an_expert_that_nothing_calls_is_an_error(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig]
+) -> None:
+    folder = bundle(gate="token")
+    with pytest.raises(ModelError, match="no token of its own documents calls the new expert 'market'"):
+        add_expert(folder, market(folder, "new_expert.train_gate=false", "new_expert.gate_bias=-100"))
+    assert read_map(folder).version == 1
+
+
+def test_a_negative_bias_makes_it_rarer(bundle: Callable[..., Path], market: Callable[..., TrainingConfig]) -> None:
+    folder = bundle()
+    config = market(folder, "new_expert.gate_bias=-0.25", steps=5)
+    add_expert(folder, config)
+    bias = next(x for name, x in tensors_of(folder).items() if name.endswith("balance_bias"))
+    torch.testing.assert_close(bias, torch.tensor([0.0, 0.0, 0.0, -0.25]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings", "error", "said"),
+    [
+        ((), {"corpus": ["CORPUS"]}, DataError, r"1 of 2 documents of .* are not in .*'p99'\nragmoe index build"),
+        (("train.balance_bias_rate=0.1",), {}, ConfigError, "moves every expert's bias"),
+        (("new_expert.name=expert 0",), {}, BundleError, "there is an expert 'expert 0' already"),
+        (("new_expert.joins=x",), {}, BundleError, "is not the one that the expert was begun for"),
+        (("train.what=all",), {}, ConfigError, "they go together\nragmoe experts add"),
+        (("new_expert.colour=red",), {}, ConfigError, "unknown key 'new_expert.colour'; there are: name, start"),
+    ],
+)
+def test_what_cannot_be_added(
+    bundle: Callable[..., Path],
+    market: Callable[..., TrainingConfig],
+    tmp_path: Path,
+    overrides: tuple[str, ...],
+    settings: dict[str, Any],
+    error: type[Exception],
+    said: str,
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"id": "market0", "text": "known"}\n{"id": "p99", "text": "unknown"}\n')
+    settings = {key: [str(corpus)] if value == ["CORPUS"] else value for key, value in settings.items()}
+    folder = bundle()
+    with pytest.raises(error, match=said):
+        prepare(market(folder, *overrides, **settings))
+
+
+def test_a_gate_that_is_judged_by_all_documents_has_none_to_learn_from(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path
+) -> None:
+    judges = Judges(dev=[town / "market_dev.jsonl", town / "market_train.jsonl"])
+    with pytest.raises(DataError, match="holds no document that the gate could learn the expert market from\nname"):
+        prepare(market(bundle(), judges=judges))
+
+
+def test_real_questions_can_stand_for_what_is_known(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path
+) -> None:
+    folder, judges = bundle(), Judges(dev=[town / "market_dev.jsonl"])
+    for others, words in (((), "belong to|has number"), ((str(town / "river_train.jsonl"),), r"\?$")):
+        run = prepare(market(folder, others=others, judges=judges))
+        assert run.new_expert is not None
+        documents = run.new_expert.documents
+        # Documents that it will be judged by are left out.
+        assert {d.passage_id for d in documents.new} == {f"market{n}" for n in range(6)}
+        assert {d.passage_id for d in documents.others} <= {f"river{n}" for n in range(8)}
+        assert all(re.search(words, d.question) for d in (*documents.new, *documents.others))
+
+
+def test_the_oracle_gate_takes_no_new_expert(bundle: Callable[..., Path]) -> None:
+    model = load(bundle())
+    model.config.gate = "oracle"
+    with pytest.raises(ModelError, match="the gate 'oracle' knows its experts by the domains"):
+        grow(model, {}, id=3, name="market")
