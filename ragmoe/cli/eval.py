@@ -1,17 +1,15 @@
-"""``ragmoe eval``: run tasks, list them, compare two runs, run an experiment."""
+"""``ragmoe eval``: run tasks, list them, compare two runs; experiments are in experiment.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ragmoe._errors import ConfigError, DataError, RagmoeError, UsageError
+from ragmoe._errors import ConfigError, DataError, UsageError
+from ragmoe.cli._output import DataOption, JsonOption, complain, print_json, print_tables, set_data
+from ragmoe.cli.experiment import experiment, report
 from ragmoe.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -22,11 +20,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Run and compare evaluations.", no_args_is_help=True)
 
 _TASKS = Path("eval") / "tasks"
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-DataOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="What ${RAGMOE_DATA} stands for in the files.", show_default=False)
-]
 
 
 @app.command()
@@ -50,8 +43,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate a model on tasks; a run that was stopped goes on where it was."""
-    _set_data(data)
-    loaded = [_find_task(name).limited(limit) for name in tasks]
+    set_data(data)
+    loaded = [find_task(name).limited(limit) for name in tasks]
     if twice := {task.name for task in loaded if [t.name for t in loaded].count(task.name) > 1}:
         raise UsageError(f"two tasks are called {min(twice)!r}; their results would overwrite each other")
     for task in loaded:
@@ -83,12 +76,12 @@ def run(
             _write_report(result, folder)
             results.append(result)
     if as_json:
-        _print_json(to_lm_eval(results))
+        print_json(to_lm_eval(results))
     else:
         for result in results:
-            _print_tables(_tables(result))
+            print_tables(_tables(result))
         typer.echo(f"samples and results: {base}", err=True)
-    _complain(results, base)
+    complain(results, base)
 
 
 @app.command()
@@ -115,13 +108,13 @@ def ls(
         except ConfigError as error:
             rows.append({"task": file.stem, "file": str(file), "setting": "wrong", "description": error.message})
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     cells = [[row["task"], row["setting"], " ".join(row["description"].split())] for row in rows]
     note = (
         f"Evaluate one: ragmoe eval run {rows[0]['task'] if folder == _TASKS else files[0]} --model BUNDLE --index DIR"
     )
-    _print_tables([Table(f"Tasks in {folder}", ["task", "setting", "what it is"], cells, note=note, labels=3)])
+    print_tables([Table(f"Tasks in {folder}", ["task", "setting", "what it is"], cells, note=note, labels=3)])
 
 
 @app.command()
@@ -137,6 +130,7 @@ def compare(
     from ragmoe.evaluation import compare as compare_samples
     from ragmoe.evaluation import find_runs
     from ragmoe.evaluation.perturbation import REAL
+    from ragmoe.evaluation.report import few_documents
     from ragmoe.evaluation.scoring import SCORES
     from ragmoe.evaluation.tables import Table, bounds, number
 
@@ -150,7 +144,7 @@ def compare(
     if as_json:
         from dataclasses import asdict
 
-        _print_json(
+        print_json(
             {"a": str(run_a), "b": str(run_b), "comparisons": [{"task": task, **asdict(c)} for task, c in found]}
         )
         return
@@ -158,66 +152,16 @@ def compare(
         rows = [[d, number(v[0], 2, sign=True), bounds(v[1], v[2], sign=True)] for d, v in c.per_domain.items()]
         rows.append(["macro", number(c.difference, 2, sign=True), bounds(c.low, c.high, sign=True)])
         note = f"{c.n} questions, resampled by {c.documents} documents; {c.left_out} left out for want of a score."
+        note += few_documents(c.per_domain_documents)
         title = f"{task} ({c.setting}): {metric} of {run_a} minus {run_b}"
-        _print_tables([Table(title, ["domain", "difference", "95 % interval"], rows, note=note)])
+        print_tables([Table(title, ["domain", "difference", "95 % interval"], rows, note=note)])
 
 
-@app.command()
-def experiment(
-    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The experiment.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[a.b=c ...]", help="For the training of every arm.", show_default=False),
-    ] = None,
-    data: DataOption = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where models and samples go.  [default: runs/NAME]")
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="ARM", help="Run only this arm; may be repeated.", show_default=False)
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(metavar="0,1", help="In place of the file's seeds.", show_default=False)
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train and evaluate the arms of an experiment and write its result; one that was stopped goes on."""
-    _set_data(data)
-    from ragmoe.evaluation.experiment import load_experiment
-    from ragmoe.evaluation.experiment_run import run_experiment
-
-    loaded = load_experiment(file, overrides=overrides or (), seeds=_seeds(seeds))
-    with progress() as show:
-        outcome = run_experiment(
-            loaded,
-            out=out,
-            only=only or (),
-            say=show.say,
-            progress=show.questions,
-            index_progress=show.stage,
-            show_training=show,
-        )
-    if as_json:
-        _print_json(outcome.result.model_dump())
-    else:
-        _print_tables(outcome.tables)
-    for path in outcome.written:
-        typer.echo(f"wrote {path}", err=True)
-    if outcome.missing:
-        typer.echo(f"not run yet: {', '.join(outcome.missing)}", err=True)
-    results = [run for by_task in outcome.runs.values() for runs in by_task.values() for run in runs]
-    _complain(results, out or Path("runs") / loaded.name)
+app.command()(experiment)
+app.command()(report)
 
 
-def _set_data(data: Path | None) -> None:
-    if data is None:
-        return
-    if not data.is_dir():
-        raise UsageError(f"--data {data}: there is no such folder")
-    os.environ["RAGMOE_DATA"] = str(data.resolve())
-
-
-def _find_task(name: str) -> Task:
+def find_task(name: str) -> Task:
     """A task by its file, or by its name in ``eval/tasks``."""
     from ragmoe.evaluation.task import load_task
 
@@ -243,15 +187,6 @@ def _pairs(
     return [(a[name], b[name]) for name in common]
 
 
-def _seeds(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--seeds {text}: expected whole numbers with commas between them, such as 0,1,2") from None
-
-
 def _tables(result: Results) -> list[Table]:
     from ragmoe.evaluation.report import report
 
@@ -263,26 +198,3 @@ def _write_report(result: Results, folder: Path) -> None:
     from ragmoe.evaluation.samples import write_text
 
     write_text(folder / "report.md", to_markdown(_tables(result), result.name))
-
-
-def _complain(results: Sequence[Results], folder: Path) -> None:
-    """Failed questions are never passed over: the figures are out, and so is the exit code."""
-    failed = [sample for result in results for sample in result.errors]
-    if failed:
-        raise RagmoeError(
-            f"{len(failed)} questions failed and are in no mean; {failed[0].id}: {failed[0].error}",
-            hint=f"the records are in {folder}; the same command tries only these again",
-        )
-
-
-def _print_tables(tables: Sequence[Table]) -> None:
-    from rich.console import Console
-
-    # Into a pipe rich would fold at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    for table in tables:
-        console.print(table.rich())
-
-
-def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, ensure_ascii=False, indent=2))

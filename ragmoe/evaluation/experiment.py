@@ -1,22 +1,51 @@
 """Experiments: a file that names arms, seeds and tasks; each arm is trained, evaluated and compared.
 
     ragmoe eval experiment eval/experiments/core7.yaml --data DIR
+    ragmoe eval report eval/experiments/core7.yaml --data DIR
 
-This file reads and checks one; experiment_run.py runs it.
+This file reads and checks one; experiment_run.py runs it, experiment_report.py writes its result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from ragmoe._errors import ConfigError, UsageError
+from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.task import Task, describe, expand, load_task, parse_task, read_yaml
 
-UNTRAINED = "untrained"
+UNTRAINED, DENSE = "untrained", "dense"
+
+
+class Goal(BaseModel):
+    """What is hoped for: arm a is better than arm b by ``at_least`` points of a metric.
+
+    With ``at_least`` above zero it is met where the difference reaches it and its 95 % interval lies above zero. With
+    zero or less it says how much worse a may be, and is met where the difference reaches it.
+
+    Attributes:
+        setting: of the task, as comparisons name it.
+        neighbours: what arm a's gate is shown; arm b's is always shown the question's own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    a: str
+    b: str
+    metric: Literal["macro_f1", "macro_em"] = "macro_f1"
+    setting: str = "gold"
+    neighbours: Literal["real", "null", "shuffled", "wrong_domain"] = "real"
+    at_least: float
+
+    @field_validator("neighbours", mode="before")
+    @classmethod
+    def _bare_null(cls, value: object) -> object:
+        # A bare null in YAML is None, and would otherwise have to be written in quotes.
+        return "null" if value is None else value
 
 
 class Experiment(BaseModel):
@@ -28,6 +57,9 @@ class Experiment(BaseModel):
         arms: for each what it changes in ``train``, such as ``{model.gate: token}``.
         tasks: the first is the one whose figures stand in the result; the others are compared and reported as well.
         comparisons: pairs of arms.
+        baseline: the arm that the picture of differences is drawn against; None for ``dense``, else the first arm.
+        goals: differences hoped for, shown as met or not met.
+        notes: for each arm, in words, how its size is matched to the others'.
         untrained: also evaluate the model that training starts from, as the arm ``untrained``.
         result: where the result is written, as JSON and beside it as Markdown; None for the output folder only.
     """
@@ -42,6 +74,9 @@ class Experiment(BaseModel):
     seeds: list[int] = Field([0], min_length=1)
     tasks: list[str | dict[str, Any]] = Field(min_length=1)
     comparisons: list[tuple[str, str]] = []
+    baseline: str | None = None
+    goals: list[Goal] = []
+    notes: dict[str, str] = {}
     untrained: bool = False
     result: str | None = None
 
@@ -58,9 +93,15 @@ class Experiment(BaseModel):
         for name in self.arms:
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
                 raise ValueError(f"the arm {name!r} names a folder: expected letters, digits, '-', '_' and '.'")
-        for pair in self.comparisons:
-            if unknown := [name for name in pair if name not in self.arm_names]:
-                raise ValueError(f"comparisons name {unknown[0]!r}; the arms are {', '.join(self.arm_names)}")
+        named = {
+            "comparisons name": [name for pair in self.comparisons for name in pair],
+            "goals name": [name for goal in self.goals for name in (goal.a, goal.b)],
+            "notes name": list(self.notes),
+            "baseline names": [self.baseline] if self.baseline else [],
+        }
+        for where, names in named.items():
+            if unknown := [name for name in names if name not in self.arm_names]:
+                raise ValueError(f"{where} {unknown[0]!r}; the arms are {', '.join(self.arm_names)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds has duplicates: {self.seeds}")
         return self
@@ -90,12 +131,17 @@ class Experiment(BaseModel):
         """All arms, the untrained one first where it is asked for."""
         return [UNTRAINED] * self.untrained + list(self.arms)
 
+    @property
+    def reference(self) -> str:
+        """The arm that others are drawn against."""
+        return self.baseline or (DENSE if DENSE in self.arm_names else self.arm_names[0])
+
     def resolve(self, path: str) -> Path:
         """A path of this file with its variables and its folder put in."""
         return self.folder / expand(path, f"experiment {self.name}")
 
     def load_tasks(self) -> list[Task]:
-        """The tasks, read and checked; ConfigError where two have the same name."""
+        """The tasks, read and checked; ConfigError where two have the same name, or a goal has no task."""
         tasks = [
             parse_task(entry, self.folder, f"{self._path}: tasks")
             if isinstance(entry, dict)
@@ -107,7 +153,23 @@ class Experiment(BaseModel):
             raise ConfigError(
                 f"{self._path}: two tasks are called {twice[0]!r}; their results would overwrite each other"
             )
+        for goal in self.goals:
+            self.task_of(goal, tasks)
         return tasks
+
+    def task_of(self, goal: Goal, tasks: Sequence[Task]) -> Task:
+        """The task that a goal is judged by: the first of its setting. ConfigError where there is none."""
+        of_setting = [task for task in tasks if task.setting_name == goal.setting]
+        if not of_setting:
+            there = ", ".join(dict.fromkeys(task.setting_name for task in tasks))
+            raise ConfigError(f"{self._path}: a goal names the setting {goal.setting!r}; the tasks have {there}")
+        task = of_setting[0]
+        if goal.neighbours != REAL and goal.neighbours not in task.perturbations:
+            raise ConfigError(
+                f"{self._path}: a goal names {goal.neighbours} neighbours; the task {task.name} has the perturbations "
+                f"{', '.join(task.perturbations) or 'none'}"
+            )
+        return task
 
     def training(self, arm: str, seed: int, index: Path) -> Any:
         """The resolved training configuration (``TrainingConfig``) of an arm.

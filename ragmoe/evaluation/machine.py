@@ -26,14 +26,27 @@ def machine() -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str | None:
-    """The commit that a folder's repository stands at; None where it is none, or has no commit."""
+    """The commit that a folder's repository stands at; None where it is none, or has no commit.
+
+    ``+changes`` follows where the commit alone does not say what ran: a file of the repository differs from it, or the
+    folder holds a file that is not in it (and is not ignored).
+    """
+    head = _git(folder, "rev-parse", "HEAD")
+    if not head:
+        return None
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no"), _git(folder, "status", "--porcelain", ".")
+    return head if changed == ("", "") else f"{head}+changes"
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git says, or None where it fails."""
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        )
+        # Without optional locks, since somebody may be committing.
+        command = ["git", "--no-optional-locks", *words]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip()
 
 
 def _cpu_model() -> str:

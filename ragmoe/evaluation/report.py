@@ -6,22 +6,26 @@ Everywhere an arm is the list of its runs, one a seed; figures are means over th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.results import Results
 from ragmoe.evaluation.retrieval import METRICS
-from ragmoe.evaluation.statistics import Comparison, compare, interval, seed_spread
+from ragmoe.evaluation.statistics import FEW, Comparison, compare, interval
 from ragmoe.evaluation.tables import NONE, Table, bounds, markdown, number
 
 Arms = Mapping[str, Sequence[Results]]
 
+_COLUMNS = 5
+
 
 def report(arms: Arms, *, seconds: Mapping[str, float | None] | None = None) -> list[Table]:
     """All tables about one task. ``seconds``: training time by arm, where the arms were trained for this."""
+    # Many arms are rows, and each metric has its own table, so that it stays narrow enough to be read.
+    many = [quality(arms, [metric]).transposed("arm") for metric in ("f1", "em")] if len(arms) > _COLUMNS else None
     tables = [
-        quality(arms),
+        *(many or [quality(arms)]),
         properties(arms, seconds or {}),
         retrieval(arms),
         load(arms),
@@ -31,29 +35,35 @@ def report(arms: Arms, *, seconds: Mapping[str, float | None] | None = None) -> 
     return [table for table in tables if table is not None]
 
 
-def quality(arms: Arms) -> Table:
-    """F1 and EM by domain and macro, with interval, spread over seeds, and coverage."""
+def quality(arms: Arms, metrics: Sequence[str] = ("f1", "em")) -> Table:
+    """Metrics by domain and macro with their spread over seeds, the interval of the first, and coverage."""
     first = next(iter(arms.values()))[0]
     real, every = first.real, list(arms.values())
     rows = [
-        [domain, _n(block), *(_pair(runs, _domain(domain)) for runs in every)]
+        [domain, _n(block), *(_means(runs, metrics, _domain(domain)) for runs in every)]
         for domain, block in real["per_domain"].items()
         if block["answerable"]
     ]
-    rows.append(["macro", _n(real["macro"]), *(_pair(runs, lambda r: r.real["macro"]) for runs in every)])
-    spans = [interval([run.samples[REAL] for run in runs]) for runs in every]
-    rows.append(["95 % of macro F1", "", *(bounds(span.low, span.high) if span else NONE for span in spans)])
-    if any(len(runs) > 1 for runs in every):
-        spreads = [seed_spread([run.samples[REAL] for run in runs]) for runs in every]
-        rows.append(["s.d. over seeds", "", *(number(spread, 2) for spread in spreads)])
-    rows.append(["F1 past threshold", "", *(number(_mean(runs, _macro("f1_thresholded"))) for runs in every)])
+    rows.append(["macro", _n(real["macro"]), *(_means(runs, metrics, lambda r: r.real["macro"]) for runs in every)])
+    main = metrics[0]
+    spans = [interval([run.samples[REAL] for run in runs], metric=main) for runs in every]
+    rows.append(
+        [f"95 % of macro {main.upper()}", "", *(bounds(span.low, span.high) if span else NONE for span in spans)]
+    )
+    several = any(len(runs) > 1 for runs in every)
+    if several:
+        rows.append(["seeds", "", *(str(len(runs)) for runs in every)])
+    past = [number(_mean(runs, _macro(f"{main}_thresholded"))) for runs in every]
+    rows.append([f"{main.upper()} past threshold", "", *past])
     rows.append(["coverage", "", *(_coverage(runs) for runs in every)])
     return Table(
-        f"{first.name} ({first.setting}): F1 / EM",
+        f"{first.name} ({first.setting}): {' / '.join(metrics).upper()}",
         ["domain", "n", *arms],
         rows,
         note="Best guess on answerable questions, 0 to 100; macro is the mean over domains; the interval resamples "
-        f"{real['macro']['documents']} documents within domains.",
+        f"{real['macro']['documents']} documents within domains."
+        + (" ± is the standard deviation over seeds." if several else "")
+        + few_documents(*(span.per_domain_documents for span in spans if span)),
     )
 
 
@@ -166,9 +176,23 @@ def comparison_table(comparisons: Sequence[tuple[str, str, Comparison]]) -> Tabl
         ["arms", "setting", "metric", "difference", "95 % interval", "s.d. over seeds", "n"],
         rows,
         note="Paired bootstrap over documents within domains, after averaging the seeds of each question."
-        + (" Fewer than three seeds: what another seed would change is not known." if few else ""),
+        + (" Fewer than three seeds: what another seed would change is not known." if few else "")
+        + few_documents(*(c.per_domain_documents for _, _, c in comparisons)),
         labels=3,
     )
+
+
+def few_documents(*counts: Mapping[str, int]) -> str:
+    """A warning about domains with so few documents that intervals are too narrow; empty where there are none.
+
+    Args:
+        counts: documents by domain, of each interval that is shown.
+    """
+    fewest: dict[str, int] = {}
+    for domain, n in (pair for by_domain in counts for pair in by_domain.items()):
+        fewest[domain] = min(n, fewest.get(domain, n))
+    few = [f"{domain} {n}" for domain, n in fewest.items() if n < FEW]
+    return f" Intervals are too narrow where a domain has fewer than {FEW} documents: {', '.join(few)}." if few else ""
 
 
 def to_markdown(tables: Sequence[Table], title: str, lines: Sequence[str] = ()) -> str:
@@ -187,14 +211,15 @@ def _macro(key: str) -> Callable[[Results], float | None]:
     return lambda run: run.real["macro"][key]
 
 
-def _pair(runs: Sequence[Results], get: Callable[[Results], Mapping[str, Any]]) -> str:
-    blocks = [get(run) for run in runs]
-
-    def mean(key: str) -> float | None:
-        values = [block.get(key) for block in blocks]
-        return None if None in values else fmean(value for value in values if value is not None)
-
-    return f"{number(mean('f1'))} / {number(mean('em'))}"
+def _means(runs: Sequence[Results], metrics: Sequence[str], get: Callable[[Results], Mapping[str, Any]]) -> str:
+    """Each metric's mean over seeds with its standard deviation."""
+    cells = []
+    for metric in metrics:
+        values = [value for run in runs if (value := get(run).get(metric)) is not None]
+        whole = bool(values) and len(values) == len(runs)
+        spread = f" ± {number(stdev(values))}" if whole and len(values) > 1 else ""
+        cells.append(number(fmean(values) if whole else None) + spread)
+    return " / ".join(cells)
 
 
 def _nested(block: str, key: str) -> Callable[[Results], float | None]:

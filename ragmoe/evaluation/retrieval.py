@@ -49,18 +49,6 @@ class Retrieval:
         return Neighbours.stack(rows)
 
 
-def first(neighbours: Neighbours, n: int) -> Neighbours:
-    """The n best neighbours of each question."""
-    from ragmoe.neighbours import Neighbours
-
-    return Neighbours(
-        neighbours.embeddings_BNR[:, :n],
-        neighbours.scores_BN[:, :n],
-        neighbours.mask_BN[:, :n],
-        [ids[:n] for ids in neighbours.passage_ids],
-    )
-
-
 def score_retrieval(
     samples: Sequence[Sample], gold: Mapping[str, Sequence[str]], folder: Path | None = None
 ) -> dict[str, Any] | None:

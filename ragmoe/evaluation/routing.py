@@ -19,13 +19,14 @@ def summarise_routing(
     """Load, entropy and mutual information, over all samples that were read.
 
     Returns:
-        None where nothing was routed; else ``layers`` (of each: ``layer``, ``load`` [E] summing to one, ``entropy`` in
-        nats, ``normalised_mi`` of domain and expert in 0..1, ``max_load``), the means over layers ``gate_entropy``,
-        ``normalised_mi`` and ``max_load``, ``experts`` (names) and ``load_per_domain`` {domain: [L][E]}.
+        None where nothing was routed, or there was but one expert to route to; else ``layers`` (of each: ``layer``,
+        ``load`` [E] summing to one, ``entropy`` in nats, ``normalised_mi`` of domain and expert in 0..1,
+        ``max_load``), the means over layers ``gate_entropy``, ``normalised_mi`` and ``max_load``, ``experts`` (names)
+        and ``load_per_domain`` {domain: [L][E]}.
     """
     from ragmoe.moe.statistics import normalised_mutual_information
 
-    routed = [sample for sample in samples if sample.routing]
+    routed = [sample for sample in samples if _is_routed(sample)]
     if not routed:
         return None
     domains = list(dict.fromkeys(sample.domain for sample in routed))
@@ -63,8 +64,8 @@ def routing_shift(real: Sequence[Sample], other: Sequence[Sample]) -> float | No
 
     The total variation distance between both loads, as a mean over layers and questions. None where nothing was routed.
     """
-    before: Mapping[str, Sample] = {sample.id: sample for sample in real if sample.routing}
-    pairs = [(before[sample.id], sample) for sample in other if sample.routing and sample.id in before]
+    before: Mapping[str, Sample] = {sample.id: sample for sample in real if _is_routed(sample)}
+    pairs = [(before[sample.id], sample) for sample in other if _is_routed(sample) and sample.id in before]
     if not pairs:
         return None
     distances = [
@@ -75,6 +76,11 @@ def routing_shift(real: Sequence[Sample], other: Sequence[Sample]) -> float | No
         for a, b in pairs
     ]
     return float(np.mean(distances))
+
+
+def _is_routed(sample: Sample) -> bool:
+    """Whether a gate had a choice: with a single expert it has none, and the model is dense."""
+    return bool(sample.routing) and len(sample.routing[0]) > 1
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from ragmoe.evaluation.items import Item, prepare
 from ragmoe.evaluation.perturbation import REAL, partners
 from ragmoe.evaluation.protocols import AnswerLike, Reader, Searchable
 from ragmoe.evaluation.results import Results, samples_name
-from ragmoe.evaluation.retrieval import DEPTH, Retrieval, first, score_retrieval
+from ragmoe.evaluation.retrieval import DEPTH, Retrieval, score_retrieval
 from ragmoe.evaluation.routing import routing_shift, summarise_routing
 from ragmoe.evaluation.samples import Sample, SampleFile, digest_of
 from ragmoe.evaluation.scoring import score, summarise
@@ -109,6 +109,8 @@ class _Run:
         self.depth = max(DEPTH, self.seen, task.passages)
         self.items = prepare(task, index)
         self.model_digest = model_digest(model)
+        memory = model.memory(index) if self.seen else None
+        self.memory_digest = memory.digest if memory is not None else ""
 
     def plan(self, condition: str) -> _Plan:
         """Settle, before anything is read, what each question is shown under a condition."""
@@ -116,7 +118,9 @@ class _Run:
         task = self.task
         retriever = task.retriever or self.index.retriever
         setting = (task.setting, retriever, self.seen, task.passages if task.setting == "open" else None)
-        common = (condition, setting, self.index.digest, self.model_digest)
+        common: tuple[object, ...] = (condition, setting, self.index.digest, self.model_digest)
+        if self.memory_digest:
+            common += (self.memory_digest,)
         shown = [self.items[i].asked for i in chosen] if chosen else [None] * len(self.items)
         digests = {
             item.question.id: digest_of(item.example, item.question.domain, item.read, other, common)
@@ -183,10 +187,10 @@ class _Run:
             return None
         if condition == "null":
             return Neighbours.empty(len(chunk), self.index.width)
+        items = [self.items[plan.partners[i] if plan.partners is not None else i] for i in chunk]
         if plan.partners is not None:
-            others = [self.items[plan.partners[i]].asked for i in chunk]
-            found = self.retrieval.fetch(others, retriever=self.task.retriever, depth=self.depth)
-        return first(found, self.seen)
+            found = self.retrieval.fetch([i.asked for i in items], retriever=self.task.retriever, depth=self.depth)
+        return self.model.recall(found.first(self.seen), self.index, [item.question.domain for item in items])
 
     def _read_rows(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 NONE = "–"
@@ -11,19 +11,42 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text already; the first ``labels`` columns are aligned left, the others right."""
+    """Cells are text already; the first ``labels`` columns are aligned left, the others right.
+
+    ``command`` makes the figures again; it stands in Markdown alone.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
     labels: int = 1
+    command: str = ""
 
     def markdown(self) -> str:
         """The table under its title, for a Markdown file."""
         marks = ["---" if at < self.labels else "---:" for at in range(len(self.columns))]
         lines = [_line(self.columns), _line(marks), *(_line(row) for row in self.rows)]
-        return f"### {self.title}\n\n" + "\n".join(lines) + "\n" + (f"\n{self.note}\n" if self.note else "")
+        below = [self.note] * bool(self.note) + [f"Made by `{self.command}`"] * bool(self.command)
+        return f"### {self.title}\n\n" + "\n".join(lines) + "\n" + "".join(f"\n{text}\n" for text in below)
+
+    def transposed(self, corner: str) -> Table:
+        """The same with rows for columns; ``corner`` heads the new first column."""
+        (_, *heads), *rows = zip(self.columns, *self.rows, strict=True)
+        return replace(self, columns=[corner, *heads], rows=rows)
+
+    @property
+    def width(self) -> int:
+        """Characters that a line needs at least: figures are never cut, labels only between words."""
+        return sum(self._widths) + 3 * len(self.columns) + 2
+
+    @property
+    def _widths(self) -> list[int]:
+        columns = zip(self.columns, *self.rows, strict=True)
+        return [
+            max(len(part) for cell in cells for part in (cell.split() if at < self.labels else [cell]) or [""])
+            for at, cells in enumerate(columns)
+        ]
 
     def rich(self) -> Any:
         """The table as ``rich`` prints it, its title above and its note below."""
@@ -33,9 +56,15 @@ class Table:
         from rich.text import Text
 
         table = RichTable(box=box.SIMPLE_HEAD)
-        for at, name in enumerate(self.columns):
+        for at, (name, width) in enumerate(zip(self.columns, self._widths, strict=True)):
             left = at < self.labels
-            table.add_column(Text(name), justify="left" if left else "right", overflow="fold", no_wrap=not left)
+            table.add_column(
+                Text(name),
+                justify="left" if left else "right",
+                overflow="fold",
+                no_wrap=not left,
+                min_width=width,
+            )
         for row in self.rows:
             # As Text, so that square brackets are no markup.
             table.add_row(*map(Text, row))

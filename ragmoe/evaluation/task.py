@@ -36,8 +36,8 @@ class Task(BaseModel):
         setting: ``gold`` gives the reader the passages that hold the answer, ``open`` the best retrieved ones.
         passages: how many retrieved passages are read (``open`` only).
         neighbours: how many neighbours the gate sees; None for as many as the model was trained with.
-        retriever: dense, bm25 or hybrid; None for the index's own.
-        limit_per_domain: at most so many questions of a domain, always the same ones.
+        retriever: dense, bm25, hybrid or blend; None for the index's own.
+        limit_per_domain: at most so many questions of a domain, always the same ones; see ``subset``.
         perturbations: what else the gate is shown, to see what quality and routing owe to the neighbours.
     """
 
@@ -52,7 +52,7 @@ class Task(BaseModel):
     setting: Literal["gold", "open"] = "gold"
     passages: int = Field(5, ge=1)
     neighbours: int | None = Field(None, ge=1)
-    retriever: Literal["dense", "bm25", "hybrid"] | None = None
+    retriever: Literal["dense", "bm25", "hybrid", "blend"] | None = None
     limit_per_domain: int | None = Field(None, ge=1)
     perturbations: list[Perturbation] = []
     _folder: Path = PrivateAttr(Path("."))
@@ -122,18 +122,20 @@ def expand(text: str, where: str) -> str:
 def subset(questions: Sequence[Question], limit: int | None) -> list[Question]:
     """At most ``limit`` questions of each domain, chosen by a digest of their ids, in their own order.
 
-    Which ones does not depend on the order of the files, and a smaller limit takes part of what a larger one takes.
+    Unanswerable questions and those for yes, no or maybe keep their share of the domain. Which ones are chosen does
+    not depend on the order of the files, and a smaller limit takes part of what a larger one takes.
     """
     if limit is None:
         return list(questions)
-    by_domain: dict[str, list[str]] = defaultdict(list)
+    strata: dict[tuple[str, str], list[str]] = defaultdict(list)
     for question in questions:
-        by_domain[question.domain].append(question.id)
-    kept = {
-        name
-        for ids in by_domain.values()
-        for name in sorted(ids, key=lambda i: hashlib.sha256(i.encode()).digest())[:limit]
-    }
+        strata[question.domain, question.answer_type if question.answers else "none"].append(question.id)
+    ranked: dict[str, list[tuple[float, bytes, str]]] = defaultdict(list)
+    for (domain, _), ids in strata.items():
+        digests = sorted((hashlib.sha256(name.encode()).digest(), name) for name in ids)
+        # How far into its stratum a question stands; so of the first ones of a domain each stratum has its share.
+        ranked[domain] += [((at + 0.5) / len(ids), digest, name) for at, (digest, name) in enumerate(digests)]
+    kept = {name for rows in ranked.values() for *_, name in sorted(rows)[:limit]}
     return [question for question in questions if question.id in kept]
 
 

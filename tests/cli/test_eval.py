@@ -58,6 +58,7 @@ def test_runs_are_compared(ragmoe: Any, small_city: Path, bundle: Path, make_bun
     code, out, _ = ragmoe("eval", "compare", tmp_path / "a", tmp_path / "b", "--metric", "em")
     assert code == 0
     assert "macro" in out
+    assert "too narrow where a domain has fewer than 10 documents: rivers 2, coins 2." in " ".join(out.split())
     assert ragmoe("eval", "compare", tmp_path / "a", tmp_path / "b", "--metric", "bleu")[0] == 2
 
 
@@ -193,6 +194,24 @@ def test_an_experiment_from_training_to_result(ragmoe: Any, small_city: Path, tm
     assert code == 0
     assert "training 2 steps" not in err
     assert Result.model_validate_json(out).arms == result.arms
+    written = json.loads((tmp_path / "tiny.json").read_text())
+    report = ("eval", "report", *words[2:])
+    code, out, err = ragmoe(*report)
+    assert code == 0
+    assert "retrieval − untrained" in out
+    assert f"wrote {tmp_path / 'tiny' / 'macro_f1.png'}" in err
+    assert "![Macro F1 of each arm](<tiny/macro_f1.png>)" in (tmp_path / "tiny.md").read_text()
+    code, out, _ = ragmoe(*report, "--json", "--plots", tmp_path / "drawn")
+    assert code == 0
+    assert json.loads(out) == written == json.loads((tmp_path / "tiny.json").read_text())
+    assert (tmp_path / "drawn" / "load.png").is_file()
+    code, _, err = ragmoe(*report, "--seeds", "0,1")
+    assert code == 0
+    assert "not run yet: untrained seed 1, dense seed 1, retrieval seed 1" in err
+    code, _, err = ragmoe("eval", "report", tmp_path / "tiny.yaml", "--out", tmp_path / "nowhere")
+    assert code == 1
+    assert "nowhere holds nothing of the experiment tiny" in err
+    assert "hint: ragmoe eval experiment " in err
     code, _, err = ragmoe(*words, "train.steps=3")
     assert code == 1
     assert "train.steps (2, now 3)" in err
@@ -204,8 +223,29 @@ def test_an_experiment_from_training_to_result(ragmoe: Any, small_city: Path, tm
     assert "expected whole numbers" in err
 
 
+def test_a_report_without_matplotlib(ragmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.yaml").write_text(
+        "name: x\nindex: i\ntrain: {data: {questions: [q], index: i}}\narms: {a: {}}\ntasks: [t]\n"
+    )
+    monkeypatch.setattr("ragmoe.evaluation.plots.importlib.util.find_spec", lambda name: None)
+    code, _, err = ragmoe("eval", "report", tmp_path / "x.yaml")
+    assert code == 1
+    assert "hint: pip install 'ragmoe[report]'" in err
+
+
 def test_the_commands_import_nothing_heavy() -> None:
-    heavy = ("torch", "faiss", "transformers", "sentence_transformers", "datasets", "sklearn", "ir_measures", "numpy")
+    heavy = [
+        "torch",
+        "faiss",
+        "transformers",
+        "sentence_transformers",
+        "datasets",
+        "sklearn",
+        "ir_measures",
+        "numpy",
+        "matplotlib",
+        "PIL",
+    ]
     code = (
         "import sys, ragmoe.cli.eval, ragmoe.cli.ask, ragmoe.cli.route\n"
         f"print([name for name in {heavy} if name in sys.modules])"

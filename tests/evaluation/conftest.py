@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from ragmoe.corpus.types import Passage
 from ragmoe.evaluation.samples import Sample
@@ -94,6 +95,7 @@ class FakeReader:
     weight: float = 1.0
     fails_on: Callable[[str], bool] = lambda question: False
     calls: list[tuple[list[str], list[list[str]], list[list[str]] | None]] = field(default_factory=list)
+    recalled: list[list[str]] = field(default_factory=list)
 
     expert_names = tuple(f"expert {i}" for i in range(EXPERTS))
 
@@ -105,6 +107,13 @@ class FakeReader:
 
     def check_index(self, index: Any) -> None:
         assert index.digest == "index-digest"
+
+    def memory(self, index: Any) -> None:
+        return None
+
+    def recall(self, neighbours: Neighbours, index: Any, domains: Sequence[str] | None = None) -> Neighbours:
+        self.recalled.append(list(domains or []))
+        return neighbours
 
     def read(
         self,
@@ -200,5 +209,65 @@ def sample() -> Callable[..., Sample]:
             "no_answer_score": 0.0,
         }
         return Sample(id=id, domain=domain, **{**values, **changes})
+
+    return make
+
+
+EXPERIMENT: dict[str, Any] = {
+    "name": "small",
+    "index": "idx",
+    "train": {"data": {"questions": ["train.jsonl"], "index": "unused"}, "train": {"steps": 7}},
+    "arms": {"dense": {"model.sparse_layers": []}, "retrieval": {"model.gate": "retrieval", "train.steps": 9}},
+    "seeds": [0, 1],
+    "tasks": ["task.yaml"],
+    "comparisons": [["retrieval", "dense"]],
+    "result": "results/small.json",
+}
+
+
+@dataclass
+class Trained:
+    bundle: Path
+    seconds: float = 12.0
+
+
+@pytest.fixture
+def trained(
+    make_reader: Callable[..., FakeReader], index: FakeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Stands in for training, loading and the index; lists what was trained, as arm/seed."""
+    calls: list[str] = []
+
+    def train(config: Any, *, out: Path, resume: bool, cache: Path, show: bool) -> Trained:
+        calls.append(f"{out.parent.parent.name}/{config.seed}")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "training.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        history = [{"step": step, "loss": 9.0, "answer_loss": 3.0 / step} for step in range(1, 1 + config.train.steps)]
+        (out / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
+        (out / "model.safetensors.index.json").write_text('{"metadata": {"format_version": 1}}')
+        return Trained(out)
+
+    def load(bundle: Path) -> Any:
+        seed = int(bundle.parent.name.removeprefix("seed-"))
+        if "dense" in str(bundle):
+            return make_reader(gate_sees_neighbours=False, sparse_layers=(), weight=float(seed))
+        return make_reader(weight=10.0 + seed, answers={} if seed else make_reader().answers)
+
+    index.folder = tmp_path / "idx"
+    monkeypatch.setattr("ragmoe.training.train", train)
+    monkeypatch.setattr("ragmoe.models.load", load)
+    monkeypatch.setattr("ragmoe.training.build.build_model", lambda config, index, on_cpu: make_reader(answers={}))
+    monkeypatch.setattr("ragmoe.evaluation.experiment_run.index_of_recipe", lambda path, progress: index)
+    return calls
+
+
+@pytest.fixture
+def write(tmp_path: Path, make_task: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes the experiment's file with changes."""
+    make_task()
+
+    def make(**changes: Any) -> Path:
+        (tmp_path / "small.yaml").write_text(yaml.safe_dump({**EXPERIMENT, **changes}))
+        return tmp_path / "small.yaml"
 
     return make

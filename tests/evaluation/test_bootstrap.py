@@ -27,6 +27,25 @@ def test_difference_is_of_macro_means_and_seeds_are_averaged_first(sample: Make)
     assert found.seed_spread["b"] is None
 
 
+def test_seeds_are_averaged_before_documents_are_drawn(sample: Make) -> None:
+    """Three seeds give the interval of one run with the mean scores, not a narrower one of thrice the questions."""
+    rng = np.random.default_rng(5)
+    ids, scores = [f"{d}{i}" for d in "ab" for i in range(20)], rng.random((2, 3, 40))
+    arms = [
+        [[sample(i, float(x), domain=i[0]) for i, x in zip(ids, seed, strict=True)] for seed in seeds]
+        for seeds in scores
+    ]
+    means = [
+        [[sample(i, float(x), domain=i[0]) for i, x in zip(ids, seeds.mean(axis=0), strict=True)]] for seeds in scores
+    ]
+    found, alone = compare(*arms), compare(*means)
+    assert (found.difference, found.low, found.high) == pytest.approx((alone.difference, alone.low, alone.high))
+    assert (found.seeds, found.n, alone.seeds, alone.n) == ((3, 3), 40, (1, 1), 40)
+    for name, seeds in zip("ab", scores, strict=True):
+        macros = [100 * np.mean([seed[:20].mean(), seed[20:].mean()]) for seed in seeds]
+        assert found.seed_spread[name] == pytest.approx(np.std(macros, ddof=1))
+
+
 def test_one_document_a_domain_leaves_nothing_to_resample(sample: Make) -> None:
     rows = [sample(str(i), float(i % 2), doc="only") for i in range(10)]
     found = interval([rows])
@@ -64,6 +83,14 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(sample: Make) -
         assert found is not None
         hits += found.low <= 50.0 <= found.high
     assert 0.89 <= hits / trials <= 0.99
+
+
+def test_documents_are_counted_by_domain(sample: Make) -> None:
+    rows = [sample(str(i), 1.0, doc=f"doc-{i % 3}") for i in range(9)] + [sample("9", 0.0, domain="b")]
+    found, compared = interval([rows]), compare([rows], [rows])
+    assert found is not None
+    assert found.per_domain_documents == compared.per_domain_documents == {"a": 3, "b": 1}
+    assert found.documents == 4
 
 
 def test_pairing_makes_it_narrow(sample: Make) -> None:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,67 +8,10 @@ import pytest
 import yaml
 
 from ragmoe import ConfigError, UsageError
-from ragmoe.evaluation import experiment_run
 from ragmoe.evaluation.experiment import load_experiment, merge, nest
-from ragmoe.evaluation.experiment_run import command_of, run_experiment
+from ragmoe.evaluation.experiment_report import command_of
+from ragmoe.evaluation.experiment_run import run_experiment
 from ragmoe.evaluation.result import Result
-
-MakeReader, MakeTask = Callable[..., Any], Callable[..., Path]
-
-CONTENT: dict[str, Any] = {
-    "name": "small",
-    "index": "idx",
-    "train": {"data": {"questions": ["train.jsonl"], "index": "unused"}, "train": {"steps": 7}},
-    "arms": {"dense": {"model.sparse_layers": []}, "retrieval": {"model.gate": "retrieval", "train.steps": 9}},
-    "seeds": [0, 1],
-    "tasks": ["task.yaml"],
-    "comparisons": [["retrieval", "dense"]],
-    "result": "results/small.json",
-}
-
-
-@dataclass
-class Trained:
-    bundle: Path
-    seconds: float = 12.0
-
-
-@pytest.fixture
-def trained(make_reader: MakeReader, index: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stands in for training, loading and the index; lists what was trained, as arm/seed."""
-    calls: list[str] = []
-
-    def train(config: Any, *, out: Path, resume: bool, cache: Path, show: bool) -> Trained:
-        calls.append(f"{out.parent.parent.name}/{config.seed}")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "training.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        (out / "model.safetensors.index.json").write_text('{"metadata": {"format_version": 1}}')
-        return Trained(out)
-
-    def load(bundle: Path) -> Any:
-        seed = int(bundle.parent.name.removeprefix("seed-"))
-        if "dense" in str(bundle):
-            return make_reader(gate_sees_neighbours=False, sparse_layers=(), weight=float(seed))
-        return make_reader(weight=10.0 + seed, answers={} if seed else make_reader().answers)
-
-    index.folder = tmp_path / "idx"
-    monkeypatch.setattr("ragmoe.training.train", train)
-    monkeypatch.setattr("ragmoe.models.load", load)
-    monkeypatch.setattr("ragmoe.training.build.build_model", lambda config, index, on_cpu: make_reader(answers={}))
-    monkeypatch.setattr(experiment_run, "index_of_recipe", lambda path, progress: index)
-    return calls
-
-
-@pytest.fixture
-def write(tmp_path: Path, make_task: MakeTask) -> Callable[..., Path]:
-    """Writes the experiment's file with changes."""
-    make_task()
-
-    def make(**changes: Any) -> Path:
-        (tmp_path / "small.yaml").write_text(yaml.safe_dump({**CONTENT, **changes}))
-        return tmp_path / "small.yaml"
-
-    return make
 
 
 def test_arms_are_trained_evaluated_and_compared(write: Any, trained: list[str], tmp_path: Path) -> None:
@@ -86,7 +27,7 @@ def test_arms_are_trained_evaluated_and_compared(write: Any, trained: list[str],
     assert result.arms["dense"].normalised_mi is None
     assert result.arms["retrieval"].max_load is not None
     compared = result.comparisons[0]
-    assert (compared.a, compared.b, compared.metric, compared.setting) == ("retrieval", "dense", "f1", "gold")
+    assert (compared.a, compared.b, compared.metric, compared.setting) == ("retrieval", "dense", "macro_f1", "gold")
     assert compared.difference == pytest.approx(-37.5)
     text = (tmp_path / "results" / "small.md").read_text()
     assert "retrieval − dense" in text
@@ -158,7 +99,7 @@ def test_an_arm_trained_over_another_index_is_refused(write: Any, trained: list[
 
 def test_configurations_of_arms(write: Any, tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "base.yaml").write_text(yaml.safe_dump(CONTENT["train"]))
+    (tmp_path / "configs" / "base.yaml").write_text(yaml.safe_dump(yaml.safe_load(write().read_text())["train"]))
     experiment = load_experiment(write(train="configs/base.yaml"))
     config = experiment.training("retrieval", 3, tmp_path / "idx")
     assert (config.seed, config.model, config.train.steps) == (3, {"gate": "retrieval"}, 9)
@@ -187,6 +128,11 @@ def test_faults_of_an_arm_name_it(write: Any, trained: list[str], tmp_path: Path
         ({"arms": {"a/b": {}}, "comparisons": []}, "the arm 'a/b' names a folder"),
         ({"arms": {}}, "arms: Dictionary should have at least 1 item"),
         ({"seeds": [1, 1]}, "seeds has duplicates"),
+        ({"notes": {"tokn": "x"}}, "notes name 'tokn'; the arms are dense, retrieval"),
+        ({"baseline": "tokn"}, "baseline names 'tokn'; the arms are dense, retrieval"),
+        ({"goals": [{"a": "retrieval", "b": "tokn", "at_least": 1}]}, "goals name 'tokn'; the arms are dense"),
+        ({"goals": [{"a": "retrieval", "b": "dense"}]}, r"goals\.0\.at_least: Field required"),
+        ({"goals": [{"a": "retrieval", "b": "dense", "at_least": 1, "metric": "f2"}]}, "'macro_f1' or 'macro_em'"),
     ],
 )
 def test_a_wrong_experiment_is_refused(write: Any, changes: dict[str, Any], message: str) -> None:
@@ -200,6 +146,29 @@ def test_two_tasks_of_one_name_are_refused(write: Any) -> None:
         load_experiment(write(tasks=["task.yaml", inline])).load_tasks()
     with pytest.raises(ConfigError, match="tasks: setting: Input should be"):
         load_experiment(write(tasks=[{**inline, "setting": "x"}])).load_tasks()
+
+
+def test_a_goal_without_its_task_is_refused(write: Any) -> None:
+    goal = {"a": "retrieval", "b": "dense", "at_least": 1}
+    with pytest.raises(ConfigError, match="a goal names the setting 'open'; the tasks have gold"):
+        load_experiment(write(goals=[{**goal, "setting": "open"}])).load_tasks()
+    with pytest.raises(ConfigError, match="a goal names null neighbours; the task small has the perturbations none"):
+        load_experiment(write(goals=[{**goal, "neighbours": None}])).load_tasks()
+
+
+def test_an_arm_trained_before_a_setting_existed_has_its_default(
+    write: Any, trained: list[str], tmp_path: Path
+) -> None:
+    run_experiment(load_experiment(write(), seeds=[0]), out=tmp_path / "out", only=["dense"])
+    kept = tmp_path / "out" / "dense" / "seed-0" / "bundle" / "training.yaml"
+    content = yaml.safe_load(kept.read_text())
+    del content["raft"]["drop_each"]
+    kept.write_text(yaml.safe_dump(content))
+    run_experiment(load_experiment(write(), seeds=[0]), out=tmp_path / "out")
+    content["raft"]["drop_each"] = 0.5
+    kept.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"raft\.drop_each \(0\.5, now 0\.1\)"):
+        run_experiment(load_experiment(write(), seeds=[0]), out=tmp_path / "out")
 
 
 def test_what_is_asked_for_must_exist(write: Any, trained: list[str], tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,32 @@ def test_the_machine_is_described_and_not_named() -> None:
     assert {"cpu", "cores", "threads"} <= found.keys()
     assert found["cores"] >= 1
     assert platform.node() not in json.dumps(found)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_is_marked_where_the_files_differ_from_it(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "core.hooksPath=/dev/null"]
+        command = ["git", *identity, "-c", "commit.gpgsign=false", *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    folder, code = tmp_path / "experiments", tmp_path / "code.py"
+    folder.mkdir()
+    code.write_text("1")
+    (folder / "a.yaml").write_text("a")
+    git("init")
+    assert commit(folder) is None
+    git("add", ".")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    assert commit(folder) == head
+    (tmp_path / "notes").write_text("what was never added elsewhere changes nothing")
+    assert commit(folder) == head
+    code.write_text("2")
+    assert commit(folder) == f"{head}+changes"
+    code.write_text("1")
+    (folder / "b.yaml").write_text("an experiment that nobody else has")
+    assert commit(folder) == f"{head}+changes"
 
 
 def test_outside_a_repository_there_is_no_commit(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ragmoe.evaluation.retrieval import Retrieval, first, score_retrieval
+from ragmoe.evaluation.retrieval import Retrieval, score_retrieval
 from ragmoe.evaluation.samples import Sample
 
 Make = Callable[..., Sample]
@@ -65,10 +65,3 @@ def test_the_oldest_go_first(index: Any) -> None:
     assert index.searched == ["a", "b"]
     retrieval.fetch(["a"], retriever=None, depth=1)
     assert index.searched == ["a", "b", "a"]
-
-
-def test_first_takes_the_best(index: Any) -> None:
-    found = index.neighbours(["the ferry leaves at noon"], 4)
-    few = first(found, 2)
-    assert few.passage_ids == [found.passage_ids[0][:2]]
-    assert few.embeddings_BNR.shape == (1, 2, 5)

@@ -44,6 +44,12 @@ def test_shift_is_the_share_of_the_load_that_moves(sample: Make) -> None:
     assert routing_shift(real, real) == 0.0
 
 
+def test_a_single_expert_is_a_dense_model(sample: Make) -> None:
+    rows = [sample("1", 1.0, routing=((4,), (4,)), gate_entropy=(0.0, 0.0))]
+    assert summarise_routing(rows, [1, 3], ["expert 0"]) is None
+    assert routing_shift(rows, rows) is None
+
+
 def test_a_dense_model_has_none(sample: Make) -> None:
     assert summarise_routing([sample("1", 1.0)], [], []) is None
     assert routing_shift([sample("1", 1.0)], [sample("1", 1.0)]) is None

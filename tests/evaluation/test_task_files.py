@@ -64,6 +64,24 @@ def test_a_limit_takes_the_same_questions_whatever_their_order() -> None:
     assert Task(name="t", questions=["x"], limit_per_domain=2).limited(5).limit_per_domain == 2
 
 
+@pytest.mark.parametrize("limit", [5, 10, 20, 50])
+def test_a_limit_keeps_the_share_of_each_kind(limit: int) -> None:
+    kinds = [("span", ("x",))] * 7 + [("yesno", ("yes",)), ("span", ()), ("span", ())]
+    questions = [
+        Question(id=f"{domain}{i}", question="x", domain=domain, answer_type=kind, answers=answers)
+        for domain, n in (("big", 200), ("small", 100))
+        for i in range(n)
+        for kind, answers in [kinds[i % 10]]
+    ]
+    chosen = subset(questions, limit)
+    for domain in ("big", "small"):
+        own = [q for q in chosen if q.domain == domain]
+        assert len(own) == limit
+        assert sum(not q.answers for q in own) == pytest.approx(0.2 * limit, abs=1)
+        assert sum(q.answer_type == "yesno" for q in own) == pytest.approx(0.1 * limit, abs=1)
+    assert {q.id for q in chosen} < {q.id for q in subset(questions, limit + 7)}
+
+
 def test_the_raw_question_is_asked_where_the_task_says_so() -> None:
     question = Question(id="1", question="Policy of x.com: what is kept?", question_raw="what is kept?")
     assert Task(name="t", questions=["x"]).asked(question) == question.question

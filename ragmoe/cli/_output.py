@@ -1,0 +1,58 @@
+"""What the commands about evaluations share: options, and how their results leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ragmoe._errors import RagmoeError, UsageError
+
+if TYPE_CHECKING:
+    from ragmoe.evaluation.results import Results
+    from ragmoe.evaluation.tables import Table
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+DataOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="What ${RAGMOE_DATA} stands for in the files.", show_default=False)
+]
+
+
+def set_data(data: Path | None) -> None:
+    """Let ${RAGMOE_DATA} stand for a folder."""
+    if data is None:
+        return
+    if not data.is_dir():
+        raise UsageError(f"--data {data}: there is no such folder")
+    os.environ["RAGMOE_DATA"] = str(data.resolve())
+
+
+def complain(results: Sequence[Results], folder: Path, again: str = "the same command") -> None:
+    """Failed questions are never passed over: the figures are out, and so is the exit code."""
+    failed = [sample for result in results for sample in result.errors]
+    if failed:
+        raise RagmoeError(
+            f"{len(failed)} questions failed and are in no mean; {failed[0].id}: {failed[0].error}",
+            hint=f"the records are in {folder}; {again} tries only these again",
+        )
+
+
+def print_tables(tables: Sequence[Table]) -> None:
+    """Print tables on stdout."""
+    from rich.console import Console
+
+    # Into a pipe rich would fold at 80 columns.
+    width = Console().width if sys.stdout.isatty() else 160
+    for table in tables:
+        # A terminal that is too narrow wraps the lines of a wide table; rich would cut its figures.
+        Console(width=max(width, table.width)).print(table.rich())
+
+
+def print_json(content: Any) -> None:
+    """Print JSON on stdout."""
+    typer.echo(json.dumps(content, ensure_ascii=False, indent=2))

@@ -1,0 +1,104 @@
+"""``ragmoe eval experiment`` and ``ragmoe eval report``: run an experiment, and write its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ragmoe._errors import UsageError
+from ragmoe.cli._output import DataOption, JsonOption, complain, print_json, print_tables, set_data
+from ragmoe.cli.progress import progress
+
+if TYPE_CHECKING:
+    from ragmoe.evaluation.experiment_report import Outcome
+
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The experiment.", show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[a.b=c ...]", help="For the training of every arm.", show_default=False),
+]
+SeedsOption = Annotated[
+    str | None, typer.Option(metavar="0,1", help="In place of the file's seeds.", show_default=False)
+]
+
+
+def experiment(
+    file: FileArgument,
+    overrides: OverridesArgument = None,
+    data: DataOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where models and samples go.  [default: runs/NAME]")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="ARM", help="Run only this arm; may be repeated.", show_default=False)
+    ] = None,
+    seeds: SeedsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train and evaluate the arms of an experiment and write its result; one that was stopped goes on."""
+    set_data(data)
+    from ragmoe.evaluation.experiment import load_experiment
+    from ragmoe.evaluation.experiment_run import run_experiment
+
+    loaded = load_experiment(file, overrides=overrides or (), seeds=_seeds(seeds))
+    with progress() as show:
+        outcome = run_experiment(
+            loaded,
+            out=out,
+            only=only or (),
+            say=show.say,
+            progress=show.questions,
+            index_progress=show.stage,
+            show_training=show,
+        )
+    _tell(outcome, as_json)
+    complain(outcome.results, outcome.folder)
+
+
+def report(
+    file: FileArgument,
+    overrides: OverridesArgument = None,
+    data: DataOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the experiment was run.  [default: runs/NAME]")
+    ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the pictures go.  [default: beside the Markdown]", show_default=False),
+    ] = None,
+    seeds: SeedsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the result of an experiment from what was run already: tables, pictures, JSON; nothing is run."""
+    set_data(data)
+    from ragmoe.evaluation.experiment import load_experiment
+    from ragmoe.evaluation.experiment_report import command_of, report_experiment
+
+    loaded = load_experiment(file, overrides=overrides or (), seeds=_seeds(seeds))
+    with progress() as show:
+        outcome = report_experiment(loaded, out=out, plots=plots, say=show.say)
+    _tell(outcome, as_json)
+    complain(outcome.results, outcome.folder, again=command_of(loaded))
+
+
+def _tell(outcome: Outcome, as_json: bool) -> None:
+    """The result on stdout; what was written and what is missing on stderr."""
+    if as_json:
+        print_json(outcome.result.model_dump())
+    else:
+        print_tables(outcome.tables)
+    for path in outcome.written:
+        typer.echo(f"wrote {path}", err=True)
+    if outcome.missing:
+        typer.echo(f"not run yet: {', '.join(outcome.missing)}", err=True)
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds {text}: expected whole numbers with commas between them, such as 0,1,2") from None

@@ -1,0 +1,227 @@
+"""The output folder of an experiment: what each arm has left there, and how far it is.
+
+    ARM/seed-0/bundle/     the trained model with training.yaml and history.jsonl
+    ARM/seed-0/arm.json    index, machine and commit it was trained with, and the seconds it took
+    ARM/seed-0/TASK/       its evaluation
+
+Nothing is trained or evaluated here; see experiment_run.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from statistics import fmean
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ragmoe._errors import ConfigError
+from ragmoe.evaluation.experiment import UNTRAINED, Experiment
+from ragmoe.evaluation.machine import commit, machine
+from ragmoe.evaluation.results import Results
+from ragmoe.evaluation.samples import write_text
+from ragmoe.evaluation.task import Task
+
+
+class ExperimentFolder:
+    """What an experiment has left in ``root``; every arm is named with a seed.
+
+    Attributes:
+        index: digest of the index that arms are trained and evaluated over; None where it is not known yet.
+    """
+
+    def __init__(self, experiment: Experiment, root: Path, index: str | None = None) -> None:
+        self.experiment, self.root, self.index = experiment, root, index
+
+    def place(self, arm: str, seed: int) -> Path:
+        """Where an arm lives."""
+        return self.root / arm / f"seed-{seed}"
+
+    def bundle(self, arm: str, seed: int) -> Path:
+        """Where its model lives."""
+        return self.place(arm, seed) / "bundle"
+
+    def note(self, arm: str, seed: int) -> dict[str, Any]:
+        """What is known of its training: ``index``, ``seconds``, ``machine``, ``commit``; empty before it began."""
+        return _read_json(self.place(arm, seed) / "arm.json")
+
+    def begin(self, arm: str, seed: int) -> None:
+        """Record that an arm's training begins, and where."""
+        where = {"machine": machine(), "commit": commit(self.experiment.folder)}
+        self._write_note(arm, seed, {"index": self.index, "seconds": None, **where})
+
+    def end(self, arm: str, seed: int, seconds: float | None) -> None:
+        """Record how long it took; None where that is not known."""
+        self._write_note(arm, seed, {**self.note(arm, seed), "seconds": seconds})
+
+    def _write_note(self, arm: str, seed: int, content: dict[str, Any]) -> None:
+        write_text(self.place(arm, seed) / "arm.json", json.dumps(content) + "\n")
+
+    def check(self, arm: str, seed: int, config: BaseModel, *, moved: bool = False) -> None:
+        """Refuse to mix what was trained otherwise into this experiment; nothing is written or removed here.
+
+        Args:
+            config: the arm's training configuration (``TrainingConfig``).
+            moved: the folder may come from another machine: of a path only its last two names have to agree.
+        """
+        kept = _read_yaml(self.bundle(arm, seed) / "training.yaml")
+        if arm == UNTRAINED or kept is None:
+            return
+        # Read back as a configuration: one that was written before a setting existed has that setting's default.
+        before = _as(type(config), kept)
+        now = config.model_dump(mode="json")
+        if moved:
+            before, now = _portable(before), _portable(now)
+        differing = _differences(before, now)
+        if self.note(arm, seed).get("index", self.index) != self.index:
+            differing.append("the index's content")
+        if differing:
+            raise ConfigError(
+                f"{self.place(arm, seed)} was trained with another configuration; it differs in {', '.join(differing)}",
+                hint="give another folder with --out, or remove this one",
+            )
+
+    def trained(self, arm: str, seed: int) -> bool:
+        """Whether an arm has its bundle; the untrained one needs none."""
+        from ragmoe.bundle import is_bundle
+
+        return arm == UNTRAINED or is_bundle(self.bundle(arm, seed))
+
+    def evaluated(self, arm: str, seed: int, task: Task) -> bool:
+        """Whether an arm's evaluation on a task is whole, and of this task and index."""
+        block = self._evaluation(arm, seed, task)
+        return block.get("index_digest") == self.index and _as(Task, block.get("task")) == task.model_dump(mode="json")
+
+    def finished(self, arm: str, seed: int, tasks: Sequence[Task]) -> bool:
+        """Whether an arm is trained, and evaluated on every task."""
+        return self.trained(arm, seed) and all(self.evaluated(arm, seed, task) for task in tasks)
+
+    def results(self, arm: str, tasks: Sequence[Task]) -> dict[str, list[Results]]:
+        """By task name the results of a finished arm, one a seed."""
+        places = [self.place(arm, seed) for seed in self.experiment.seeds]
+        return {task.name: [Results.load(place / task.name) for place in places] for task in tasks}
+
+    def progress(self, arm: str, seed: int, tasks: Sequence[Task]) -> str:
+        """How far an arm is, in a few words; of one that is finished its macro F1 on the first task."""
+        done = sum(self.evaluated(arm, seed, task) for task in tasks)
+        if self.trained(arm, seed):
+            if done < len(tasks):
+                return f"{'' if arm == UNTRAINED else 'trained, '}{done} of {len(tasks)} tasks"
+            value = self._evaluation(arm, seed, tasks[0])["conditions"]["real"]["macro"]["f1"]
+            return "finished" if value is None else f"F1 {value:.1f}"
+        steps = [step for step, _ in self.losses(arm, seed)]
+        if steps:
+            planned = (_read_yaml(self.bundle(arm, seed) / "training.yaml") or {}).get("train", {}).get("steps")
+            return f"step {steps[-1]} of {planned}"
+        return "begun" if self.note(arm, seed) else "not begun"
+
+    def losses(self, arm: str, seed: int) -> list[tuple[int, float]]:
+        """Step and loss of the answers (nats) from the history of an arm's training; empty where there is none."""
+        try:
+            lines = (self.bundle(arm, seed) / "history.jsonl").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return []
+        records = [_parse(line) for line in lines]
+        return [(int(r["step"]), float(r["answer_loss"])) for r in records if {"step", "answer_loss"} <= r.keys()]
+
+    def seconds(self, arm: str) -> float | None:
+        """Of training, as the mean over seeds; None where one is not known."""
+        values = [self.note(arm, seed).get("seconds") for seed in self.experiment.seeds]
+        present = [value for value in values if value is not None]
+        return fmean(present) if present and len(present) == len(values) else None
+
+    def machine(self) -> dict[str, Any]:
+        """Where the arms were trained: a key in which their machines differ holds a list. This one where none says."""
+        found = [where for _, where in self._recorded("machine")] or [machine()]
+        merged: dict[str, Any] = {}
+        for key in found[0]:
+            values = [*dict.fromkeys(where.get(key) for where in found)]
+            merged[key] = values[0] if len(values) == 1 else values
+        return merged
+
+    def commits(self) -> dict[str, list[str]]:
+        """The arms by the commit they were trained at."""
+        found: dict[str, dict[str, None]] = {}
+        for arm, value in self._recorded("commit"):
+            found.setdefault(value, {})[arm] = None
+        return {value: list(arms) for value, arms in found.items()}
+
+    def _recorded(self, key: str) -> list[tuple[str, Any]]:
+        """Each arm with what a training of it recorded under a key."""
+        found = [(arm, self.note(arm, seed).get(key)) for arm in self.experiment.arms for seed in self.experiment.seeds]
+        return [(arm, value) for arm, value in found if value]
+
+    def used_index(self, tasks: Sequence[Task]) -> str | None:
+        """Digest of the index that was used here; None where nothing was run, ConfigError where there were several."""
+        used: dict[str, str] = {}
+        for arm in self.experiment.arm_names:
+            for seed in self.experiment.seeds:
+                digests = [self.note(arm, seed).get("index")]
+                digests += [self._evaluation(arm, seed, task).get("index_digest") for task in tasks]
+                used |= {digest: f"{arm} seed {seed}" for digest in digests if digest and digest not in used}
+        if len(used) > 1:
+            those = ", ".join(f"{digest[:12]} ({where})" for digest, where in used.items())
+            raise ConfigError(
+                f"{self.root} mixes arms over several indexes: {those}",
+                hint="remove those of the old index; ragmoe eval experiment runs them again",
+            )
+        return next(iter(used), None)
+
+    def _evaluation(self, arm: str, seed: int, task: Task) -> dict[str, Any]:
+        """The task's block of ``results.json``; empty where there is none."""
+        content = _read_json(self.place(arm, seed) / task.name / "results.json")
+        return content.get("ragmoe", {}).get("tasks", {}).get(task.name, {})
+
+
+def _as(model: type[BaseModel], content: Any) -> Any:
+    """Content as a model holds it, defaults filled in; as it is where the model does not take it."""
+    try:
+        return model.model_validate(content).model_dump(mode="json")
+    except ValidationError:
+        return content
+
+
+def _portable(value: Any) -> Any:
+    """Nested values without what depends on the machine: the folders that absolute paths begin with."""
+    if isinstance(value, dict):
+        return {key: _portable(entry) for key, entry in value.items() if key != "index"}
+    if isinstance(value, list):
+        return [_portable(entry) for entry in value]
+    if isinstance(value, str) and PurePath(value).is_absolute():
+        return "/".join(PurePath(value).parts[-2:])
+    return value
+
+
+def _differences(before: Any, now: Any, at: str = "") -> list[str]:
+    """The dotted keys in which two nested mappings differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = list(dict.fromkeys([*before, *now]))
+        return [key for k in keys for key in _differences(before.get(k), now.get(k), f"{at}.{k}" if at else str(k))]
+    return [] if before == now else [f"{at} ({before!r}, now {now!r})"]
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """A JSON object; empty where the text is none, such as a line torn by a kill."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return _parse(path.read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any] | None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,85 @@
+"""The comparisons of an experiment, and whether its goals are met."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from ragmoe.evaluation.experiment import Experiment, Goal
+from ragmoe.evaluation.perturbation import REAL
+from ragmoe.evaluation.results import Results
+from ragmoe.evaluation.statistics import Comparison, compare
+from ragmoe.evaluation.tables import NONE, Table, bounds, number
+from ragmoe.evaluation.task import Task
+
+
+class Pair(NamedTuple):
+    """What is compared: arm a, shown ``neighbours``, with arm b, shown the question's own, on a task."""
+
+    a: str
+    b: str
+    metric: str
+    task: str
+    neighbours: str
+
+
+Compared = dict[Pair, Comparison]
+
+
+def compare_arms(
+    experiment: Experiment, tasks: Sequence[Task], runs: Mapping[str, Mapping[str, Sequence[Results]]]
+) -> Compared:
+    """The experiment's comparisons on every task, then what its goals need beyond them; of finished arms only."""
+    settings = {task.name: task.setting_name for task in tasks}
+    wanted = [Pair(a, b, "f1", task.name, REAL) for task in tasks for a, b in experiment.comparisons]
+    wanted += [pair_of(goal, experiment, tasks) for goal in experiment.goals]
+    found: Compared = {}
+    for pair in dict.fromkeys(wanted):
+        if not {pair.a, pair.b} <= runs.keys():
+            continue
+        of_a = [run.samples.get(pair.neighbours) for run in runs[pair.a][pair.task]]
+        of_b = [run.samples[REAL] for run in runs[pair.b][pair.task]]
+        # A gate that sees no neighbours is the same whatever it is shown.
+        shown = [own or run.samples[REAL] for own, run in zip(of_a, runs[pair.a][pair.task], strict=True)]
+        setting = settings[pair.task] + ("" if pair.neighbours == REAL else f"+{pair.neighbours}")
+        found[pair] = compare(shown, of_b, metric=pair.metric, setting=setting)
+    return found
+
+
+def pair_of(goal: Goal, experiment: Experiment, tasks: Sequence[Task]) -> Pair:
+    """The comparison that decides a goal."""
+    task = experiment.task_of(goal, tasks)
+    return Pair(goal.a, goal.b, goal.metric.removeprefix("macro_"), task.name, goal.neighbours)
+
+
+def is_met(goal: Goal, found: Comparison) -> bool:
+    """Whether a difference is what a goal asks for; see ``Goal``."""
+    return found.difference >= goal.at_least and (goal.at_least <= 0 or found.low > 0)
+
+
+def goal_table(experiment: Experiment, tasks: Sequence[Task], compared: Compared) -> Table | None:
+    """Every goal with the difference that was found; None where the experiment has none."""
+    rows = []
+    for goal in experiment.goals:
+        found = compared.get(pair_of(goal, experiment, tasks))
+        shown = "" if goal.neighbours == REAL else f" with {goal.neighbours} neighbours"
+        rows.append(
+            [
+                f"{goal.a}{shown} − {goal.b}",
+                goal.setting,
+                goal.metric,
+                f"≥ {goal.at_least:+g}",
+                number(found.difference if found else None, 2, sign=True),
+                bounds(found.low, found.high, sign=True) if found else NONE,
+                "not finished" if found is None else "met" if is_met(goal, found) else "not met",
+            ]
+        )
+    if not rows:
+        return None
+    return Table(
+        "Goals",
+        ["arms", "setting", "metric", "asked", "difference", "95 % interval", "goal"],
+        rows,
+        note="Met: the difference is what was asked for and, where that is above zero, its interval is above zero too.",
+        labels=3,
+    )
