@@ -28,6 +28,7 @@ PACKAGES = (
     "accelerate",
     "numpy",
     "bm25s",
+    "PyStemmer",
     "ir-measures",
 )
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,18 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import UsageError
+from ragmoe.cli._output import JsonOption, print_json
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Passage
     from ragmoe.models import Answer
 
 
+ASK_EXAMPLES = """Examples:
+
+  ragmoe ask runs/halvern 'How long do I keep biting on the gauze?' --index indexes/demo
+  ragmoe ask runs/halvern 'Who may look at the parish registers?' --index indexes/demo -m 10 --json"""
+
+
 def ask(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model.", show_default=False)],
-    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.", show_default=False)],
     index: Annotated[Path, typer.Option(metavar="DIR", help="The index to look it up in.", show_default=False)],
     passages: Annotated[int, typer.Option("-m", "--passages", min=1, help="How many retrieved passages are read.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Answer a question from an index, with the passage it comes from, or say that nothing answers it."""
     if not question.strip():
@@ -33,7 +39,7 @@ def ask(
     answer = load(bundle).answer([question], opened, passages=passages)[0]
     passage = opened.passage(answer.passage_id) if answer.passage_id is not None else None
     if as_json:
-        typer.echo(json.dumps(_record(question, answer, passage), ensure_ascii=False, indent=2))
+        print_json(_record(question, answer, passage))
     else:
         print_answer(answer, passage)
 
@@ -72,7 +78,8 @@ def print_answer(answer: Answer, passage: Passage | None) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(file=sys.stdout)
+    # Into a pipe nothing is folded: there a line is a line.
+    console = Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty())
     if answer.answered:
         console.print(Text(answer.text, style="bold green"))
     else:

@@ -17,7 +17,7 @@ from ragmoe._errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ragmoe.evaluation.experiment_run import Outcome
+    from ragmoe.evaluation.experiment_report import Outcome
 
 SEARCH = "How much notice must a landlord give before coming into my flat?"
 # About passages of the test split, which no arm has been trained on.
@@ -31,7 +31,7 @@ QUESTIONS = (
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where models and samples go.")] = Path("runs/demo"),
 ) -> None:
-    """Index, fine-tune, evaluate and ask on the packaged city of Halvern: about five minutes on two cores.
+    """Index, fine-tune, evaluate and ask on the packaged city of Halvern: about four minutes on two cores.
 
     What is there already is not done again: give another --out, or remove it, to start afresh.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import IndexFolderError, UsageError
+from ragmoe.cli._output import JsonOption, print_json
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Passage
     from ragmoe.index.build import BuildOptions, BuildPlan
+    from ragmoe.index.encoder import Encoder
     from ragmoe.index.folder import Hit
-    from ragmoe.index.manifest import Manifest
+    from ragmoe.index.manifest import EncoderRecord, Manifest
 
 app = typer.Typer(help="Build, search, inspect and verify indexes.", no_args_is_help=True)
 
@@ -35,26 +36,36 @@ class LongChoice(StrEnum):
     truncate = "truncate"
 
 
+_BUILD_EXAMPLES = """Examples:
+
+  ragmoe index build docs notes.md 'wiki/**/*.html' --out indexes/mine
+  ragmoe index build corpus.jsonl --out indexes/mine --domain law --dry-run
+  ragmoe index build docs --out indexes/mine --resume
+  ragmoe index build --recipe indexes/demo.yaml"""
+_SEARCH_EXAMPLES = """Examples:
+
+  ragmoe index search indexes/demo 'when is the deposit returned?' -k 3
+  ragmoe index search indexes/demo 'opening hours' --retriever bm25 --json"""
+
 IndexArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The index folder.", show_default=False)]
 SourcesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="SOURCE...",
+        metavar="SOURCE",
         help="jsonl, parquet, csv, txt, md or html files, folders of them, globs, or hub:NAME[:CONFIG][:SPLIT].",
         show_default=False,
     ),
 ]
 OnErrorOption = Annotated[
-    OnErrorChoice | None, typer.Option(help="At a bad line: stop, or skip and count it.  [default: fail]")
+    OnErrorChoice | None, typer.Option(help="At a bad line: stop, or skip and count it.", show_default="fail")
 ]
 LongOption = Annotated[
     LongChoice | None,
-    typer.Option(help="Passages longer than the encoder reads: mean of windows, or cut.  [default: windows]"),
+    typer.Option(help="Passages longer than the encoder reads: mean of windows, or cut.", show_default="windows"),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
-@app.command()
+@app.command(epilog=_BUILD_EXAMPLES)
 def build(
     sources: SourcesArgument = None,
     out: Annotated[
@@ -64,12 +75,15 @@ def build(
         Path | None, typer.Option(metavar="FILE", help="A YAML file with sources, out and options; flags win.")
     ] = None,
     encoder: Annotated[
-        str | None, typer.Option(metavar="NAME", help="minilm (offline), a folder, or a Hub id.  [default: minilm]")
+        str | None,
+        typer.Option(metavar="NAME", help="minilm (offline), a folder, or a Hub id.", show_default="minilm"),
     ] = None,
     domain: Annotated[str | None, typer.Option(metavar="NAME", help="The domain of records that name none.")] = None,
-    chunk_words: Annotated[int | None, typer.Option(help="Words in a chunk at most.  [default: 200]")] = None,
+    chunk_words: Annotated[
+        int | None, typer.Option(help="Words in a chunk at most, for text without ids.", show_default="200")
+    ] = None,
     chunk_overlap: Annotated[
-        int | None, typer.Option(help="Words that neighbouring chunks share.  [default: 40]")
+        int | None, typer.Option(help="Words that neighbouring chunks share.", show_default="40")
     ] = None,
     rechunk: Annotated[bool | None, typer.Option("--rechunk", help="Cut also passages that bring an id.")] = None,
     on_error: OnErrorOption = None,
@@ -79,7 +93,11 @@ def build(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the index that is there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Build an index folder from sources or a recipe."""
+    """Build an index folder from sources or a recipe.
+
+    Records of jsonl, parquet and csv files have a text, and may have id (or _id), title, domain, doc_id and split.
+    What has an id stays whole; what has none, and running text, is cut into chunks.
+    """
     flags: dict[str, Any] = {
         "sources": tuple(sources) if sources else None,
         "out": out,
@@ -98,24 +116,24 @@ def build(
     _print_plan(plan)
     if dry_run:
         if as_json:
-            _print_json(_plan_summary(plan))
+            print_json(_plan_summary(plan))
         return
     manifest = _run(plan)
     if as_json:
-        _print_json({"out": str(options.out), "skipped_lines": plan.skipped, **manifest.model_dump()})
+        print_json({"out": str(options.out), "skipped_lines": plan.skipped, **manifest.model_dump()})
     else:
         typer.echo(
             f"{options.out}: {manifest.passages:,} passages, generation {manifest.generation}, {manifest.digest[:12]}"
         )
 
 
-@app.command()
+@app.command(epilog=_SEARCH_EXAMPLES)
 def search(
     folder: IndexArgument,
-    query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What to look for.", show_default=False)],
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many passages.")] = 10,
     retriever: Annotated[
-        str | None, typer.Option(metavar="NAME", help="dense, bm25, hybrid or blend.  [default: blend]")
+        str | None, typer.Option(metavar="NAME", help="dense, bm25, hybrid or blend.", show_default="blend")
     ] = None,
     encoder: Annotated[
         str | None, typer.Option(metavar="NAME", help="The encoder, where its folder has moved since the build.")
@@ -131,7 +149,7 @@ def search(
     hits = index.search([query], k)[0]
     found = [(hit, index.passage(hit.passage_id)) for hit in hits]
     if as_json:
-        _print_json(
+        print_json(
             [
                 {"rank": hit.rank, "score": hit.score, "id": p.id, "domain": p.domain, "title": p.title, "text": p.text}
                 for hit, p in found
@@ -151,7 +169,7 @@ def info(folder: IndexArgument, as_json: JsonOption = False) -> None:
 
     manifest = read_manifest(folder)
     if as_json:
-        _print_json(manifest.model_dump())
+        print_json(manifest.model_dump())
         return
     encoder, long, cut = manifest.encoder, manifest.long_passages, manifest.chunking
     size = sum(record.bytes for record in manifest.files.values())
@@ -159,10 +177,10 @@ def info(folder: IndexArgument, as_json: JsonOption = False) -> None:
         {
             "folder": f"{folder} (generation {manifest.generation}, {_size(size)} in {len(manifest.files)} files)",
             "passages": f"{manifest.passages:,}: {_domains(manifest.domains)}",
-            "encoder": f"{encoder.id} ({encoder.digest[:12]}), width {encoder.width}, reads {encoder.max_length}",
+            "encoder": f"{encoder.id} ({encoder.digest[:12]}), {_reads(encoder)}",
             "prompts": f"query {encoder.query_prompt!r}, passage {encoder.passage_prompt!r}",
             "long passages": f"{long.longer:,} ({long.share:.1%}) exceed what the encoder reads: {_LONG[long.mode]}",
-            "chunking": f"{cut.chunks:,} passages are chunks of {cut.words} words, overlap {cut.overlap}",
+            "chunking": _chunking(cut.chunks, cut.words, cut.overlap, cut.rechunk),
             "faiss": f"{manifest.faiss.factory}: {manifest.faiss.reason}",
             "skipped lines": str(manifest.skipped),
             "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
@@ -185,7 +203,7 @@ def verify(
 
     problems = verify_index(folder, encoder=encoder)
     if as_json:
-        _print_json({"ok": not problems, "problems": problems})
+        print_json({"ok": not problems, "problems": problems})
         if problems:
             raise typer.Exit(1)
         return
@@ -257,7 +275,17 @@ def _run(plan: BuildPlan) -> Manifest:
             raise
 
 
-_LONG = {"windows": "the token-weighted mean of overlapping windows", "truncate": "cut"}
+_LONG = {"windows": "each is encoded as the token-weighted mean of overlapping windows", "truncate": "each is cut"}
+
+
+def _chunking(chunks: int, words: int, overlap: int, rechunk: bool) -> str:
+    if chunks:
+        return f"{chunks:,} passages are chunks of at most {words} words, overlap {overlap}"
+    return (
+        f"none was cut: none has more than {words} words"
+        if rechunk
+        else (f"none was cut: what has an id stays whole (--rechunk cuts it too), the rest has at most {words} words")
+    )
 
 
 def _print_plan(plan: BuildPlan) -> None:
@@ -267,13 +295,18 @@ def _print_plan(plan: BuildPlan) -> None:
         {
             "passages": f"{len(plan.chunks):,}: {_domains(plan.domains)}",
             "skipped lines": skipped,
-            "encoder": f"{encoder.id}, width {encoder.width}, reads {encoder.max_length} tokens",
+            "chunking": _chunking(plan.cut, options.chunk_words, options.chunk_overlap, options.rechunk),
+            "encoder": f"{encoder.id}, {_reads(encoder)}",
             "long passages": f"about {plan.longer_share:.1%} are longer than that: {_LONG[options.long_passages]}",
             "faiss": f"{plan.choice.factory}: {plan.choice.reason}",
             "needs about": f"{_size(plan.disk_bytes)} of disk, {_size(plan.memory_bytes)} of memory beside the encoder",
         },
         sys.stderr,
     )
+
+
+def _reads(encoder: Encoder | EncoderRecord) -> str:
+    return f"width {encoder.width}, reads {encoder.max_length} tokens"
 
 
 def _plan_summary(plan: BuildPlan) -> dict[str, Any]:
@@ -283,6 +316,7 @@ def _plan_summary(plan: BuildPlan) -> dict[str, Any]:
         "domains": plan.domains,
         "skipped": len(plan.skipped),
         "skipped_lines": plan.skipped,
+        "chunks": plan.cut,
         "encoder": plan.encoder.id,
         "longer_share": plan.longer_share,
         "faiss": {"factory": plan.choice.factory, "reason": plan.choice.reason},
@@ -312,10 +346,6 @@ def _console(stream: Any) -> Any:
 
     # Into a pipe rich would fold at 80 columns, in the middle of ids.
     return Console(file=stream, width=None if stream.isatty() else 160)
-
-
-def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
 
 
 def _domains(counts: dict[str, int]) -> str:

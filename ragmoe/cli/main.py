@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -15,12 +16,13 @@ import typer
 
 from ragmoe._errors import RagmoeError
 from ragmoe._version import __version__
-from ragmoe.cli import data, index
+from ragmoe.cli import data, experts, index
 from ragmoe.cli import eval as eval_
-from ragmoe.cli.ask import ask
+from ragmoe.cli.annotate import annotate
+from ragmoe.cli.ask import ASK_EXAMPLES, ask
 from ragmoe.cli.demo import demo
 from ragmoe.cli.doctor import doctor
-from ragmoe.cli.route import route
+from ragmoe.cli.route import ROUTE_EXAMPLES, route
 from ragmoe.cli.train import train
 
 _LIBRARIES = "torch|transformers|sentence_transformers|datasets|huggingface_hub|peft|accelerate|faiss|numpy"
@@ -33,7 +35,13 @@ _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _GROUPS = "Groups of commands"
+_EXAMPLES = """Examples:
+
+  ragmoe index build docs --out indexes/mine
+  ragmoe train eval/experiments/halvern.yaml --out runs/mine
+  ragmoe ask runs/mine 'Who may look at the parish registers?' --index indexes/demo"""
 
 app = typer.Typer(
     name="ragmoe",
@@ -41,6 +49,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EXAMPLES,
 )
 
 
@@ -59,12 +68,14 @@ def _root(
     """Mixture-of-experts readers whose gates see what a question retrieves: index, train, evaluate, ask."""
 
 
+index.app.command("annotate", short_help="Record which experts served the passages.")(annotate)
 app.add_typer(index.app, name="index", help="Build, search, inspect and verify indexes.", rich_help_panel=_GROUPS)
 app.add_typer(data.app, name="data", help="Check and remap question files.", rich_help_panel=_GROUPS)
 app.add_typer(eval_.app, name="eval", help="Run and compare evaluations and experiments.", rich_help_panel=_GROUPS)
+app.add_typer(experts.app, name="experts", help="Show, add, prune and merge single experts.", rich_help_panel=_GROUPS)
 app.command("train", short_help="Fine-tune a model from a configuration file.")(train)
-app.command("ask", short_help="Answer a question, with the passage it comes from.")(ask)
-app.command("route", short_help="Draw which experts a question's tokens go to.")(route)
+app.command("ask", short_help="Answer a question, with the passage it comes from.", epilog=ASK_EXAMPLES)(ask)
+app.command("route", short_help="Draw which experts a question's tokens go to.", epilog=ROUTE_EXAMPLES)(route)
 app.command("doctor", short_help="Check this machine and this installation.")(doctor)
 app.command("demo", short_help="Index, train, evaluate and ask on the packaged data.")(demo)
 
@@ -80,7 +91,8 @@ def _quieten() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with the arguments given (those of the process if None) and return its exit code.
 
-    An exception that is not a ``RagmoeError`` passes through: it is a fault of ours, and shows its traceback.
+    An exception that is neither a ``RagmoeError`` nor of the file system (no right to a file, no room on the disk)
+    passes through: it is a fault of ours, and shows its traceback.
     """
     _quieten()
     try:
@@ -90,6 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None and error.errno not in _DISK_FULL:
+            raise
+        typer.echo(f"error: {error.filename or 'the disk'}: {error.strerror}", err=True)
+        return 1
     except KeyboardInterrupt:
         return 130
     except SystemExit as end:

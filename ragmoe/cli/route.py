@@ -5,7 +5,6 @@ L layers with experts, E experts.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,20 +13,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import ModelError, UsageError
+from ragmoe.cli._output import JsonOption, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+ROUTE_EXAMPLES = """Example:
+
+  ragmoe route runs/halvern 'How long do I keep biting on the gauze?' --index indexes/demo"""
 _LABEL, _CELL = 8, 6
 
 
 def route(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model.", show_default=False)],
-    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.", show_default=False)],
     index: Annotated[
         Path, typer.Option(metavar="DIR", help="The index that gives the neighbours.", show_default=False)
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Draw which experts the gates prefer for a question, with its neighbours and without them."""
     if not question.strip():
@@ -41,7 +44,7 @@ def route(
     opened = Index.open(index)
     found = trace(model, opened, question)
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False, indent=2))
+        print_json(found)
     else:
         draw(found)
 
@@ -51,7 +54,7 @@ def trace(model: Any, index: Any, question: str) -> dict[str, Any]:
     from ragmoe.neighbours import Neighbours
 
     model.check_index(index)
-    neighbours = index.neighbours([question], model.config.neighbours)
+    neighbours = model.recall(index.neighbours([question], model.config.neighbours), index)
     answer = model.answer([question], index)[0]
     read = answer.passage_id or next(iter(neighbours.passage_ids[0]), None)
     passages = index.passages([read] if read else [])
@@ -63,6 +66,7 @@ def trace(model: Any, index: Any, question: str) -> dict[str, Any]:
         "passage": read,
         "gate": model.config.gate,
         "gate_sees_neighbours": model.gate_sees_neighbours,
+        "retriever": index.retriever,
         "neighbours": [
             {"id": p.id, "domain": p.domain, "title": p.title, "score": float(score)}
             for p, score in zip(shown, neighbours.scores_BN[0].tolist(), strict=False)
@@ -81,7 +85,7 @@ def draw(found: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console(file=sys.stdout)
-    console.print(Text("Neighbours (cosine)", style="bold"))
+    console.print(Text(f"Neighbours (by {found['retriever']}, with their cosine)", style="bold"))
     rows = [(f"{n['score']:.3f}", n["domain"], n["id"], n["title"]) for n in found["neighbours"]]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(justify="right", no_wrap=True)
@@ -117,7 +121,8 @@ def _heat_map(
 
     console.print(Text(title, style="bold"))
     experts = len(values_LE[0])
-    most = max((abs(value) for row in values_LE for value in row), default=0.0) or 1.0
+    # A difference that reads 0.00 must not be painted as the strongest one.
+    most = max(0.05, *(abs(value) for row in values_LE for value in row))
     across = max(1, (console.width - _LABEL) // _CELL)
     for begin in range(0, experts, across):
         shown = range(begin, min(begin + across, experts))
@@ -125,7 +130,7 @@ def _heat_map(
         for layer, row in zip(layers, values_LE, strict=True):
             line = Text(f"layer {layer}".ljust(_LABEL))
             for e in shown:
-                text = f"{row[e]:+.2f}" if signed else f"{row[e]:.2f}"
+                text = f"{row[e]:+z.2f}" if signed else f"{row[e]:.2f}"
                 line.append(text.rjust(_CELL - 1) + " ", style=_shade(row[e] / most))
             console.print(line)
 

@@ -34,7 +34,8 @@ def train(
 
     resolved = training.load_config(config, overrides or [])
     if dry_run:
-        report = describe(training.prepare(resolved))
+        with progress() as show:
+            report = describe(training.prepare(resolved, show=show))
         print(json.dumps(report, indent=2)) if as_json else Console().print(
             report["text"], highlight=False, markup=False
         )

@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ragmoe.corpus.chunking import chunk_id
 from ragmoe.corpus.questions import parse_questions
 from ragmoe.corpus.types import Passage, Question
 
+#: The passage of an id, None where there is no such id.
+Find = Callable[[str], Passage | None]
+#: How a problem ends that `ragmoe.corpus.remap_questions` would mend.
+ONLY_CHUNKS = ", only chunks of it"
 _SPLITS = ("train", "dev", "test")
 
 
@@ -39,7 +44,7 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
 
 
-def check_questions(files: Sequence[str | os.PathLike[str]], find: Callable[[str], Passage | None]) -> Report:
+def check_questions(files: Sequence[str | os.PathLike[str]], find: Find) -> Report:
     """Check question files against the passages that ``find`` returns (None where there is no such id).
 
     A file called ``train``, ``dev`` or ``test`` is of that split, any other is a split of its own; no document may
@@ -65,7 +70,7 @@ def check_questions(files: Sequence[str | os.PathLike[str]], find: Callable[[str
                 report.problems.append(Problem(place, f"id {question.id!r} stands already at {first}"))
             gold = {name: find(name) for name in question.gold_ids}
             reasons = [
-                *_check_gold(question, gold),
+                *_check_gold(question, gold, find),
                 *_check_spans(question, find),
                 *_check_split(place, split, gold, documents),
             ]
@@ -77,24 +82,28 @@ def check_questions(files: Sequence[str | os.PathLike[str]], find: Callable[[str
     return report
 
 
-def _check_gold(question: Question, gold: dict[str, Passage | None]) -> Iterator[str]:
+def _check_gold(question: Question, gold: dict[str, Passage | None], find: Find) -> Iterator[str]:
     if question.answers and not gold:
         yield "it has answers, but no gold passage"
     if not question.answers and gold:
         yield f"it has no answer, but a gold passage ({next(iter(gold))!r}); name that one in context_ids"
     for name, passage in gold.items():
         if passage is None:
-            yield f"gold passage {name!r} is not in the index"
+            yield f"gold passage {_missing(name, find)}"
     if question.answer_type == "yesno" and not set(question.answers) <= {"yes", "no", "maybe"}:
         yield f"answers {list(question.answers)} to a yesno question; expected yes, no or maybe"
     if question.answer_type == "span" and question.answers and not question.answer_spans:
         yield "its answers are spans, but it has no answer_spans"
 
 
-def _check_spans(question: Question, find: Callable[[str], Passage | None]) -> Iterator[str]:
+def _missing(name: str, find: Find) -> str:
+    return f"{name!r} is not in the index" + (ONLY_CHUNKS if find(chunk_id(name, 1)) else "")
+
+
+def _check_spans(question: Question, find: Find) -> Iterator[str]:
     for name in question.context_ids:
-        if find(name) is None:
-            yield f"context passage {name!r} is not in the index"
+        if name not in question.gold_ids and find(name) is None:
+            yield f"context passage {_missing(name, find)}"
     for span in question.answer_spans:
         passage = find(span.passage_id)
         if span.passage_id not in question.gold_ids:

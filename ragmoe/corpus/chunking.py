@@ -44,11 +44,16 @@ def chunk_passage(passage: Passage, *, words: int = 200, overlap: int = 40) -> l
     while True:
         last = _end(passage.text, spans, first, min(first + words, len(spans)), words)
         start, end = spans[first][0], spans[last - 1][1]
-        piece = replace(passage, id=f"{passage.id}#{len(chunks) + 1}", text=passage.text[start:end])
+        piece = replace(passage, id=chunk_id(passage.id, len(chunks) + 1), text=passage.text[start:end])
         chunks.append(Chunk(piece, passage.id, start))
         if last == len(spans):
             return chunks
         first = max(last - overlap, first + 1)
+
+
+def chunk_id(passage_id: str, number: int) -> str:
+    """The id of a chunk of a passage, by its number from 1."""
+    return f"{passage_id}#{number}"
 
 
 def check_sizes(words: int, overlap: int) -> None:
@@ -56,7 +61,8 @@ def check_sizes(words: int, overlap: int) -> None:
     if words < 1 or not 0 <= overlap <= words // 2:
         raise UsageError(
             f"chunks of {words} words with an overlap of {overlap}: expected at least 1 word, "
-            f"and an overlap from 0 to half of a chunk ({max(words, 0) // 2})"
+            f"and an overlap from 0 to half of a chunk ({max(words, 0) // 2})",
+            hint=f"--chunk-overlap {words // 5}" if words > 0 else None,
         )
 
 
@@ -79,7 +85,8 @@ def _remap(question: Question, by_source: dict[str, list[Chunk]]) -> Question:
     wanted = (*question.gold_ids, *question.context_ids, *(span.passage_id for span in question.answer_spans))
     missing = sorted(set(wanted) - set(by_source))
     if missing:
-        raise DataError(f"question {question.id!r}: no chunk comes from its passage {missing[0]!r}")
+        have = f"{len(by_source)} passages, such as {next(iter(by_source))!r}" if by_source else "none"
+        raise DataError(f"question {question.id!r}: no chunk comes from its passage {missing[0]!r}; there are {have}")
     spans = [moved for span in question.answer_spans for moved in _move(question, span, by_source[span.passage_id])]
     # Alternatives of different length may fall into different chunks; all chunks that hold one are gold.
     held = dict.fromkeys(span.passage_id for span in spans)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from ragmoe._errors import DataError
 from ragmoe.corpus.chunking import Chunk, check_sizes, chunk_passage
 from ragmoe.corpus.records import READERS, Record, read_hub
+from ragmoe.corpus.sources import source_files
 from ragmoe.corpus.types import Passage
 
 OnError = Literal["fail", "skip"]
@@ -68,14 +67,16 @@ class PassageReader:
 
     def _records(self) -> Iterator[tuple[Record, str]]:
         """Each record and the id it gets if it brings none."""
-        for source in self._sources:
+        for source, files in source_files(self._sources):
             if source.startswith("hub:"):
                 for number, record in enumerate(read_hub(source), start=1):
                     yield record, f"{source.removeprefix('hub:')}-{number}"
-                continue
-            for path, name in source_files(source):
-                for number, record in enumerate(READERS[path.suffix.lower()](path), start=1):
-                    yield record, name if record.document else f"{name}-{number}"
+            for path, name in files:
+                try:
+                    for number, record in enumerate(READERS[path.suffix.lower()](path), start=1):
+                        yield record, name if record.document else f"{name}-{number}"
+                except OSError as error:
+                    raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
     def _passage(self, record: Record, name: str) -> tuple[Passage | None, bool]:
         """The passage of a record, None where it is bad, and whether it brought its own id."""
@@ -98,7 +99,7 @@ class PassageReader:
 
     def _bad(self, place: str, reason: str) -> None:
         if self._on_error == "fail":
-            raise DataError(f"{place}: {reason}", hint="mend the line, or pass over bad lines with --on-error skip")
+            raise DataError(f"{place}: {reason}", hint="mend it, or pass over what is bad with --on-error skip")
         self.skipped.append(f"{place}: {reason}")
 
 
@@ -133,43 +134,13 @@ def read_passages(
     )
 
 
-def source_files(source: str) -> list[tuple[Path, str]]:
-    """The files of a source in order of name, each with the name that its records' ids are made from.
-
-    In a folder that holds a ``corpus`` file (as BEIR's and ours do, questions beside it) only that one is read.
-    """
-    formats = " ".join(sorted(suffix.lstrip(".") for suffix in READERS))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = _folder_files(path)
-        if not files:
-            raise DataError(f"folder {source} holds no file of a known format ({formats})")
-        return [(file, file.relative_to(path).as_posix()) for file in files]
-    if not path.exists():
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        if not matches:
-            near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
-            there = f"; in {path.parent} there is: {', '.join(near)}" if near else ""
-            raise DataError(f"source {source}: there is no such file, folder or match of a pattern{there}")
-        return [pair for match in matches for pair in source_files(str(match))]
-    if path.suffix.lower() not in READERS:
-        raise DataError(
-            f"source {source}: the format {path.suffix or 'without a suffix'!r} is unknown; known are: {formats}"
-        )
-    return [(path, path.name)]
-
-
-def _folder_files(folder: Path) -> list[Path]:
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix.lower() in READERS]
-    corpora = {p.parent for p in files if p.stem == "corpus"}
-    return [p for p in files if p.stem == "corpus" or p.parent not in corpora]
-
-
 def _problem(record: Record) -> str:
     """What is wrong with a record's fields, '' if nothing."""
     fields: dict[str, Any] = record.fields or {}
     text = fields.get("text")
     if text is None:
+        if "text" in fields:
+            return "'text' is null"
         return f"no 'text'; it has: {', '.join(sorted(map(str, fields))) or 'nothing'}"
     if not isinstance(text, str):
         return f"'text' is {type(text).__name__}, expected a string"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from ragmoe.corpus.records import read_jsonl
 from ragmoe.corpus.types import Question, Span
 
 _TYPES = ("span", "yesno", "text")
+_ALWAYS = ("id", "question", "answers")
 _STRINGS = ("id", "question", "answer_type", "domain", "question_raw")
 _LISTS = ("answers", "gold_ids", "context_ids")
 
@@ -39,21 +41,34 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
 
 
 def write_questions(path: str | os.PathLike[str], questions: Iterable[Question]) -> None:
-    """Write questions as jsonl; `read_questions` gives them back. Replaces the file only when all is written."""
+    """Write questions as jsonl; `read_questions` gives them back. Makes its folder, and replaces the
+    file only when all is written.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
     target = Path(path)
     part = target.with_name(target.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        for question in questions:
-            fields = {
-                key: value for key, value in asdict(question).items() if value or key in ("id", "question", "answers")
-            }
-            file.write(json.dumps(fields, ensure_ascii=False) + "\n")
-    os.replace(part, target)
+    try:
+        if not target.parent.exists():
+            target.parent.mkdir(parents=True)
+        with part.open("w", encoding="utf-8") as file:
+            for question in questions:
+                fields = {key: value for key, value in asdict(question).items() if value or key in _ALWAYS}
+                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+        os.replace(part, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def parse_questions(path: str | os.PathLike[str]) -> Iterator[tuple[str, Question | None, str]]:
     """Each line's place, with its question or None and a fault; for checks that list all faults."""
     file = Path(path)
+    if file.is_dir():
+        have = ", ".join(sorted(p.name for p in file.glob("*.jsonl"))) or "none"
+        raise DataError(f"questions {path} is a folder, expected a jsonl file; in it there is: {have}")
     if not file.is_file():
         near = sorted(p.name for p in file.parent.glob("*.jsonl")) if file.parent.is_dir() else []
         there = f"; in {file.parent} there is: {', '.join(near)}" if near else ""

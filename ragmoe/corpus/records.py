@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -35,6 +36,8 @@ class Record:
 
 
 RecordReader = Callable[[Path], Iterator[Record]]
+# As CommonMark has it: "#tag" and "#!" are no headings.
+_HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)
 READERS: dict[str, RecordReader] = {}
 
 
@@ -73,24 +76,42 @@ def _json_line(place: str, raw: bytes) -> Record:
 
 @reads(".csv")
 def read_csv(path: Path) -> Iterator[Record]:
-    """Comma-separated with a header line; places name the line on which a row ends."""
+    """Comma-separated with a header line; places name the line on which a row ends.
+
+    A cell that is nothing but ``nan`` or ``NaN`` is what pandas and numpy write for a missing value: null.
+    """
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    # Bytes that are not UTF-8 come through as surrogates: then only their row is bad, and its line is known.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(file, strict=True)
         while True:
             try:
                 row = next(rows, None)
-            except (csv.Error, UnicodeDecodeError) as error:
-                # What follows a broken quotation or byte cannot be told apart: nothing more is read of this file.
+            except csv.Error as error:
+                # What follows a broken quotation cannot be told apart: nothing more is read of this file.
                 yield Record(f"{path}:{rows.line_num}", None, f"not CSV: {error}")
+                return
+            header = rows.fieldnames or []
+            if not all(map(_is_utf8, header)):
+                yield Record(f"{path}:1", None, "not UTF-8: the header line")
                 return
             if row is None:
                 return
             place = f"{path}:{rows.line_num}"
             if None in row:
-                yield Record(place, None, f"more columns than the header's {len(rows.fieldnames or [])}")
+                yield Record(place, None, f"more columns than the header's {len(header)}")
+            elif bad := [key for key, cell in row.items() if cell is not None and not _is_utf8(cell)]:
+                yield Record(place, None, f"not UTF-8: column {bad[0]!r}")
             else:
-                yield Record(place, row)
+                yield Record(place, {key: None if cell in ("nan", "NaN") else cell for key, cell in row.items()})
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @reads(".parquet")
@@ -99,16 +120,14 @@ def read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        yield Record(str(path), None, f"not parquet: {error}")
-        return
     number = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield Record(f"{path}: row {number}", row)
+    try:
+        for batch in pq.ParquetFile(path, page_checksum_verification=True).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield Record(f"{path}: row {number}", row)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield Record(str(path), None, f"not parquet: {error}" if not number else f"damaged after row {number}: {error}")
 
 
 @reads(".txt")
@@ -122,8 +141,8 @@ def read_md(path: Path) -> Iterator[Record]:
     """A Markdown file as it is; its first heading is the title."""
 
     def parse(text: str) -> tuple[str, str]:
-        headings = (line.lstrip("#").strip() for line in text.splitlines() if line.startswith("#"))
-        return next(headings, path.stem), text
+        heading = _HEADING.search(text)
+        return heading.group(1) if heading else path.stem, text
 
     yield _document(path, parse)
 
@@ -175,38 +194,18 @@ def _document(path: Path, parse: Callable[[str], tuple[str, str]]) -> Record:
     return Record(str(path), {"title": title, "text": body}, document=True)
 
 
+_BLOCK_TAGS = """
+address article aside blockquote br caption dd details div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5
+h6 header hr li main nav ol option p pre section summary table tr ul
+"""
+
+
 class _Page(HTMLParser):
-    """Collects what a browser would show, a line break where a block ends."""
+    """Collects what a browser would show, a line break where a block ends and a space where a table cell does."""
 
     _HIDDEN = frozenset({"script", "style", "template", "noscript", "head"})
-    _BLOCKS = frozenset(
-        [
-            "p",
-            "div",
-            "li",
-            "ul",
-            "ol",
-            "tr",
-            "table",
-            "section",
-            "article",
-            "header",
-            "footer",
-            "main",
-            "nav",
-            "aside",
-            "h1",
-            "h2",
-            "h3",
-            "h4",
-            "h5",
-            "h6",
-            "br",
-            "hr",
-            "blockquote",
-            "pre",
-        ]
-    )
+    _CELLS = frozenset({"td", "th"})
+    _BLOCKS = frozenset(_BLOCK_TAGS.split())
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -222,22 +221,26 @@ class _Page(HTMLParser):
         if tag == "body":
             self._hidden.clear()
         self._in_title = tag == "title"
-        if tag in self._BLOCKS:
-            self._pieces.append("\n")
+        self._break(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self._hidden:
             del self._hidden[self._hidden.index(tag) :]
         if tag == "title":
             self._in_title = False
-        if tag in self._BLOCKS:
-            self._pieces.append("\n")
+        self._break(tag)
 
     def handle_data(self, data: str) -> None:
         if self._in_title:
             self.title += data
         elif not self._hidden:
             self._pieces.append(data)
+
+    def _break(self, tag: str) -> None:
+        if tag in self._BLOCKS:
+            self._pieces.append("\n")
+        elif tag in self._CELLS:
+            self._pieces.append(" ")
 
     def text(self) -> str:
         lines = (" ".join(line.split()) for line in "".join(self._pieces).splitlines())

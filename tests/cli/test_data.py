@@ -70,7 +70,16 @@ def test_errors(run: Run, index: Path, tmp_path: Path) -> None:
     done = run("data", "check", file)
     assert done.code == 2 and "Missing option '--index'" in done.err
     done = run("data", "check", "--index", index)
-    assert done.code == 2 and "Missing argument 'FILE...'" in done.err
+    assert done.code == 2 and "Missing argument 'FILE'" in done.err
+    (tmp_path / "x").mkdir()
+    write(tmp_path / "x" / "dev.jsonl", DEV)
+    done = run("data", "check", tmp_path / "x", "--index", index)
+    assert done.code == 1 and done.err.endswith("x is a folder, expected a jsonl file; in it there is: dev.jsonl\n")
+    done = run("data", "remap", file, "--index", index, "--out", file / "moved.jsonl")
+    assert done.code == 1 and done.err.endswith("moved.jsonl cannot be written: Not a directory\n")
+    done = run("data", "remap", file, "--index", index, "--out", tmp_path / "x")
+    assert done.code == 1 and done.err.endswith("x cannot be written: Is a directory\n")
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_questions_move_onto_chunks(run: Run, index: Path, tmp_path: Path) -> None:
@@ -78,9 +87,12 @@ def test_questions_move_onto_chunks(run: Run, index: Path, tmp_path: Path) -> No
     assert run("index", "build", tmp_path / "corpus.jsonl", "--out", tmp_path / "chunked", *words).code == 0
     late = {**TRAIN, "id": "q5", "answers": ["Pier11"], "answer_start": TEXT.index("Pier11")}
     file = write(tmp_path / "train.jsonl", TRAIN, late)
-    assert run("data", "check", file, "--index", tmp_path / "chunked").code == 1
+    refused = run("data", "check", file, "--index", tmp_path / "chunked")
+    assert refused.code == 1
+    assert refused.out.splitlines()[0] == f"{file}:1: gold passage 'a' is not in the index, only chunks of it"
+    hint = f"hint: move them onto the chunks: ragmoe data remap FILE --index {tmp_path / 'chunked'} --out NEW.jsonl\n"
+    assert refused.err.endswith(hint)
     moved = tmp_path / "moved" / "train.jsonl"
-    moved.parent.mkdir()
     done = run("data", "remap", file, "--index", tmp_path / "chunked", "--out", moved)
     assert (done.code, done.out) == (0, f"{moved}: 2 questions\n")
     assert run("data", "check", moved, "--index", tmp_path / "chunked").code == 0

@@ -65,6 +65,16 @@ def test_options_reach_the_build(run: Run, tmp_path: Path) -> None:
     assert skipped.startswith(f"{source}:2: not JSON: Expecting property name")
 
 
+def test_the_plan_says_what_was_cut_and_what_was_not(run: Run, tmp_path: Path) -> None:
+    source = write(tmp_path / "x.jsonl", {"id": "long", "text": " ".join(f"w{i}" for i in range(50))})
+    words = ["index", "build", source, "--out", tmp_path / "i", "--chunk-words", 20, "--chunk-overlap", 4, "--dry-run"]
+    done = run(*words, "--json")
+    assert done.json["chunks"] == 0
+    assert "none was cut: what has an id stays whole (--rechunk cuts it too), the rest has at most 20 words" in done.err
+    done = run(*words, "--rechunk", "--json")
+    assert done.json["chunks"] == 3 and "3 passages are chunks of at most 20 words, overlap 4" in done.err
+
+
 def test_overwrite_and_resume(run: Run, corpus: Path, folder: Path) -> None:
     refused = run("index", "build", corpus, "--out", folder)
     assert refused.code == 1
@@ -109,9 +119,9 @@ BUILD_ERRORS = {
     "bad line": (
         ["{tmp}/bad.jsonl", "--out", "{tmp}/i"],
         1,
-        "bad.jsonl:2: no 'text'; it has: body, id\nhint: mend the line",
+        "bad.jsonl:2: no 'text'; it has: body, id\nhint: mend it, or pass over",
     ),
-    "twice the same id": (["{corpus}", "{corpus}", "--out", "{tmp}/i"], 1, "corpus.jsonl:1: id 'a' stands already at "),
+    "twice the same id": (["{corpus}", "{tmp}/r.jsonl", "--out", "{tmp}/i"], 1, "r.jsonl:1: id 'a' stands already at "),
     "no passages": (["{tmp}/empty.jsonl", "--out", "{tmp}/i"], 1, "error: no passages in "),
     "unknown encoder": (
         ["{corpus}", "--out", "{tmp}/i", "--encoder", "./none"],
@@ -119,6 +129,14 @@ BUILD_ERRORS = {
         "encoder './none': there is no such folder",
     ),
     "chunk sizes": (["{corpus}", "--out", "{tmp}/i", "--chunk-words", "0"], 2, "error: chunks of 0 words"),
+    "overlap": (
+        ["{corpus}", "--out", "{tmp}/i", "--chunk-words", "50"],
+        2,
+        "chunks of 50 words with an overlap of 40: expected at least 1 word, and an overlap from 0 to half of a chunk "
+        "(25)\nhint: --chunk-overlap 10\n",
+    ),
+    "out is a file": (["{corpus}", "--out", "{corpus}"], 1, "corpus.jsonl is a file; expected a folder, new or empty"),
+    "out under a file": (["{corpus}", "--out", "{corpus}/i/j"], 1, "j cannot be made: {corpus} is a file\n"),
     "unknown choice": (
         ["{corpus}", "--out", "{tmp}/i", "--on-error", "ignore"],
         2,
@@ -138,10 +156,12 @@ def test_build_errors(name: str, run: Run, corpus: Path, tmp_path: Path) -> None
     write(tmp_path / "bad.jsonl", PASSAGES[0], {"id": "x", "body": "?"})
     write(tmp_path / "empty.jsonl")
     write(tmp_path / "r.yaml", "sources: [corpus.jsonl]\nout: i")
+    write(tmp_path / "r.jsonl", PASSAGES[0])
     done = run("index", "build", *(word.format(corpus=corpus, tmp=tmp_path) for word in words))
     assert done.code == code
     # Usage errors come in a box, folded at its width.
     flat = " ".join(done.err.replace("│", " ").split())
+    message = message.replace("{corpus}", str(corpus))
     assert message in done.err or message in flat
     assert done.out == "" and not (tmp_path / "i").exists()
 
@@ -289,6 +309,13 @@ def test_verify_fails_and_names_what_differs(run: Run, folder: Path, damage: str
     assert f"hint: build it anew: ragmoe index build ... --out {folder} --overwrite" in done.err
     as_json = run("index", "verify", folder, *words, "--json")
     assert as_json.code == 1 and not as_json.json["ok"] and expected in as_json.json["problems"][0]
+
+
+def test_help_names_the_defaults(run: Run) -> None:
+    shown = run("index", "build", "--help").out
+    for default in ("minilm", "200", "40", "fail", "windows"):
+        assert f"[default: ({default})]" in shown
+    assert "[default: (blend)]" in run("index", "search", "--help").out
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import typer
@@ -15,7 +18,7 @@ from ragmoe.cli import main as program
 from ragmoe.cli.main import main
 
 HEAVY = {"torch", "faiss", "transformers", "datasets", "pyarrow", "numpy", "pandas", "sentence_transformers", "scipy"}
-COMMANDS = ["index", "data", "eval", "train", "ask", "route", "doctor", "demo"]
+COMMANDS = ["index", "data", "eval", "experts", "train", "ask", "route", "doctor", "demo"]
 IN_CHILD = """
 import json, sys
 from ragmoe.cli.main import main
@@ -59,6 +62,24 @@ def test_completion_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--install-completion" in capsys.readouterr().out
 
 
+def examples(command: Any = None) -> list[str]:
+    """The commands that the help of all commands gives as examples."""
+    command = command or typer.main.get_command(program.app)
+    lines = [line.strip() for line in (command.epilog or "").splitlines()]
+    own = [line for line in lines if line.startswith("ragmoe ")]
+    return own + [line for inner in getattr(command, "commands", {}).values() for line in examples(inner)]
+
+
+@pytest.mark.parametrize("example", examples())
+def test_every_example_in_the_help_is_understood(example: str) -> None:
+    found, context, words = typer.main.get_command(program.app), None, shlex.split(example)[1:]
+    while hasattr(found, "get_command"):
+        context = found.make_context(words[0], list(words), parent=context, resilient_parsing=True)
+        found, words = found.get_command(context, words[0]), words[1:]
+        assert found is not None
+    assert found.make_context("x", list(words), parent=context).params
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["fly"], "No such command"), (["--loud"], "No such option"), (["doctor", "--loud"], "No such option")],
@@ -92,6 +113,8 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None],
         (BundleError("no bundle at x", hint="ragmoe train"), 1, "error: no bundle at x\nhint: ragmoe train\n"),
         (BundleError("no bundle at x"), 1, "error: no bundle at x\n"),
         (UsageError("--k must be positive"), 2, "error: --k must be positive\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "x/y"), 1, "error: x/y: Permission denied\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: the disk: No space left on device\n"),
         (KeyboardInterrupt(), 130, ""),
         (typer.Exit(3), 3, ""),
         (SystemExit("stopped"), 1, "stopped\n"),
@@ -113,6 +136,9 @@ def test_errors_become_words_and_exit_codes(
 def test_a_fault_of_ours_shows_its_traceback(command: Callable[[BaseException | None], None]) -> None:
     command(ZeroDivisionError("ours"))
     with pytest.raises(ZeroDivisionError, match="ours"):
+        main([])
+    command(OSError("of no file"))
+    with pytest.raises(OSError, match="of no file"):
         main([])
 
 

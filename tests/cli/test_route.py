@@ -33,12 +33,13 @@ def test_the_drawing_fits_eighty_columns_and_reads_without_colour(
     code, out, _ = ragmoe("route", bundle, BRIDGE, "--index", small_city / "index")
     found = json.loads(ragmoe("route", bundle, BRIDGE, "--index", small_city / "index", "--json")[1])
     assert code == 0
+    assert out.startswith("Neighbours (by blend, with their cosine)\n")
     assert max(len(line) for line in out.splitlines()) <= 80
     assert "\x1b[" not in out
     assert out.count("layer 1") == 3 * 2
     shown = out.split("Without them")[0]
     assert all(f"{value:.2f}" in shown for value in found["with_neighbours"][0])
-    assert all(f"{value:+.2f}" in out.split("Difference")[1] for value in found["difference"][0])
+    assert all(f"{value:+z.2f}" in out.split("Difference")[1] for value in found["difference"][0])
     assert "rivers  bridge  Bridge" in out
 
 

@@ -30,6 +30,7 @@ def test_a_dry_run_describes_and_writes_nothing(ragmoe: Any, config_file: Path, 
     assert code == 0 and not (tmp_path / "run").exists()
     for word in ("parameters", "active for a token", "trained", "memory", "a step", "first batch", "[CLS]"):
         assert word in out
+    assert "activations in the longest batch (4 sequences of" in " ".join(out.split())
     code, out, _ = ragmoe("train", config_file, "train.what=gate", "--dry-run", "--json")
     report = json.loads(out)
     counts = report["parameters"]
@@ -48,11 +49,25 @@ def test_training_says_what_it_left_and_what_comes_next(ragmoe: Any, config_file
     assert code == 1 and "error:" in err and "holds a finished run" in err and "--overwrite" in err
 
 
+def test_an_interrupted_run_without_checkpoint_is_not_called_resumable(
+    ragmoe: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ragmoe.training.run._save", interrupted)
+        assert ragmoe("train", config_file, "--out", tmp_path / "run")[0] == 130
+    code, _, err = ragmoe("train", config_file, "--out", tmp_path / "run")
+    assert code == 1 and "holds a run that did not finish and left no checkpoint" in err.replace("\n", " ")
+    assert "hint: pass --overwrite to start again" in err and "--resume" not in err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["train.stepz=1"], "unknown key 'train.stepz'; there are: what, steps"),
-        (["model.gate=nonsense"], "there is no gate 'nonsense'; there are: pooled, retrieval, token"),
+        (["model.gate=nonsense"], "there is no gate 'nonsense'; there are: "),
         (["data.index=nowhere"], "nowhere"),
         (["data.questions=[none.jsonl]"], "no question file matches"),
         (["base=/no/such/model"], "/no/such/model"),

@@ -71,6 +71,11 @@ def test_each_fault_is_named_at_its_line(name: str, tmp_path: Path) -> None:
     assert f"train.jsonl:2: {reason}" in check(tmp_path, train=[fine, {**GOOD, **change}])
 
 
+def test_a_missing_passage_is_named_once_for_each_question(tmp_path: Path) -> None:
+    lost = {**GOOD, "gold_ids": ["zz"], "context_ids": ["zz"]}
+    assert check(tmp_path, train=[lost]) == ["train.jsonl:1: gold passage 'zz' is not in the index"]
+
+
 def test_ids_are_unique_over_all_files(tmp_path: Path) -> None:
     (problem,) = check(tmp_path, train=[GOOD], more=[{**GOOD, "gold_ids": ["n"], "answers": [], "context_ids": []}])[:1]
     assert problem == f"more.jsonl:1: id 'q' stands already at {tmp_path}/train.jsonl:1"

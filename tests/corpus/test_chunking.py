@@ -83,5 +83,5 @@ def test_spans_that_cannot_move_are_errors() -> None:
     wrong = Question(id="q", question="?", answers=("x",), gold_ids=("p",), answer_spans=(Span("p", 3, "item0"),))
     with pytest.raises(DataError, match=r"its answer 'item0' is not at 3 of 'p'; there stands 'tence'"):
         remap_questions([wrong], chunks)
-    with pytest.raises(DataError, match="no chunk comes from its passage 'elsewhere'"):
+    with pytest.raises(DataError, match="no chunk comes from its passage 'elsewhere'; there are 1 passages, such as"):
         remap_questions([Question(id="q", question="?", gold_ids=("elsewhere",))], chunks)

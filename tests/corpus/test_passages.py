@@ -94,6 +94,22 @@ def test_html_shows_what_a_browser_would(tmp_path: Path) -> None:
     assert passage.text == "Fees\nTwo crowns a day.\none\ntwo"
 
 
+def test_html_keeps_the_cells_of_a_table_and_the_lines_of_a_list_apart(tmp_path: Path) -> None:
+    page = "<table><tr><th>Fee</th><td>10 crowns</td></tr><tr><td>Fine</td><td>2</td></tr></table><dl><dt>a<dd>b</dl>"
+    (tmp_path / "page.html").write_text(page)
+    (passage,) = read_passages([tmp_path / "page.html"])
+    assert passage.text == "Fee 10 crowns\nFine 2\na\nb"
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [("#tag\n\n## Real heading ##\n", "Real heading"), ("#!/bin/sh\n", "notes"), ("# C#\n", "C#"), ("##\nx", "notes")],
+)
+def test_what_is_a_heading_in_markdown(tmp_path: Path, text: str, title: str) -> None:
+    (tmp_path / "notes.md").write_text(text)
+    assert [p.title for p in read_passages([tmp_path / "notes.md"])] == [title]
+
+
 def test_passages_with_ids_are_cut_only_if_asked(tmp_path: Path) -> None:
     text = " ".join(f"w{i}" for i in range(30))
     source = write_lines(tmp_path / "c.jsonl", {"id": "long", "text": text})
@@ -126,6 +142,7 @@ BAD = {
     "not JSON": ("{nope", "not JSON: Expecting property name"),
     "not an object": ("[1, 2]", "expected a JSON object, got list"),
     "no text": ({"id": "x", "body": "?"}, "no 'text'; it has: body, id"),
+    "null text": ({"id": "x", "text": None}, "'text' is null"),
     "empty text": ({"id": "x", "text": "  "}, "'text' is empty"),
     "text not a string": ({"id": "x", "text": 5}, "'text' is int, expected a string"),
     "title not a string": ({"id": "x", "text": "t", "title": [1]}, "'title' is list, expected a string"),
@@ -177,6 +194,39 @@ def test_broken_csv_and_parquet(tmp_path: Path) -> None:
     (tmp_path / "c.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(DataError, match=r"c\.parquet: not parquet"):
         list(read_passages([tmp_path / "c.parquet"]))
+
+
+def test_a_csv_row_that_is_not_utf8_does_not_take_others_with_it(tmp_path: Path) -> None:
+    source = tmp_path / "c.csv"
+    source.write_bytes(b'id,text\na,"two\nlines"\nb,caf\xe9\nc,fine\n')
+    with pytest.raises(DataError, match=r"c\.csv:4: not UTF-8: column 'text'"):
+        list(read_passages([source]))
+    reader = read_passages([source], on_error="skip")
+    assert [p.id for p in reader] == ["a", "c"]
+    assert reader.skipped == [f"{source}:4: not UTF-8: column 'text'"]
+    source.write_bytes(b"id,caf\xe9,text\na,b,c\n")
+    with pytest.raises(DataError, match=r"c\.csv:1: not UTF-8: the header line"):
+        list(read_passages([source]))
+
+
+def test_missing_values_of_pandas(tmp_path: Path) -> None:
+    source = tmp_path / "c.csv"
+    source.write_text("id,title,text\na,NaN,Naan bread\nb,B,nan\nc,C\n")
+    reader = read_passages([source], on_error="skip")
+    assert [(p.id, p.title, p.text) for p in reader] == [("a", "", "Naan bread")]
+    assert reader.skipped == [f"{source}:3: 'text' is null", f"{source}:4: 'text' is null"]
+
+
+def test_a_parquet_file_damaged_further_on(tmp_path: Path) -> None:
+    source = tmp_path / "c.parquet"
+    rows = [{"id": str(i), "text": f"{i} " * 50} for i in range(3000)]
+    pq.write_table(pa.Table.from_pylist(rows), source, row_group_size=1024, write_page_checksum=True)
+    content = bytearray(source.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    source.write_bytes(content)
+    reader = read_passages([source], on_error="skip")
+    assert 0 < len(list(reader)) < 3000
+    assert len(reader.skipped) == 1 and reader.skipped[0].startswith(f"{source}: damaged after row ")
 
 
 def test_sources_that_are_not_there_say_what_is(tmp_path: Path) -> None:
