@@ -153,7 +153,7 @@ def matmul_seconds(dtype: torch.dtype) -> float:
     """The best of several runs of one feed-forward-sized product: on a busy machine only the best says anything."""
     a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
     times = []
-    for _ in range(20):
+    for _ in range(50):
         begin = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - begin)

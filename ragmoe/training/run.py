@@ -249,6 +249,8 @@ def _arguments(config: TrainingConfig, checkpoints: Path, *, bf16: bool) -> Trai
         warmup_steps=math.ceil(train.warmup * train.steps),
         max_grad_norm=train.clip,
         bf16=bf16,
+        # Without it, TrainingArguments takes bf16 for a wish that only a GPU can grant.
+        use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         logging_steps=config.log_every,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,18 @@ def test_only_what_is_trained_moves(config: Config, tmp_path: Path, what: str) -
     after = tensors(train(content, out=tmp_path / "run").bundle)
     moved = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"head", *({"gate", "experts", "base"} if what == "all" else what.split("+"))}
+
+
+@pytest.mark.parametrize("expert_kind", ["lora", "ffn"])
+def test_bf16_trains_on_any_machine(config: Config, tmp_path: Path, expert_kind: str) -> None:
+    changes = {"train.precision": "bf16", "model.expert_kind": expert_kind, "model.gate": "retrieval"}
+    if expert_kind == "ffn":
+        changes["model.expert_rank"] = None
+    result = train(config(**changes, **{"train.steps": 2}), out=tmp_path / "run")
+    assert math.isfinite(result.loss)
+    assert json.loads((tmp_path / "run" / "started.json").read_text())["bf16"] is True
+    # Autocast works on copies: what is kept, and saved, stays in full precision.
+    assert {x.dtype for x in load(result.bundle).parameters()} == {torch.float32}
 
 
 def test_an_adapter_can_be_started_from(config: Config, tmp_path: Path) -> None:
