@@ -90,11 +90,13 @@ def test_every_command_is_understood(command: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_tour_runs(clone: Path) -> None:
     """Doctor is left out here: it measures the machine for some seconds, and has its own tests."""
     run_tour(clone, [quicker(command) for command in commands() if command != "ragmoe doctor"])
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_tour_runs_word_for_word(clone: Path) -> None:
     run_tour(clone, commands())

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ragmoe.corpus.types import Question
+from ragmoe.gates import Routing
 from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering
 from ragmoe.training.callbacks import Shows
@@ -25,21 +26,26 @@ from ragmoe.training.documents import Document, Documents
 from ragmoe.training.raft import Example, drop_neighbours
 
 
-def calling_loss(scores_SE: Tensor, top_k: int, new_S: Tensor, mask_S: Tensor) -> Tensor:
+# How far the balance bias moves a step, in units of logit.
+_FOLLOW = 0.01
+
+
+def margins(scores_SE: Tensor, top_k: int) -> Tensor:
+    """By how much each token's score of the last expert is above the K-th best of the others: it calls it from 0 on."""
+    return scores_SE[:, -1] - scores_SE[:, :-1].topk(top_k, dim=-1).values[:, -1]
+
+
+def calling_loss(margin_S: Tensor, new_S: Tensor, mask_S: Tensor) -> Tensor:
     """Logistic loss of "does this token call the last expert?", each side's mean counting the same.
 
-    A token calls it where its score is above the K-th best of the others, so that margin is the logit.
-
     Args:
-        scores_SE: what the gate chooses by: logits and balance bias.
+        margin_S: see ``margins``; these are the logits.
         new_S: bool, True for tokens of documents that the last expert is for.
         mask_S: bool, False for padding.
 
     Returns:
         The loss in nats; of one side alone where there are no tokens of the other.
     """
-    others_S = scores_SE[:, :-1].topk(top_k, dim=-1).values[:, -1]
-    margin_S = scores_SE[:, -1] - others_S
     sides = [F.softplus(-margin_S)[new_S & mask_S], F.softplus(margin_S)[~new_S & mask_S]]
     return torch.stack([side.mean() for side in sides if side.numel()]).mean()
 
@@ -50,7 +56,12 @@ class CallingLesson:
     The documents are read as the model is now, without a gradient; only what the gates make of it has one. So the
     lesson moves gate rows alone, and nothing can be learned by making states easier to tell apart.
 
+    Sentences are no questions, and the states of real questions may stand at another distance from the boundary, most
+    of all in the last layers. Therefore the expert's balance bias follows, a little a step, until real questions of the
+    domain call it as often as its documents do.
+
     Args:
+        follow: whether it does; not needed where the documents' questions are real.
         cache: folder where neighbours are kept between runs.
         show: told how far retrieving them is.
     """
@@ -63,8 +74,10 @@ class CallingLesson:
         config: TrainingConfig,
         cache: Path,
         show: Shows | None = None,
+        *,
+        follow: bool = True,
     ) -> None:
-        self.model, self.index, self.seed = model, index, config.seed
+        self.model, self.index, self.seed, self.follow = model, index, config.seed, follow
         self.config = config.raft.model_copy(update={"passages": 1})
         self.collator = RaftCollator(model.tokenizer, self.config)
         # Of each kind half as many as questions are answered, so that a step takes little longer.
@@ -80,18 +93,29 @@ class CallingLesson:
         config = self.config
         return Retrieved.of(self.index, texts, config.neighbours, config.retriever, cache, progress=progress)
 
-    def __call__(self, model: Any, at: int) -> Tensor:
-        """The loss of micro-batch ``at``, which fixes its documents."""
+    def __call__(self, model: Any, at: int, routings: Sequence[Routing], mask_S: Tensor) -> Tensor:
+        """The loss of micro-batch ``at``, which fixes its documents.
+
+        Args:
+            routings: of the questions of the micro-batch, one a sparse layer.
+            mask_S: bool, False where they are padding.
+        """
         examples = [self._example(side, at * self.batch + i) for side in self.sides for i in range(self.batch)]
         device = next(model.parameters()).device
         inputs = {name: x.to(device) for name, x in self.collator(examples).items()}
-        mask_QT = inputs["attention_mask"].bool()
-        new_QT = (torch.arange(len(examples), device=device) < self.batch).unsqueeze(1).expand_as(mask_QT)
+        shown_QT = inputs["attention_mask"].bool()
+        new_QT = (torch.arange(len(examples), device=device) < self.batch).unsqueeze(1).expand_as(shown_QT)
+        new_S, shown_S = new_QT.reshape(-1), shown_QT.reshape(-1)
         losses = []
-        for gate, args in self._gate_inputs(model, inputs):
-            routing = gate(*args)
-            scores_SE = routing.logits_SE + gate.balance_bias
-            losses.append(calling_loss(scores_SE, gate.settings.top_k, new_QT.reshape(-1), mask_QT.reshape(-1)))
+        for (gate, args), asked in zip(self._gate_inputs(model, inputs), routings, strict=True):
+            # By its rows alone: its own bias is for questions, see below.
+            scores_SE = gate(*args).logits_SE + F.pad(gate.balance_bias[:-1], (0, 1))
+            margin_S = margins(scores_SE, gate.settings.top_k)
+            losses.append(calling_loss(margin_S, new_S, shown_S))
+            if self.follow:
+                called = (asked.experts_SK == gate.settings.experts - 1).any(dim=-1)[mask_S].float().mean()
+                wanted = (margin_S > 0)[new_S & shown_S].float().mean()
+                gate.balance_bias[-1] += _FOLLOW * torch.sign(wanted - called)
         return torch.stack(losses).mean()
 
     def _gate_inputs(self, model: Any, inputs: dict[str, Tensor]) -> list[tuple[Any, tuple[Any, ...]]]:

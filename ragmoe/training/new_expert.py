@@ -103,7 +103,7 @@ def begin_new_expert(
     grown = grow(model, rows, id=id, name=wanted.name)
     lesson = None
     if wanted.train_gate:
-        lesson = CallingLesson(grown, index, documents, config, cache, show)
+        lesson = CallingLesson(grown, index, documents, config, cache, show, follow=not wanted.others)
     else:
         for name, parameter in grown.named_parameters():
             if part_of(name) == "gate":

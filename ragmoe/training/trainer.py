@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
+from ragmoe.gates import Routing
 from ragmoe.moe import MoELayer, RoutingStatistics
 from ragmoe.training.config import OptimiserConfig
 
@@ -24,7 +25,7 @@ _PARTS = (
 )
 
 
-GateLesson = Callable[[Any, int], Tensor]
+GateLesson = Callable[[Any, int, Sequence[Routing], Tensor], Tensor]
 
 
 def part_of(name: str) -> str:
@@ -48,7 +49,8 @@ class RagmoeTrainer(Trainer):
     Examples come in the order of the dataset, which has its own (see ``RaftDataset``).
 
     Args:
-        gate_lesson: a loss to be added, of the model and the number of the micro-batch, counted through a resumed run.
+        gate_lesson: a loss to be added, of the model, the number of the micro-batch (counted through a resumed run),
+            its routings, and the mask of its tokens.
     """
 
     optimizer: Any
@@ -113,13 +115,14 @@ class RagmoeTrainer(Trainer):
                 self._step_routing.update(*counted)
         loss = output["loss"]
         if self.gate_lesson is not None:
-            loss = loss + self._lesson(self.gate_lesson, model)
+            loss = loss + self._taught(self.gate_lesson, model, inputs, output)
         return (loss, output) if return_outputs else loss
 
-    def _lesson(self, lesson: GateLesson, model: Any) -> Tensor:
+    def _taught(self, lesson: GateLesson, model: Any, inputs: dict[str, Any], output: Any) -> Tensor:
         if self._lessons is None:
             self._lessons = self.state.global_step * self.args.gradient_accumulation_steps
-        taught = lesson(model, self._lessons)
+        mask_S = inputs["attention_mask"].reshape(-1).bool()
+        taught = lesson(model, self._lessons, output["routings"], mask_S)
         self._lessons += 1
         self._parts["gate_loss"] = self._parts.get("gate_loss", torch.zeros(())) + taught.detach().float().cpu()
         return taught
