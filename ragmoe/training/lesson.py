@@ -25,7 +25,6 @@ from ragmoe.training.data import RaftCollator, Retrieved
 from ragmoe.training.documents import Document, Documents
 from ragmoe.training.raft import Example, drop_neighbours
 
-
 # How far the balance bias moves a step, in units of logit.
 _FOLLOW = 0.01
 
