@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from ragmoe._errors import RagmoeError
+from ragmoe._memory import keep_freed_memory
 from ragmoe._version import __version__
 from ragmoe.cli import data, experts, index
 from ragmoe.cli import eval as eval_
@@ -95,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     passes through: it is a fault of ours, and shows its traceback.
     """
     _quieten()
+    keep_freed_memory()
     try:
         app(args=list(argv) if argv is not None else None, prog_name="ragmoe")
     except RagmoeError as error:
