@@ -2,7 +2,8 @@
 
 glibc asks the kernel for every large block and gives it back when it is freed. A training step on a processor frees and
 takes some gigabytes of activations, and the kernel has to clear each page of them anew: a third of the step's time
-(``eval/bench/allocator.py``). Results are the same to the bit; the process keeps the most memory it has had.
+(``eval/bench/allocator.py``). Results are the same to the bit. Batches of many sizes leave holes in what is kept, so a
+long run gives them back now and then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Mapping
 # Parameters of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _NEVER = -1
+
+_keeps = False
 
 
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
@@ -28,5 +31,13 @@ def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
+    global _keeps
     # Blocks then come from the heap, large ones too, and its end is not trimmed.
-    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, _NEVER))
+    _keeps = bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, _NEVER))
+    return _keeps
+
+
+def give_back_freed_memory() -> None:
+    """Give back all that is free at this moment, where ``keep_freed_memory`` keeps it."""
+    if _keeps:
+        ctypes.CDLL(None).malloc_trim(0)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from _result import row, table, write_result
 from _retrieval_data import (
     CORE,
     CUTOFFS,
@@ -25,11 +26,8 @@ from _retrieval_data import (
     data_folder,
     dev_questions,
     recalls,
-    row,
-    table,
     text_of,
     with_mean,
-    write_result,
 )
 from numpy.typing import NDArray
 

@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from _result import row, table, write_result
 from _retrieval_data import (
     CORE,
     CUTOFFS,
@@ -21,11 +22,8 @@ from _retrieval_data import (
     data_folder,
     dev_questions,
     recalls,
-    row,
-    table,
     text_of,
     with_mean,
-    write_result,
 )
 
 from ragmoe.index import Index, load_encoder

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
+from ragmoe._memory import give_back_freed_memory
 from ragmoe.training.trainer import RagmoeTrainer
 
 
@@ -47,6 +48,7 @@ class HistoryCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs or self.trainer is None:
             return
+        give_back_freed_memory()
         record = {"step": state.global_step, **logs, **self.trainer.drain()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: _short(value) for key, value in record.items()}) + "\n")

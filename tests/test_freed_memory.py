@@ -34,6 +34,27 @@ def test_what_the_user_has_set_up_wins(name: str) -> None:
     assert not keep_freed_memory({name: "1"})
 
 
+KEPT = """
+import torch
+from ragmoe._memory import give_back_freed_memory, keep_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+assert keep_freed_memory({})
+# What is freed lies below what is still in use.
+freed, used = torch.ones(16_000_000), torch.ones(1000)
+del freed
+kept = resident()
+give_back_freed_memory()
+print(kept - resident())
+"""
+
+
+@on_glibc
+def test_freed_memory_can_be_given_back_all_the_same() -> None:
+    given = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, check=True).stdout
+    assert int(given) > 50_000_000
+
+
 @on_glibc
 def test_freed_tensors_are_used_again() -> None:
     faults = {
