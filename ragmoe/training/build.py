@@ -12,6 +12,7 @@ from torch import nn
 from ragmoe._errors import ConfigError, ModelError
 from ragmoe.bundle import is_bundle
 from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering
+from ragmoe.models.exchange import GATE_FIELDS, exchange_gate
 from ragmoe.training.config import LoraConfig, TrainingConfig
 from ragmoe.training.trainer import freeze
 
@@ -86,14 +87,25 @@ def _train_on(config: TrainingConfig, settings: dict[str, Any]) -> RagmoeBertFor
     if config.start is not None:
         raise ConfigError(f"start is {config.start!r}, but the base {config.base} is a bundle: expected no start")
     opened = RagmoeBertConfig.from_pretrained(config.base)
+    exchanged = {}
     for name, value in settings.items():
         if name in _CHANGEABLE or name.endswith("dropout_prob"):
             setattr(opened, name, value)
-        elif getattr(opened, name, None) != value:
+        elif getattr(opened, name, None) == value:
+            continue
+        elif name in GATE_FIELDS:
+            exchanged[name] = value
+        else:
             raise ModelError(
                 f"model.{name} is {value!r}, but the bundle {config.base} has {getattr(opened, name, None)!r}"
             )
-    return RagmoeBertForQuestionAnswering.from_pretrained(config.base, config=opened)
+    model = RagmoeBertForQuestionAnswering.from_pretrained(config.base, config=opened)
+    if exchanged and config.train.what not in ("all", "gate", "gate+experts", "lora"):
+        raise ConfigError(
+            f"model.{next(iter(exchanged))} is changed, but train.what is {config.train.what!r}, which trains no gate",
+            hint="set train.what: gate to train it alone, or gate+experts",
+        )
+    return exchange_gate(model, seed=config.seed, **exchanged) if exchanged else model
 
 
 def apply_adapter(model: RagmoeBertForQuestionAnswering, start: str) -> RagmoeBertForQuestionAnswering:

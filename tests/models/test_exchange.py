@@ -1,0 +1,48 @@
+"""A gate is exchanged, the experts stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import Make, some_neighbours, tokens
+
+from ragmoe import ConfigError, ModelError
+from ragmoe.models.exchange import exchange_gate
+from ragmoe.training.trainer import part_of
+
+
+def test_a_retrieval_gate_in_a_token_gates_place_is_that_gate_at_first(make: Make) -> None:
+    model = make(gate="token")
+    exchanged = exchange_gate(model, gate="retrieval")
+    inputs = tokens()
+    before, after = model(**inputs), exchanged(**inputs, **some_neighbours(2).tensors())
+    assert torch.equal(before.start_logits, after.start_logits)
+    assert torch.equal(before.end_logits, after.end_logits)
+    assert (model.config.gate, exchanged.config.gate) == ("token", "retrieval")
+    assert exchanged.tokenizer is model.tokenizer
+
+
+def test_everything_but_the_gate_is_kept(make: Make) -> None:
+    model = make(gate="oracle", top_k=1)
+    kept, state = exchange_gate(model, gate="token", top_k=2).state_dict(), model.state_dict()
+    own = [name for name in kept if part_of(name) != "gate"]
+    assert own == [name for name in state if part_of(name) != "gate"]
+    assert all(torch.equal(kept[name], state[name]) for name in own)
+    assert [name for name in kept if name.endswith("gate.token.weight")]
+
+
+def test_what_is_new_depends_on_the_seed_alone(make: Make) -> None:
+    model = make(gate="token")
+    first, again, other = (exchange_gate(model, gate="retrieval", seed=seed).state_dict() for seed in (0, 0, 1))
+    drawn = [name for name in first if name not in model.state_dict() and first[name].any()]
+    assert drawn
+    assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in drawn)
+
+
+def test_what_is_no_setting_of_a_gate_is_refused(make: Make) -> None:
+    with pytest.raises(ModelError, match="'experts' is not the gate's alone; an exchange may set common_"):
+        exchange_gate(make(gate="token"), experts=8)
+    with pytest.raises(ConfigError, match="no gate 'tokn'"):
+        exchange_gate(make(gate="token"), gate="tokn")
+    with pytest.raises(ModelError, match="dense: it has no gate to exchange"):
+        exchange_gate(make(sparse_layers=[]), gate="token")
