@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from ragmoe._differences import differences
 from ragmoe._errors import ConfigError
 from ragmoe.bundle import BundleMap, is_bundle, read_bundle, read_map
 from ragmoe.bundle.experts import CERTIFICATES, publish
@@ -161,7 +162,7 @@ def new_expert_config(
         "train": {
             "what": "new_expert",
             "steps": steps or 300,
-            "gate_learning_rate": 1e-3,
+            "gate_learning_rate": 3e-3,
             # Low-rank deltas start at zero and want larger steps than copies of whole networks.
             "experts_learning_rate": 5e-4 if kind.has_rank else 5e-5,
         },
@@ -187,8 +188,12 @@ def _train(work: Path, config: TrainingConfig, *, resume: bool, overwrite: bool,
                 f"the expert {config.new_expert.name!r} is trained, but was not published",
                 hint="pass --resume to go on with it, or --overwrite to train it again",
             )
-        if load_config(work / CONFIG_NAME) != config:
-            raise ConfigError(f"{work} was trained with another configuration", hint="pass --overwrite")
+        before, now = (c.model_dump(mode="json") for c in (load_config(work / CONFIG_NAME), config))
+        if differing := differences(before, now):
+            raise ConfigError(
+                f"{work} was trained with another configuration; it differs in {', '.join(differing)}",
+                hint="pass --overwrite to train it again",
+            )
         return dict(json.loads(record.read_text(encoding="utf-8")))
     result = train(config, out=work, resume=resume, overwrite=overwrite, show=show)
     counts = result.parameters

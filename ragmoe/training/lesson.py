@@ -26,7 +26,7 @@ from ragmoe.training.documents import Document, Documents
 from ragmoe.training.raft import Example, drop_neighbours
 
 # How far the balance bias moves a step, in units of logit.
-_FOLLOW = 0.01
+_FOLLOW = 0.02
 
 
 def margins(scores_SE: Tensor, top_k: int) -> Tensor:

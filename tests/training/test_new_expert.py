@@ -16,15 +16,16 @@ from stub_encoder import StubEncoder
 from tiny import save_tiny_bert
 from torch import Tensor
 
-from ragmoe import BundleError, ConfigError, DataError, ModelError, load
+from ragmoe import BundleError, ConfigError, DataError, ModelError, UsageError, load
 from ragmoe.bundle import read_bundle, read_map
 from ragmoe.evaluation.task import Task, parse_task
+from ragmoe.gates import Routing
 from ragmoe.index import BuildOptions, build_index
 from ragmoe.models.growth import grow, settle
 from ragmoe.training import RagmoeTrainer, TrainingConfig, prepare, train
 from ragmoe.training import adding as add_module
 from ragmoe.training.adding import Judges, add_expert, new_expert_config
-from ragmoe.training.lesson import calling_loss
+from ragmoe.training.lesson import calling_loss, margins
 from ragmoe.training.new_expert import nearest_expert
 
 Config = Callable[..., dict[str, Any]]
@@ -243,21 +244,53 @@ def test_the_calling_loss_by_hand() -> None:
     scores_SE = torch.tensor([[3.0, 1.0, 0.0, 2.0], [3.0, 1.0, 0.0, -1.0], [9.0, 9.0, 9.0, 99.0]])
     new_S, mask_S = torch.tensor([True, False, False]), torch.tensor([True, True, False])
     # K = 2: the second best of the first three is 1 in both rows that count; the third row is padding.
-    own, other = math.log1p(math.exp(-(2.0 - 1.0))), math.log1p(math.exp(-1.0 - 1.0))
-    assert calling_loss(scores_SE, 2, new_S, mask_S).item() == pytest.approx((own + other) / 2)
-    alone = calling_loss(scores_SE[:1], 2, new_S[:1], mask_S[:1])
+    margin_S = margins(scores_SE, 2)
+    assert margin_S.tolist() == [1.0, -2.0, 90.0]
+    own, other = math.log1p(math.exp(-1.0)), math.log1p(math.exp(-2.0))
+    assert calling_loss(margin_S, new_S, mask_S).item() == pytest.approx((own + other) / 2)
+    alone = calling_loss(margin_S[:1], new_S[:1], mask_S[:1])
     assert alone.item() == pytest.approx(own)
 
 
-def test_the_lesson_reaches_gate_rows_alone(bundle: Callable[..., Path], market: Callable[..., TrainingConfig]) -> None:
-    run = prepare(market(bundle()))
+def test_the_lesson_reaches_gate_rows_alone(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path
+) -> None:
+    run = prepare(market(bundle(), others=[str(town / "river_train.jsonl")]))
     assert run.new_expert is not None and run.new_expert.lesson is not None
+    batch = run.collator([run.dataset[0]])
+    with torch.no_grad():
+        routings = run.model(**batch)["routings"]
+    asked = (routings, batch["attention_mask"].reshape(-1).bool())
     run.model.train()
-    run.new_expert.lesson(run.model, 0).backward()
+    run.new_expert.lesson(run.model, 0, *asked).backward()
     reached = {name for name, p in run.model.named_parameters() if p.grad is not None and p.grad.any()}
     assert reached == {name for name, p in run.model.named_parameters() if p.requires_grad and ".gate." in name}
-    first, again, second = (run.new_expert.lesson(run.model.eval(), at).item() for at in (0, 0, 1))
+    first, again, second = (run.new_expert.lesson(run.model.eval(), at, *asked).item() for at in (0, 0, 1))
     assert first == again != second
+
+
+@pytest.mark.parametrize(("calls", "moved"), [(False, 1.0), (True, -1.0)])
+def test_the_bias_follows_the_questions(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], calls: bool, moved: float
+) -> None:
+    """It rises where questions call the expert less than the documents' sentences do, and falls where they do more."""
+    run = prepare(market(bundle()))
+    lesson = run.new_expert and run.new_expert.lesson
+    assert lesson is not None
+    rows = [layer.gate.get_parameter("token.parametrizations.weight.original") for layer in run.model.moe_layers]
+    with torch.no_grad():
+        for row in rows:
+            row.normal_()
+    E, mask_S = run.model.config.experts, torch.ones(6, dtype=torch.bool)
+    chosen_SK = torch.full((6, 2), E - 1 if calls else 0)
+    asked = Routing(torch.ones(6, 2), chosen_SK, torch.zeros(6, E))
+    lesson(run.model, 0, [asked, asked], mask_S)
+    for layer in run.model.moe_layers:
+        torch.testing.assert_close(layer.gate.balance_bias, torch.tensor([0.0, 0.0, 0.0, 0.02 * moved]))
+    fixed = prepare(market(bundle("lora", "token"), others=[str(run.config.data.questions[0])]))
+    assert fixed.new_expert is not None and fixed.new_expert.lesson is not None
+    fixed.new_expert.lesson(fixed.model, 0, [asked, asked], mask_S)
+    assert not any(layer.gate.balance_bias.any() for layer in fixed.model.moe_layers)
 
 
 def test_a_killed_addition_leaves_the_old_version_and_goes_on(
@@ -354,9 +387,11 @@ def test_an_expert_that_nothing_calls_is_an_error(
     assert read_map(folder).version == 1
 
 
-def test_a_negative_bias_makes_it_rarer(bundle: Callable[..., Path], market: Callable[..., TrainingConfig]) -> None:
+def test_a_negative_bias_makes_it_rarer(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path
+) -> None:
     folder = bundle()
-    config = market(folder, "new_expert.gate_bias=-0.25", steps=5)
+    config = market(folder, "new_expert.gate_bias=-0.25", others=[str(town / "river_train.jsonl")], steps=5)
     add_expert(folder, config)
     bias = next(x for name, x in tensors_of(folder).items() if name.endswith("balance_bias"))
     torch.testing.assert_close(bias, torch.tensor([0.0, 0.0, 0.0, -0.25]))
@@ -370,7 +405,7 @@ def test_a_negative_bias_makes_it_rarer(bundle: Callable[..., Path], market: Cal
         (("new_expert.name=expert 0",), {}, BundleError, "there is an expert 'expert 0' already"),
         (("new_expert.joins=x",), {}, BundleError, "is not the one that the expert was begun for"),
         (("train.what=all",), {}, ConfigError, "they go together\nragmoe experts add"),
-        (("new_expert.colour=red",), {}, ConfigError, "unknown key 'new_expert.colour'; there are: name, start"),
+        (("new_expert.colour=red",), {}, UsageError, "unknown key 'new_expert.colour'; there are: name, start"),
     ],
 )
 def test_what_cannot_be_added(
