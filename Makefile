@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Command-line arguments for pytest, as in: make test ARGS="-k gates"
 ARGS ?=
+# A process for each core, but no more than pay for importing torch.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .PHONY: demo test test-all lint clean
 .DEFAULT_GOAL := test
@@ -16,10 +18,10 @@ demo: $(STAMP)
 	$(BIN)/ragmoe demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m '' $(ARGS)
+	$(PYTEST) -m '' $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What holds for every test: no network, at most two threads, the same seed each time."""
+"""What holds for every test: no network, two threads in all, the same seed each time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import pytest
 
 # Before any library is imported: they read these at import. Child processes inherit them.
 _CACHE = tempfile.mkdtemp(prefix="ragmoe-tests-")
+# Where tests run in several processes (`make test`), each takes a core for its own.
+_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HOME=_CACHE,
-    OMP_NUM_THREADS="2",
-    MKL_NUM_THREADS="2",
+    OMP_NUM_THREADS=_THREADS,
+    MKL_NUM_THREADS=_THREADS,
     TOKENIZERS_PARALLELISM="false",
 )
 
