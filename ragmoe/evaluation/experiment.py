@@ -19,6 +19,8 @@ from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.task import Task, describe, expand, load_task, parse_task, read_yaml
 
 UNTRAINED, DENSE = "untrained", "dense"
+# In values of ``train`` and of the arms it stands for the seed, as in the path of another experiment's bundle.
+SEED = "{seed}"
 
 
 class Goal(BaseModel):
@@ -49,7 +51,7 @@ class Goal(BaseModel):
 
 
 class Experiment(BaseModel):
-    """An experiment as its YAML gives it; paths are relative to the folder of the file.
+    """An experiment as its YAML gives it; paths are relative to the folder of the file, and ``{seed}`` is the seed.
 
     Attributes:
         index: an index folder, or a recipe (YAML) that is built where it does not stand yet.
@@ -60,7 +62,7 @@ class Experiment(BaseModel):
         baseline: the arm that the picture of differences is drawn against; None for ``dense``, else the first arm.
         goals: differences hoped for, shown as met or not met.
         notes: for each arm, in words, how its size is matched to the others'.
-        untrained: also evaluate the model that training starts from, as the arm ``untrained``.
+        untrained: also evaluate the model that training starts from, as the arm ``untrained`` or of the name given.
         result: where the result is written, as JSON and beside it as Markdown; None for the output folder only.
     """
 
@@ -77,7 +79,7 @@ class Experiment(BaseModel):
     baseline: str | None = None
     goals: list[Goal] = []
     notes: dict[str, str] = {}
-    untrained: bool = False
+    untrained: bool | str = False
     result: str | None = None
 
     _path: Path = PrivateAttr(Path("experiment.yaml"))
@@ -86,11 +88,10 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        if UNTRAINED in self.arms:
-            raise ValueError(
-                f"no arm may be called {UNTRAINED!r}: set untrained: true for the model that training starts from"
-            )
-        for name in self.arms:
+        if reserved := {UNTRAINED, self.untrained_arm} & set(self.arms):
+            name = min(map(str, reserved))
+            raise ValueError(f"no arm may be called {name!r}: that is the model that training starts from (untrained)")
+        for name in self.arm_names:
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
                 raise ValueError(f"the arm {name!r} names a folder: expected letters, digits, '-', '_' and '.'")
         named = {
@@ -129,7 +130,12 @@ class Experiment(BaseModel):
     @property
     def arm_names(self) -> list[str]:
         """All arms, the untrained one first where it is asked for."""
-        return [UNTRAINED] * self.untrained + list(self.arms)
+        return [*([self.untrained_arm] if self.untrained_arm else []), *self.arms]
+
+    @property
+    def untrained_arm(self) -> str | None:
+        """The arm that is the model training starts from; None where it is not asked for."""
+        return self.untrained if isinstance(self.untrained, str) else UNTRAINED if self.untrained else None
 
     @property
     def reference(self) -> str:
@@ -189,6 +195,7 @@ class Experiment(BaseModel):
         content = merge(source, {"data": {"index": str(index.resolve())}, "seed": seed})
         for key, value in changes.items():
             content = merge(content, nest(key, value))
+        content = _with_seed(content, seed)
         try:
             return load_config(content, self._overrides, folder=folder)
         except ConfigError as error:
@@ -222,6 +229,15 @@ def load_experiment(
             raise UsageError(f"expected a.b=c, got {override!r}", hint="for example: train.steps=100")
     experiment._path, experiment._overrides, experiment._own_seeds = path, tuple(overrides), seeds is None
     return experiment
+
+
+def _with_seed(value: Any, seed: int) -> Any:
+    """Nested values with the seed in its place."""
+    if isinstance(value, dict):
+        return {key: _with_seed(entry, seed) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_seed(entry, seed) for entry in value]
+    return value.replace(SEED, str(seed)) if isinstance(value, str) else value
 
 
 def nest(key: str, value: Any) -> dict[str, Any]:

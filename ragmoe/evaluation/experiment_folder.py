@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ragmoe._differences import differences
 from ragmoe._errors import ConfigError
-from ragmoe.evaluation.experiment import UNTRAINED, Experiment
+from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.machine import commit, machine
 from ragmoe.evaluation.results import Results
 from ragmoe.evaluation.samples import write_text
@@ -68,14 +69,14 @@ class ExperimentFolder:
             moved: the folder may come from another machine: of a path only its last two names have to agree.
         """
         kept = _read_yaml(self.bundle(arm, seed) / "training.yaml")
-        if arm == UNTRAINED or kept is None:
+        if arm == self.experiment.untrained_arm or kept is None:
             return
         # Read back as a configuration: one that was written before a setting existed has that setting's default.
         before = _as(type(config), kept)
         now = config.model_dump(mode="json")
         if moved:
             before, now = _portable(before), _portable(now)
-        differing = _differences(before, now)
+        differing = differences(before, now)
         if self.note(arm, seed).get("index", self.index) != self.index:
             differing.append("the index's content")
         if differing:
@@ -88,7 +89,7 @@ class ExperimentFolder:
         """Whether an arm has its bundle; the untrained one needs none."""
         from ragmoe.bundle import is_bundle
 
-        return arm == UNTRAINED or is_bundle(self.bundle(arm, seed))
+        return arm == self.experiment.untrained_arm or is_bundle(self.bundle(arm, seed))
 
     def evaluated(self, arm: str, seed: int, task: Task) -> bool:
         """Whether an arm's evaluation on a task is whole, and of this task and index."""
@@ -109,7 +110,7 @@ class ExperimentFolder:
         done = sum(self.evaluated(arm, seed, task) for task in tasks)
         if self.trained(arm, seed):
             if done < len(tasks):
-                return f"{'' if arm == UNTRAINED else 'trained, '}{done} of {len(tasks)} tasks"
+                return f"{'' if arm == self.experiment.untrained_arm else 'trained, '}{done} of {len(tasks)} tasks"
             value = self._evaluation(arm, seed, tasks[0])["conditions"]["real"]["macro"]["f1"]
             return "finished" if value is None else f"F1 {value:.1f}"
         steps = [step for step, _ in self.losses(arm, seed)]
@@ -193,14 +194,6 @@ def _portable(value: Any) -> Any:
     if isinstance(value, str) and PurePath(value).is_absolute():
         return "/".join(PurePath(value).parts[-2:])
     return value
-
-
-def _differences(before: Any, now: Any, at: str = "") -> list[str]:
-    """The dotted keys in which two nested mappings differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = list(dict.fromkeys([*before, *now]))
-        return [key for k in keys for key in _differences(before.get(k), now.get(k), f"{at}.{k}" if at else str(k))]
-    return [] if before == now else [f"{at} ({before!r}, now {now!r})"]
 
 
 def _parse(line: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from statistics import fmean
 from ragmoe._errors import DataError
 from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
-from ragmoe.evaluation.experiment_tables import parameter_table, progress_table
+from ragmoe.evaluation.experiment_tables import added_table, parameter_table, progress_table
 from ragmoe.evaluation.goals import compare_arms, goal_table
 from ragmoe.evaluation.machine import commit
 from ragmoe.evaluation.plots import Picture, draw, require_matplotlib
@@ -141,6 +141,7 @@ def gather(folder: ExperimentFolder, tasks: list[Task], command: str) -> Outcome
         progress_table(folder, tasks) if missing else None,
         goal_table(experiment, tasks, compared),
         comparison_table(triples),
+        added_table(runs, experiment.untrained_arm),
         parameter_table({arm: by_task[tasks[0].name][0] for arm, by_task in runs.items()}, experiment.notes),
     ]
     details = []

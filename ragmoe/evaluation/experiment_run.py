@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragmoe._errors import UsageError
-from ragmoe.evaluation.experiment import UNTRAINED, Experiment
+from ragmoe._folders import expect_folder
+from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, gather, write
+from ragmoe.evaluation.items import check_gold
 from ragmoe.evaluation.opening import index_of_recipe
 from ragmoe.evaluation.protocols import Reader
 from ragmoe.evaluation.retrieval import Retrieval
@@ -52,15 +54,18 @@ def run_experiment(
     """
     if unknown := [name for name in only if name not in experiment.arm_names]:
         raise UsageError(f"there is no arm {unknown[0]!r}; there are: {', '.join(experiment.arm_names)}")
+    root = Path(out) if out else default_folder(experiment)
+    expect_folder(root)
+    say = say or (lambda line: None)
     tasks = experiment.load_tasks()
     for task in tasks:
-        task.load_questions()
+        if told := check_gold(task, task.load_questions()):
+            say(told)
     index = index_of_recipe(experiment.resolve(experiment.index), progress=index_progress)
-    folder = ExperimentFolder(experiment, Path(out) if out else default_folder(experiment), index.digest)
+    folder = ExperimentFolder(experiment, root, index.digest)
     for seed in experiment.seeds:
         for arm in experiment.arm_names:
             folder.check(arm, seed, experiment.training(arm, seed, index.folder))
-    say = say or (lambda line: None)
     retrieval = Retrieval(index)
     for seed in experiment.seeds:
         for arm in only or experiment.arm_names:
@@ -83,7 +88,7 @@ def _model(
     from ragmoe.training.build import build_model
 
     config, bundle = folder.experiment.training(arm, seed, index.folder), folder.bundle(arm, seed)
-    if arm == UNTRAINED:
+    if arm == folder.experiment.untrained_arm:
         import torch
 
         return build_model(config, index, on_cpu=not torch.cuda.is_available())

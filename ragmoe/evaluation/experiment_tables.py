@@ -1,8 +1,10 @@
-"""Tables about an experiment's arms: how far each is, and how large."""
+"""Tables about an experiment's arms: how far each is, how large, and who calls the experts that were added."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
 from ragmoe.evaluation.experiment import DENSE
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
@@ -57,3 +59,48 @@ def parameter_table(arms: Mapping[str, Results], notes: Mapping[str, str]) -> Ta
         rows,
         note=" ".join(lines) + (f"\n{matched}" if matched else ""),
     )
+
+
+def added_table(runs: Mapping[str, Mapping[str, Sequence[Results]]], start: str | None) -> Table | None:
+    """How often experts that the starting model did not have are called, in each task; None where there are none.
+
+    Args:
+        runs: of each arm by task name, one a seed.
+        start: the arm that is the model training starts from.
+    """
+    if start is None or start not in runs:
+        return None
+    rows = []
+    for arm, by_task in runs.items():
+        for name in dict.fromkeys(name for task in by_task for name in _new_experts(by_task[task], runs[start][task])):
+            rows.append([arm, name, *(_called(by_task[task], name) for task in by_task)])
+    if not rows:
+        return None
+    tasks = {task: results[0].setting for task, results in runs[start].items()}
+    return Table(
+        "Experts added",
+        ["arm", "expert", *(f"{task} ({setting})" for task, setting in tasks.items())],
+        rows,
+        note="Share of the gate's choices that fall on the expert, as a mean over domains and layers: where a token "
+        "chooses K experts, 1/K means that all tokens call it. Leaks are its calls where it is not wanted.",
+        labels=2,
+    )
+
+
+def _new_experts(runs: Sequence[Results], before: Sequence[Results]) -> list[str]:
+    known = set(_routing(before[0]).get("experts", []))
+    return [name for name in _routing(runs[0]).get("experts", []) if known and name not in known]
+
+
+def _called(runs: Sequence[Results], expert: str) -> str:
+    shares = []
+    for run in runs:
+        routing = _routing(run)
+        if expert in routing.get("experts", []):
+            at = routing["experts"].index(expert)
+            shares += [load_E[at] for load_LE in routing["load_per_domain"].values() for load_E in load_LE]
+    return f"{100 * fmean(shares):.1f} %" if shares else NONE
+
+
+def _routing(run: Results) -> dict[str, Any]:
+    return run.real.get("routing") or {}

@@ -33,6 +33,8 @@ class Task(BaseModel):
         index: an index folder, or a recipe (YAML); ``corpus`` names sources instead. Either is built once and kept.
         question_field: what is asked, and what is retrieved with: ``question``, or ``question_raw`` without the
             document's name.
+        label: what comparisons call the setting, such as ``old`` for what a reader knew before it was changed and
+            ``new`` for what it then learned; None for the setting's own name.
         setting: ``gold`` gives the reader the passages that hold the answer, ``open`` the best retrieved ones.
         passages: how many retrieved passages are read (``open`` only).
         neighbours: how many neighbours the gate sees; None for as many as the model was trained with.
@@ -49,6 +51,7 @@ class Task(BaseModel):
     index: str | None = None
     corpus: list[str] | None = None
     question_field: Literal["question", "question_raw"] = "question"
+    label: str | None = Field(None, min_length=1)
     setting: Literal["gold", "open"] = "gold"
     passages: int = Field(5, ge=1)
     neighbours: int | None = Field(None, ge=1)
@@ -59,8 +62,8 @@ class Task(BaseModel):
 
     @property
     def setting_name(self) -> str:
-        """The setting as comparisons name it: ``gold``, ``open``, ``gold_raw`` or ``open_raw``."""
-        return self.setting + ("_raw" if self.question_field == "question_raw" else "")
+        """The setting as comparisons name it: ``gold``, ``open``, ``gold_raw`` or ``open_raw``, or its label."""
+        return self.label or self.setting + ("_raw" if self.question_field == "question_raw" else "")
 
     def asked(self, question: Question) -> str:
         """The text of a question that this task asks."""

@@ -27,7 +27,7 @@ from ragmoe.index import Index
 from ragmoe.models.config import SPECIAL_CANDIDATES
 from ragmoe.models.windows import Window, collate, room, tokenize_passages, tokenize_questions, window
 from ragmoe.neighbours import Neighbours
-from ragmoe.training.config import RaftConfig
+from ragmoe.training.config import DataConfig, RaftConfig
 from ragmoe.training.raft import Example, sample
 
 # Distractors come from this many neighbours beyond those that are read, since some hold the answer.
@@ -50,6 +50,15 @@ def load_questions(patterns: Sequence[str], limit: int | None = None) -> list[Qu
         kept = sorted(questions, key=lambda q: _digest(q.id))[:limit]
         questions = sorted(kept, key=lambda q: q.id)
     return questions
+
+
+def training_questions(config: DataConfig) -> list[Question]:
+    """What is learned from: the questions, and so many of those to replay as make up their share."""
+    own = load_questions(config.questions, config.limit)
+    if not config.replay:
+        return own
+    wanted = round(len(own) * config.replay_share / (1 - config.replay_share))
+    return own + load_questions(config.replay, wanted)
 
 
 def hold_out(

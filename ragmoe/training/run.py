@@ -31,7 +31,7 @@ from ragmoe.training.data import (
     check_questions,
     hold_out,
     learnable,
-    load_questions,
+    training_questions,
 )
 from ragmoe.training.fitting import fit_gates
 from ragmoe.training.folder import CHECKPOINTS, HISTORY_NAME, check_out, is_started, last_checkpoint, start
@@ -101,7 +101,7 @@ def prepare(config: TrainingConfig, *, cache: Path | None = None, show: Shows | 
         show: told how far retrieving is, which takes minutes for many questions.
     """
     index = Index.open(config.data.index)
-    questions = load_questions(config.data.questions, config.data.limit)
+    questions = training_questions(config.data)
     known = [question for question in questions if learnable(question)]
     check_questions(known, index)
     fit, held = hold_out(known, index, config.data.calibration_share, config.data.calibration_limit)

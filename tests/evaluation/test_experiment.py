@@ -109,6 +109,20 @@ def test_configurations_of_arms(write: Any, tmp_path: Path) -> None:
     assert experiment.training("untrained", 0, tmp_path).model == {"sparse_layers": []}
 
 
+def test_the_start_may_have_a_name_of_its_own(write: Any, trained: list[str], tmp_path: Path) -> None:
+    tasks = [{"name": "t", "questions": ["questions.jsonl"], "label": "old"}]
+    path = write(untrained="before", comparisons=[["dense", "before"]], tasks=tasks, seeds=[0])
+    result = run_experiment(load_experiment(path), out=tmp_path / "out").result
+    assert list(result.arms) == ["before", "dense", "retrieval"]
+    assert (result.arms["before"].seconds, trained) == (None, ["dense/0", "retrieval/0"])
+    assert [(c.a, c.b, c.setting) for c in result.comparisons] == [("dense", "before", "old")]
+
+
+def test_a_value_may_depend_on_the_seed(write: Any, tmp_path: Path) -> None:
+    experiment = load_experiment(write(arms={"on": {"base": "runs/other/seed-{seed}/bundle"}}, comparisons=[]))
+    assert experiment.training("on", 2, tmp_path).base == "runs/other/seed-2/bundle"
+
+
 def test_faults_of_an_arm_name_it(write: Any, trained: list[str], tmp_path: Path) -> None:
     experiment = load_experiment(write(arms={"odd": {"train.stepps": 3}}, comparisons=[]))
     with pytest.raises(ConfigError, match=r"arm odd: .*unknown key 'train.stepps'"):
@@ -125,6 +139,7 @@ def test_faults_of_an_arm_name_it(write: Any, trained: list[str], tmp_path: Path
         ({"comparisons": [["retrieval", "tokn"]]}, "comparisons name 'tokn'; the arms are dense, retrieval"),
         ({"comparisons": [["retrieval", "untrained"]]}, "comparisons name 'untrained'"),
         ({"arms": {"untrained": {}}, "comparisons": []}, "no arm may be called 'untrained'"),
+        ({"untrained": "dense"}, "no arm may be called 'dense'"),
         ({"arms": {"a/b": {}}, "comparisons": []}, "the arm 'a/b' names a folder"),
         ({"arms": {}}, "arms: Dictionary should have at least 1 item"),
         ({"seeds": [1, 1]}, "seeds has duplicates"),

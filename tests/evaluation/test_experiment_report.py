@@ -15,7 +15,9 @@ from ragmoe.evaluation import plots
 from ragmoe.evaluation.experiment import load_experiment
 from ragmoe.evaluation.experiment_report import Outcome, report_experiment
 from ragmoe.evaluation.experiment_run import run_experiment
+from ragmoe.evaluation.experiment_tables import added_table
 from ragmoe.evaluation.result import Result
+from ragmoe.evaluation.results import Results
 from ragmoe.evaluation.tables import Table
 
 PICTURES = {"macro_f1.png", "differences.png", "load.png", "neighbours.png", "loss.png"}
@@ -224,3 +226,28 @@ def test_sizes_are_told_against_the_dense_arm(
         place.unlink()
     table = table_of(run_experiment(load_experiment(write()), out=tmp_path / "out"), "Parameters")
     assert table.note.endswith("The active parameters of all arms are within 2 % of the dense arm's.")
+
+
+def routed(task: str, setting: str, experts: list[str], load_per_domain: dict[str, Any]) -> Results:
+    conditions = {"real": {"routing": {"experts": experts, "load_per_domain": load_per_domain}}}
+    return Results({"name": task}, setting, "m", "d", "i", {"active": 1, "total": 1}, conditions, None)
+
+
+def test_who_calls_an_expert_that_was_added() -> None:
+    before = {"t_old": [routed("t_old", "old", ["a", "b"], {"x": [[0.5, 0.5]]})], "t_new": []}
+    before["t_new"] = [routed("t_new", "new", ["a", "b"], {"y": [[1.0, 0.0]]})]
+    grown = ["a", "b", "c"]
+    added = {
+        # Two domains and two layers of one seed, and of the other.
+        "t_old": [
+            routed("t_old", "old", grown, {"x": [[0.5, 0.4, 0.1], [0.5, 0.5, 0.0]], "z": [[0.5, 0.5, 0.0]] * 2}),
+            routed("t_old", "old", grown, {"x": [[0.5, 0.2, 0.3]] * 2, "z": [[0.5, 0.4, 0.1]] * 2}),
+        ],
+        "t_new": [routed("t_new", "new", grown, {"y": [[0.5, 0.0, 0.5], [0.3, 0.3, 0.4]]})] * 2,
+    }
+    table = added_table({"before": before, "added": added, "full": before}, "before")
+    assert table is not None
+    assert table.columns == ["arm", "expert", "t_old (old)", "t_new (new)"]
+    assert table.rows == [["added", "c", "11.2 %", "45.0 %"]]
+    assert added_table({"before": before, "full": before}, "before") is None
+    assert added_table({"added": added}, None) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 from ragmoe import DataError, Index, Neighbours, Passage, Question
 from ragmoe.corpus.types import Span
 from ragmoe.training import data, load_config, prepare
-from ragmoe.training.config import RaftConfig
-from ragmoe.training.data import RaftCollator, Retrieved, hold_out, load_questions
+from ragmoe.training.config import DataConfig, RaftConfig
+from ragmoe.training.data import RaftCollator, Retrieved, hold_out, load_questions, training_questions
 from ragmoe.training.raft import Example
 from ragmoe.training.run import Run
 
@@ -145,6 +146,18 @@ def test_a_limit_does_not_depend_on_the_order_of_files(world: Path, tmp_path: Pa
 def test_no_question_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no question file matches .*none\*.jsonl"):
         load_questions([str(tmp_path / "none*.jsonl")])
+
+
+def test_replayed_questions_make_up_their_share(world: Path, tmp_path: Path) -> None:
+    own = load_questions([str(world / "questions.jsonl")])
+    old = tmp_path / "old.jsonl"
+    rows = [{"id": f"old-{i}", "question": "What was?", "answers": [], "domain": "old"} for i in range(4 * len(own))]
+    old.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"questions": [str(world / "questions.jsonl")], "index": "unused", "replay": [str(old)]}
+    mixed = training_questions(DataConfig(**config, replay_share=0.75))
+    assert mixed[: len(own)] == own
+    assert [q.domain for q in mixed[len(own) :]] == ["old"] * (3 * len(own))
+    assert training_questions(DataConfig(**config, replay_share=0.01)) == own
 
 
 def test_shuffled_neighbours_are_another_questions_and_always_the_same_ones(config: Config) -> None:
