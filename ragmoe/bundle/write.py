@@ -83,13 +83,19 @@ def write_bundle(
         experts = _experts(old, count_experts(state_dict, expert_tensors), expert_ids, expert_names)
         parts = split_state(state_dict, expert_tensors, gate_tensors, [expert.id for expert in experts])
         saved = save_groups(folder, old, make_groups(parts, experts), max_shard_bytes, fixed)
-        new = _compose(old, experts, parts, saved, about)
-        if new != old:
-            new = _with_step(folder, old, new, saved, message)
-            _commit(folder, old, new)
-        write_text(folder / SUMMARY_NAME, summary(new, folder))
-        _remove_strays(folder)
-        return new
+        return _publish(folder, old, _compose(old, experts, parts, saved, about), saved, message)
+
+
+def _publish(
+    folder: Path, old: BundleMap | None, new: BundleMap, saved: Mapping[str, Saved], message: str
+) -> BundleMap:
+    """Put the map in force where it says anything new, and leave the folder as a reader expects it."""
+    if new != old:
+        new = _with_step(folder, old, new, saved, message)
+        _commit(folder, old, new)
+    write_text(folder / SUMMARY_NAME, summary(new, folder))
+    _remove_strays(folder)
+    return new
 
 
 def _fixed(folder: Path, old: BundleMap | None, parent: BundleMap | None) -> set[str]:

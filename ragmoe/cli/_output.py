@@ -22,6 +22,9 @@ DataOption = Annotated[
     Path | None, typer.Option(metavar="DIR", help="What ${RAGMOE_DATA} stands for in the files.", show_default=False)
 ]
 
+OVERRIDES = "KEY=VALUE"
+OVERRIDES_HELP = "paths in them count from the current folder."
+
 
 def set_data(data: Path | None) -> None:
     """Let ${RAGMOE_DATA} stand for a folder."""

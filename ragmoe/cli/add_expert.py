@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ragmoe.cli._output import DataOption, JsonOption, print_json, print_tables
+from ragmoe._folders import expect_folder
+from ragmoe.cli._output import (
+    OVERRIDES,
+    OVERRIDES_HELP,
+    DataOption,
+    JsonOption,
+    print_json,
+    print_tables,
+)
+from ragmoe.cli._stopped import again, on_stop
 from ragmoe.cli.progress import progress
+
+if TYPE_CHECKING:
+    from ragmoe.training import TrainingConfig
+    from ragmoe.training.adding import Added
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[a.b=c ...]", help="For the training, as in ragmoe train.", show_default=False),
+    typer.Argument(
+        metavar=OVERRIDES, help=f"For the training, as in ragmoe train; {OVERRIDES_HELP}", show_default=False
+    ),
 ]
-Name = Annotated[str, typer.Option(help="Of the expert: its domain's, where it has one.", show_default=False)]
+Name = Annotated[
+    str, typer.Option(metavar="NAME", help="Of the expert: its domain's, where it has one.", show_default=False)
+]
 Index = Annotated[
     Path, typer.Option(metavar="DIR", help="Holds the new passages, best beside the known.", show_default=False)
 ]
@@ -32,7 +49,7 @@ Start = Annotated[
         "--from", metavar="shared|nearest|EXPERT", help="What it starts as.", show_default="shared, or nearest"
     ),
 ]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimiser steps.", show_default="300")]
+Steps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Optimiser steps.", show_default="300")]
 Others = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE", help="Questions it is not for.", show_default="the index's other passages"),
@@ -81,9 +98,11 @@ def add(
 
     Its gate rows learn when to call it from documents alone: those it is for, and the others in the index.
     """
-    from ragmoe.cli.experts import certificate_table, find_tasks
+    from ragmoe.cli.experts import find_tasks
     from ragmoe.training import Judges, add_expert, new_expert_config
 
+    if out is not None:
+        expect_folder(out)
     judges = Judges(dev=dev or (), tasks=find_tasks(tasks, data, None), index=task_index, limit=limit)
     config = new_expert_config(
         bundle,
@@ -98,14 +117,25 @@ def add(
         overrides=overrides or (),
     )
     if dry_run:
-        from ragmoe.training import prepare
-        from ragmoe.training.describe import describe
-
-        report = describe(prepare(config))
-        print_json(report) if as_json else typer.echo(report["text"])
+        _describe(config, as_json)
         return
-    with progress() as show:
+    go_on = again("--resume", without=["--overwrite"])
+    with on_stop(lambda: f"what is trained so far is kept; go on with: {go_on}"), progress() as show:
         added = add_expert(bundle, config, judges, out=out, resume=resume, overwrite=overwrite, show=show)
+    _tell(added, as_json)
+
+
+def _describe(config: TrainingConfig, as_json: bool) -> None:
+    from ragmoe.training import prepare
+    from ragmoe.training.describe import describe
+
+    report = describe(prepare(config))
+    print_json(report) if as_json else typer.echo(report["text"])
+
+
+def _tell(added: Added, as_json: bool) -> None:
+    from ragmoe.cli.experts import certificate_table
+
     expert = added.map.experts[-1]
     if as_json:
         print_json({"bundle": str(added.bundle), "version": added.map.version, "id": expert.id, **added.certificate})

@@ -15,22 +15,36 @@ def annotate(
     questions: Annotated[
         list[str], typer.Option(metavar="FILE", help="Question files or globs; may be repeated.", show_default=False)
     ],
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many questions.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="At most N questions of each domain; the record is made of these alone.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Record which experts served the questions about each passage; gates with memory route by it from then on."""
     from ragmoe.cli.progress import progress
     from ragmoe.evaluation.annotate import annotate as record
+    from ragmoe.evaluation.annotate import gold_in
+    from ragmoe.evaluation.task import subset
     from ragmoe.index import Index
     from ragmoe.index.memory import memory_path
     from ragmoe.models import load
     from ragmoe.training.data import load_questions
 
-    opened, reader = Index.open(index), load(model)
-    asked = load_questions(questions, limit)
+    opened, given = Index.open(index), load_questions(questions)
+    usable = [question for question in given if gold_in(opened, question)]
+    used = subset(usable, limit)
+    reader = load(model)
     with progress() as bars:
-        memory = record(reader, opened, asked, progress=bars.stage)
+        memory = record(reader, opened, used or given, progress=bars.stage)
     found = {
+        "questions": len(given),
+        "used": len(used),
         "memory": str(memory_path(opened, memory.bundle)),
         "passages": len(opened),
         "recorded": int((memory.questions_P > 0).sum()),
@@ -44,6 +58,8 @@ def annotate(
         f"{found['recorded']:,} of {found['passages']:,} passages speak for the experts that served them, "
         f"{found['by_domain']:,} for their domain's expert, the others for none"
     )
+    without = f"; {len(given) - len(usable):,} have no gold passage in this index" if len(usable) < len(given) else ""
+    typer.echo(f"used: {len(used):,} of {len(given):,} questions{without}")
     typer.echo(f"written: {found['memory']}")
     if not reader.memory(opened):
         typer.echo(f"the {reader.config.gate} gate has no memory and does not use it", err=True)

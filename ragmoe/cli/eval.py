@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ragmoe._errors import ConfigError, DataError, UsageError
+from ragmoe._folders import expect_folder
 from ragmoe.cli._output import DataOption, JsonOption, complain, print_json, print_tables, set_data
-from ragmoe.cli.experiment import experiment, report
-from ragmoe.cli.progress import progress
+from ragmoe.cli._stopped import again, on_stop
+from ragmoe.cli.experiment import EXPERIMENT_EXAMPLES, REPORT_EXAMPLES, experiment, report
+from ragmoe.cli.progress import Show, progress
 
 if TYPE_CHECKING:
     from ragmoe.evaluation.results import Results
@@ -20,13 +22,21 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Run and compare evaluations.", no_args_is_help=True)
 
 _TASKS = Path("eval") / "tasks"
+_RUN_EXAMPLES = """Examples:
+
+  ragmoe eval run demo_gold demo_open --model runs/halvern --out runs/halvern-eval
+  ragmoe eval run mine.yaml --model runs/halvern --index indexes/mine --limit 50 --json"""
+_COMPARE_EXAMPLES = """Examples:
+
+  ragmoe eval compare runs/halvern-eval runs/token-eval
+  ragmoe eval compare runs/demo/retrieval/seed-0 runs/demo/dense/seed-0 --metric em --json"""
 
 
-@app.command()
+@app.command(epilog=_RUN_EXAMPLES)
 def run(
     tasks: Annotated[
         list[str],
-        typer.Argument(metavar="TASK...", help="Task files, or names that `ragmoe eval ls` lists.", show_default=False),
+        typer.Argument(metavar="TASK", help="Task files, or names that `ragmoe eval ls` lists.", show_default=False),
     ],
     model: Annotated[Path, typer.Option(metavar="BUNDLE", help="The model to evaluate.", show_default=False)],
     index: Annotated[
@@ -36,7 +46,7 @@ def run(
         int | None, typer.Option(min=1, metavar="N", help="At most N questions of each domain.", show_default=False)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where samples and results go.  [default: runs/eval/BUNDLE]")
+        Path | None, typer.Option(metavar="DIR", help="Where samples and results go.", show_default="runs/eval/BUNDLE")
     ] = None,
     data: DataOption = None,
     resume: Annotated[bool, typer.Option(help="Take over questions that were read already.")] = True,
@@ -44,37 +54,15 @@ def run(
 ) -> None:
     """Evaluate a model on tasks; a run that was stopped goes on where it was."""
     set_data(data)
-    loaded = [find_task(name).limited(limit) for name in tasks]
-    if twice := {task.name for task in loaded if [t.name for t in loaded].count(task.name) > 1}:
-        raise UsageError(f"two tasks are called {min(twice)!r}; their results would overwrite each other")
-    for task in loaded:
-        task.load_questions()
-    from ragmoe.evaluation import Retrieval, evaluate
-    from ragmoe.evaluation.opening import index_of_task
-    from ragmoe.evaluation.results import to_lm_eval
-    from ragmoe.models import load
-
-    reader = load(model)
     base = out or Path("runs") / "eval" / "-".join(model.resolve().parts[-2:]).strip("/")
-    results = []
-    shared: dict[Path, Retrieval] = {}
-    with progress() as show:
-        for task in loaded:
-            opened = index_of_task(task, given=index, progress=show.stage)
-            retrieval = shared.setdefault(opened.folder, Retrieval(opened))
-            folder = base / (task.name if limit is None or out else f"{task.name}-limit{limit}")
-            result = evaluate(
-                reader,
-                task,
-                retrieval.index,
-                out=folder,
-                resume=resume,
-                progress=show.questions,
-                retrieval=retrieval,
-                name=str(model),
-            )
-            _write_report(result, folder)
-            results.append(result)
+    expect_folder(base)
+    loaded = _load_tasks(tasks, limit)
+    folders = [base / (task.name if limit is None or out else f"{task.name}-limit{limit}") for task in loaded]
+    kept = f"the answers recorded so far are kept in {base}"
+    with on_stop(lambda: f"{kept}; go on with: {again(without=['--no-resume'])}"), progress() as show:
+        results = _evaluate(model, index, list(zip(loaded, folders, strict=True)), resume, show)
+    from ragmoe.evaluation.results import to_lm_eval
+
     if as_json:
         print_json(to_lm_eval(results))
     else:
@@ -117,13 +105,16 @@ def ls(
     print_tables([Table(f"Tasks in {folder}", ["task", "setting", "what it is"], cells, note=note, labels=3)])
 
 
-@app.command()
+@app.command(epilog=_COMPARE_EXAMPLES)
 def compare(
     run_a: Annotated[
-        Path, typer.Argument(metavar="RUN_A", help="Folder of an evaluation (--out).", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RUN_A", help="Folder of an evaluation (--out), of one task or of several.", show_default=False
+        ),
     ],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of another.", show_default=False)],
-    metric: Annotated[str, typer.Option(help="f1, em, f1_thresholded or em_thresholded.")] = "f1",
+    metric: Annotated[str, typer.Option(metavar="METRIC", help="f1, em, f1_thresholded or em_thresholded.")] = "f1",
     as_json: JsonOption = False,
 ) -> None:
     """Show by how much run A is better than run B, with the 95 % interval; both must have asked the same questions."""
@@ -157,8 +148,8 @@ def compare(
         print_tables([Table(title, ["domain", "difference", "95 % interval"], rows, note=note)])
 
 
-app.command()(experiment)
-app.command()(report)
+app.command(epilog=EXPERIMENT_EXAMPLES)(experiment)
+app.command(epilog=REPORT_EXAMPLES)(report)
 
 
 def find_task(name: str) -> Task:
@@ -173,6 +164,49 @@ def find_task(name: str) -> Task:
         there = ", ".join(known) or "none"
         raise UsageError(f"there is no task file {name!r}; tasks in {_TASKS}: {there}", hint="ragmoe eval ls")
     return load_task(_TASKS / f"{name}.yaml")
+
+
+def _load_tasks(names: list[str], limit: int | None) -> list[Task]:
+    """The tasks by file or name, their questions looked at; what cannot be asked is told on stderr."""
+    from ragmoe.evaluation.items import check_gold
+
+    tasks = [find_task(name).limited(limit) for name in names]
+    if twice := {task.name for task in tasks if [t.name for t in tasks].count(task.name) > 1}:
+        raise UsageError(f"two tasks are called {min(twice)!r}; their results would overwrite each other")
+    for task in tasks:
+        if told := check_gold(task, task.load_questions()):
+            typer.echo(told, err=True)
+    return tasks
+
+
+def _evaluate(
+    model: Path, index: Path | None, tasks: list[tuple[Task, Path]], resume: bool, show: Show
+) -> list[Results]:
+    """Evaluate the model on tasks, each with its folder; whatever may be missing is looked for before it is loaded."""
+    from ragmoe.evaluation import Retrieval, evaluate
+    from ragmoe.evaluation.opening import index_of_task
+    from ragmoe.models import check_bundle, load
+
+    check_bundle(model)
+    shared: dict[Path, Retrieval] = {}
+    opened = [index_of_task(task, given=index, progress=show.stage) for task, _ in tasks]
+    reader = load(model)
+    results = []
+    for (task, folder), its_index in zip(tasks, opened, strict=True):
+        retrieval = shared.setdefault(its_index.folder, Retrieval(its_index))
+        result = evaluate(
+            reader,
+            task,
+            retrieval.index,
+            out=folder,
+            resume=resume,
+            progress=show.questions,
+            retrieval=retrieval,
+            name=str(model),
+        )
+        _write_report(result, folder)
+        results.append(result)
+    return results
 
 
 def _pairs(

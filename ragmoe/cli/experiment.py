@@ -8,16 +8,39 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ragmoe._errors import UsageError
-from ragmoe.cli._output import DataOption, JsonOption, complain, print_json, print_tables, set_data
+from ragmoe.cli._output import (
+    OVERRIDES,
+    OVERRIDES_HELP,
+    DataOption,
+    JsonOption,
+    complain,
+    print_json,
+    print_tables,
+    set_data,
+)
+from ragmoe.cli._stopped import again, on_stop
 from ragmoe.cli.progress import progress
 
 if TYPE_CHECKING:
     from ragmoe.evaluation.experiment_report import Outcome
 
+EXPERIMENT_EXAMPLES = """Examples:
+
+  ragmoe eval experiment eval/experiments/demo.yaml --out runs/demo
+  ragmoe eval experiment eval/experiments/core7.yaml --data path/to/data --only retrieval --seeds 0
+  ragmoe eval experiment eval/experiments/core7.yaml train.steps=50 --data path/to/data --out runs/quick"""
+REPORT_EXAMPLES = """Example:
+
+  ragmoe eval report eval/experiments/core7.yaml --data path/to/data"""
+
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The experiment.", show_default=False)]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[a.b=c ...]", help="For the training of every arm.", show_default=False),
+    typer.Argument(
+        metavar=OVERRIDES,
+        help=f"For the training of every arm, such as train.steps=50; {OVERRIDES_HELP}",
+        show_default=False,
+    ),
 ]
 SeedsOption = Annotated[
     str | None, typer.Option(metavar="0,1", help="In place of the file's seeds.", show_default=False)
@@ -29,7 +52,7 @@ def experiment(
     overrides: OverridesArgument = None,
     data: DataOption = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where models and samples go.  [default: runs/NAME]")
+        Path | None, typer.Option(metavar="DIR", help="Where models and samples go.", show_default="runs/NAME")
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="ARM", help="Run only this arm; may be repeated.", show_default=False)
@@ -40,10 +63,13 @@ def experiment(
     """Train and evaluate the arms of an experiment and write its result; one that was stopped goes on."""
     set_data(data)
     from ragmoe.evaluation.experiment import load_experiment
+    from ragmoe.evaluation.experiment_report import default_folder
     from ragmoe.evaluation.experiment_run import run_experiment
 
     loaded = load_experiment(file, overrides=overrides or (), seeds=_seeds(seeds))
-    with progress() as show:
+    folder = out or default_folder(loaded)
+    kept = f"what was trained and read so far is kept in {folder}, an arm in training from its last checkpoint on"
+    with on_stop(lambda: f"{kept}; go on with: {again()}"), progress() as show:
         outcome = run_experiment(
             loaded,
             out=out,
@@ -62,11 +88,11 @@ def report(
     overrides: OverridesArgument = None,
     data: DataOption = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the experiment was run.  [default: runs/NAME]")
+        Path | None, typer.Option(metavar="DIR", help="Where the experiment was run.", show_default="runs/NAME")
     ] = None,
     plots: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the pictures go.  [default: beside the Markdown]", show_default=False),
+        typer.Option(metavar="DIR", help="Where the pictures go.", show_default="beside the Markdown"),
     ] = None,
     seeds: SeedsOption = None,
     as_json: JsonOption = False,

@@ -98,7 +98,7 @@ def rename(
 def prune(
     bundle: BundleArgument,
     experts: Annotated[
-        list[str], typer.Argument(metavar="EXPERT...", help="Ids or names of the experts to go.", show_default=False)
+        list[str], typer.Argument(metavar="EXPERT", help="Ids or names of the experts to go.", show_default=False)
     ],
     task: TaskOption = None,
     index: Annotated[

@@ -11,6 +11,7 @@ import typer
 
 from ragmoe._errors import IndexFolderError, UsageError
 from ragmoe.cli._output import JsonOption, print_json
+from ragmoe.cli._stopped import again, on_stop
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Passage
@@ -112,13 +113,14 @@ def build(
     options = _options(recipe, {key: value for key, value in flags.items() if value is not None}, resume, overwrite)
     from ragmoe.index.build import plan_build
 
-    plan = plan_build(options)
-    _print_plan(plan)
-    if dry_run:
-        if as_json:
-            print_json(_plan_summary(plan))
-        return
-    manifest = _run(plan)
+    with on_stop(lambda: _kept(options.out)):
+        plan = plan_build(options)
+        _print_plan(plan)
+        if dry_run:
+            if as_json:
+                print_json(_plan_summary(plan))
+            return
+        manifest = _run(plan)
     if as_json:
         print_json({"out": str(options.out), "skipped_lines": plan.skipped, **manifest.model_dump()})
     else:
@@ -268,11 +270,13 @@ def _run(plan: BuildPlan) -> Manifest:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done)
 
-        try:
-            return plan.run(progress)
-        except KeyboardInterrupt:
-            typer.echo("stopped; what is encoded is kept: add --resume to go on", err=True)
-            raise
+        return plan.run(progress)
+
+
+def _kept(out: Path) -> str:
+    """What a build that was stopped has left, and the command that goes on with it."""
+    encoded = "what is encoded so far is kept" if (out / "partial").is_dir() else "nothing is encoded yet"
+    return f"{encoded}; go on with: {again('--resume')}"
 
 
 _LONG = {"windows": "each is encoded as the token-weighted mean of overlapping windows", "truncate": "each is cut"}

@@ -19,12 +19,13 @@ from ragmoe._memory import keep_freed_memory
 from ragmoe._version import __version__
 from ragmoe.cli import data, experts, index
 from ragmoe.cli import eval as eval_
+from ragmoe.cli._stopped import WORDS
 from ragmoe.cli.annotate import annotate
 from ragmoe.cli.ask import ASK_EXAMPLES, ask
 from ragmoe.cli.demo import demo
 from ragmoe.cli.doctor import doctor
 from ragmoe.cli.route import ROUTE_EXAMPLES, route
-from ragmoe.cli.train import train
+from ragmoe.cli.train import TRAIN_EXAMPLES, train
 
 _LIBRARIES = "torch|transformers|sentence_transformers|datasets|huggingface_hub|peft|accelerate|faiss|numpy"
 _QUIET = {
@@ -74,7 +75,7 @@ app.add_typer(index.app, name="index", help="Build, search, inspect and verify i
 app.add_typer(data.app, name="data", help="Check and remap question files.", rich_help_panel=_GROUPS)
 app.add_typer(eval_.app, name="eval", help="Run and compare evaluations and experiments.", rich_help_panel=_GROUPS)
 app.add_typer(experts.app, name="experts", help="Show, add, prune and merge single experts.", rich_help_panel=_GROUPS)
-app.command("train", short_help="Fine-tune a model from a configuration file.")(train)
+app.command("train", short_help="Fine-tune a model from a configuration file.", epilog=TRAIN_EXAMPLES)(train)
 app.command("ask", short_help="Answer a question, with the passage it comes from.", epilog=ASK_EXAMPLES)(ask)
 app.command("route", short_help="Draw which experts a question's tokens go to.", epilog=ROUTE_EXAMPLES)(route)
 app.command("doctor", short_help="Check this machine and this installation.")(doctor)
@@ -97,8 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _quieten()
     keep_freed_memory()
+    words = sys.argv[1:] if argv is None else list(argv)
+    WORDS.set(words)
     try:
-        app(args=list(argv) if argv is not None else None, prog_name="ragmoe")
+        app(args=words, prog_name="ragmoe")
     except RagmoeError as error:
         typer.echo(f"error: {error.message}", err=True)
         if error.hint:

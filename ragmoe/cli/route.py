@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ragmoe._errors import ModelError, UsageError
+from ragmoe._errors import UsageError
 from ragmoe.cli._output import JsonOption, print_json
 
 if TYPE_CHECKING:
@@ -38,15 +38,13 @@ def route(
     from ragmoe.index import Index
     from ragmoe.models import load
 
-    model = load(bundle)
-    if not model.sparse_layers:
-        raise ModelError(f"{bundle} is a dense model: it has no gate and no experts to draw")
-    opened = Index.open(index)
-    found = trace(model, opened, question)
+    opened, model = Index.open(index), load(bundle)
     if as_json:
-        print_json(found)
+        print_json(trace(model, opened, question))
+    elif not model.sparse_layers or model.config.experts == 1:
+        typer.echo(f"{bundle} sends every token through the same network: there is nothing for a gate to choose")
     else:
-        draw(found)
+        draw(trace(model, opened, question))
 
 
 def trace(model: Any, index: Any, question: str) -> dict[str, Any]:

@@ -7,15 +7,35 @@ from typing import Annotated
 
 import typer
 
+from ragmoe.cli._output import OVERRIDES, OVERRIDES_HELP
+from ragmoe.cli._stopped import again, on_stop
 from ragmoe.cli.progress import progress
+
+TRAIN_EXAMPLES = """Examples:
+
+  ragmoe train eval/experiments/halvern.yaml --dry-run
+  ragmoe train eval/experiments/halvern.yaml train.steps=200 model.gate=token --out runs/token
+  ragmoe train eval/experiments/halvern.yaml train.steps=200 model.gate=token --out runs/token --resume"""
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file; eval/experiments/halvern.yaml is an example.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE.yaml",
+            help="The configuration, such as eval/experiments/halvern.yaml; paths in it count from its folder.",
+            show_default=False,
+        ),
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Keys to change: train.steps=200 model.gate=token")
+        list[str] | None,
+        typer.Argument(
+            metavar=OVERRIDES,
+            help=f"Keys to change, such as train.steps=200 model.gate=token; {OVERRIDES_HELP}",
+            show_default=False,
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("runs/train"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the bundle.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where a run has left something.")] = False,
     dry_run: Annotated[
@@ -40,7 +60,7 @@ def train(
             report["text"], highlight=False, markup=False
         )
         return
-    with progress() as show:
+    with on_stop(lambda: _kept(out, resolved.checkpoint_every)), progress() as show:
         result = training.train(resolved, out=out, resume=resume, overwrite=overwrite, show=show)
     if as_json:
         print(json.dumps(asdict(result), default=str, indent=2))
@@ -54,3 +74,19 @@ def train(
         f"{counts['trained'] / 1e6:.2f} M trained"
     )
     console.print(f'next: ragmoe ask {result.bundle} "a question" --index {resolved.data.index}')
+
+
+def _kept(out: Path, every: int) -> str:
+    """What a run that was stopped has left, and the command that goes on with it."""
+    from ragmoe.bundle import is_bundle
+    from ragmoe.training.folder import is_started, last_checkpoint
+
+    if is_bundle(out):
+        return f"{out} holds a finished run; what was given: {again()}"
+    if not is_started(out):
+        return f"nothing is written yet; begin again with: {again()}"
+    resume = again("--resume", without=["--overwrite"])
+    if checkpoint := last_checkpoint(out):
+        return f"the checkpoint after step {checkpoint.rpartition('-')[2]} is kept; go on with: {resume}"
+    why = f"no checkpoint is written yet (checkpoint_every is {every})"
+    return f"{why}, so it starts again at the first step: {resume}"

@@ -51,8 +51,7 @@ def annotate(
     if not model.bundle_digests:
         raise ModelError("the model comes from no bundle, which its memory could be kept under: save and load it first")
     model.check_index(index)
-    about = [(q, [name for name in q.gold_ids if index.find(name) is not None]) for q in questions]
-    about = [(q, ids) for q, ids in about if ids]
+    about = [(q, names) for q in questions if (names := gold_in(index, q))]
     if not about:
         raise DataError(f"none of the {len(questions)} questions has a gold passage in {index.folder}")
     counts: dict[int, np.ndarray] = {}
@@ -76,3 +75,8 @@ def annotate(
     memory = initial.recorded(counts, asked, model.bundle_digests[0])
     memory.save(index)
     return memory
+
+
+def gold_in(index: Index, question: Question) -> list[str]:
+    """The gold passages of a question that an index holds; only a question that has some can be annotated with."""
+    return [name for name in question.gold_ids if index.find(name) is not None]

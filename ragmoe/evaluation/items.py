@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,9 @@ from ragmoe.evaluation.task import Task
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Question
+
+# Of questions that all lack the same, so many are named.
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,57 @@ def prepare(task: Task, index: Searchable) -> list[Item]:
     return [_item(task, q, have, documents.get(first_of[q.id] or "", q.id)) for q in questions]
 
 
+def check_gold(task: Task, questions: Sequence[Question]) -> str | None:
+    """What to tell of questions that the ``gold`` setting cannot ask; None where there are none.
+
+    Raises:
+        DataError: it can ask none of those that have an answer (or none at all).
+    """
+    lacking = [question for question in questions if not _given(question)[1]] if task.setting == "gold" else []
+    if not lacking:
+        return None
+    fields = " or ".join(dict.fromkeys(_given(question)[0] for question in lacking))
+    said = (
+        f"task {task.name}: {len(lacking)} of {len(questions)} questions have no {fields}, which name the passage that "
+        f"the setting gold gives to the reader: {_places(task, lacking)}"
+    )
+    wanted = [question for question in questions if question.answers] or questions
+    if not any(_given(question)[1] for question in wanted):
+        raise DataError(
+            said, hint="add them, or put `setting: open` into the task: it reads what is retrieved and needs none"
+        )
+    return f"{said}; they are left out (`setting: open` needs no {fields})"
+
+
+def _given(question: Question) -> tuple[str, tuple[str, ...]]:
+    """What names the passages that the ``gold`` setting gives to the reader, and these."""
+    return ("gold_ids", question.gold_ids) if question.answers else ("context_ids", question.context_ids)
+
+
+def _places(task: Task, questions: Sequence[Question]) -> str:
+    """The first few questions, each with file and line."""
+    from ragmoe.corpus.questions import parse_questions
+
+    named = {question.id for question in questions[:_NAMED]}
+    places = {
+        question.id: place
+        for path in task.question_files()
+        for place, question, _ in parse_questions(path)
+        if question is not None and question.id in named
+    }
+    more = f" and {len(questions) - len(named)} more" if len(questions) > len(named) else ""
+    return ", ".join(f"{name} ({place})" for name, place in places.items()) + more
+
+
 def _item(task: Task, question: Question, have: Set[str], doc_id: str) -> Item:
     asked = task.asked(question)
     example = digest_of(question.id, asked, question.answers, question.answer_type)
     if task.setting == "open":
         return Item(question, asked, (), doc_id, example)
     # Where several passages hold the answer, all are given: not every dataset says which alternative is from which.
-    read = question.gold_ids if question.answers else question.context_ids
+    field, read = _given(question)
     item = Item(question, asked, tuple(read), doc_id, example)
     if not read:
-        field = "gold_ids" if question.answers else "context_ids"
         return replace(item, problem=f"the question has no {field}: there is no passage to read", status="unscored")
     if missing := [name for name in read if name not in have]:
         return replace(item, problem=f"not in the index: {', '.join(missing)}", status="error")

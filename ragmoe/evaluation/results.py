@@ -8,6 +8,7 @@ subtask for each domain), with everything else under ``ragmoe``.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.samples import Sample, read_samples, write_text
 
 SCORING_VERSION = 1
+_FILE = "results.json"
+_WRITES = "ragmoe eval run TASK --model BUNDLE --out DIR writes one, or finishes one that was stopped"
 _UNITS = {
     "f1, em, accuracy, macro_f1, f1_all, difference": "points, 0 to 100",
     "coverage, auroc, retrieval, load, normalised_mi, routing_shift": "share, 0 to 1",
@@ -78,13 +81,13 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """Write ``results.json``; the samples are there already."""
-        write_text(folder / "results.json", json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / _FILE, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
         """Read a run back. DataError where the folder holds none, or not all of it."""
         folder = Path(folder)
-        path = folder / "results.json"
+        path = folder / _FILE
         try:
             blocks = json.loads(path.read_text(encoding="utf-8"))["ragmoe"]["tasks"]
             if len(blocks) != 1:
@@ -97,7 +100,7 @@ class Results:
             raise DataError(
                 f"{folder} is not a finished evaluation: it lacks {Path(error.filename).name}; "
                 f"it holds {', '.join(have) or 'nothing'}",
-                hint="ragmoe eval run TASK.yaml --model BUNDLE --out DIR writes one, or finishes one that was stopped",
+                hint=_WRITES,
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged: {error}", hint=f"run it again with --out {folder}") from None
@@ -109,11 +112,30 @@ def samples_name(condition: str) -> str:
 
 
 def find_runs(folder: str | Path) -> dict[str, Results]:
-    """The runs in a folder, by task name: its own, or those of its sub-folders. DataError where there is none."""
+    """The runs in a folder, by task name: its own, or those of its sub-folders.
+
+    Raises:
+        DataError: there is none; names the folders beside it that hold some.
+    """
     folder = Path(folder)
-    places = [folder] if (folder / "results.json").exists() else sorted(p.parent for p in folder.glob("*/results.json"))
-    runs = [Results.load(place) for place in places or [folder]]
+    places = _places(folder)
+    if not places:
+        have = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
+        holds = f"it holds {', '.join(have) or 'nothing'}" if folder.is_dir() else "there is no such folder"
+        around = folder.absolute().parent
+        beside = [path.name for path in sorted(around.iterdir()) if _places(path)] if around.is_dir() else []
+        raise DataError(
+            f"{folder} is not a finished evaluation: expected {_FILE} in it, or in folders of it, but {holds}; "
+            f"evaluations in {folder.parent}: {', '.join(beside) or 'none'}",
+            hint=_WRITES,
+        )
+    runs = [Results.load(place) for place in places]
     return {run.name: run for run in runs}
+
+
+def _places(folder: Path) -> list[Path]:
+    """The folder itself where a run was written into it, else those in it."""
+    return [folder] if os.path.exists(folder / _FILE) else sorted(path.parent for path in folder.glob(f"*/{_FILE}"))
 
 
 def to_lm_eval(runs: Sequence[Results]) -> dict[str, Any]:

@@ -150,7 +150,9 @@ def dispatch(experts_SK: Tensor, experts: int) -> Dispatch:
     order_P = flat_P.argsort(stable=True)
     back_P = torch.empty_like(order_P)
     back_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-    offsets_E = torch.bincount(flat_P, minlength=experts).cumsum(0).to(torch.int32)
+    # Not bincount, which on a GPU waits for the largest value before it knows how long its result is.
+    pairs_E = torch.zeros(experts, dtype=torch.int64, device=flat_P.device)
+    offsets_E = pairs_E.scatter_add_(0, flat_P, torch.ones_like(flat_P)).cumsum(0).to(torch.int32)
     return Dispatch(order_P, back_P, offsets_E)
 
 

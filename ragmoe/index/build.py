@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from ragmoe._errors import DataError, IndexFolderError, IndexLockedError
+from ragmoe._folders import expect_folder
 from ragmoe._version import __version__
 from ragmoe.corpus.chunking import Chunk
 from ragmoe.corpus.passages import OnError, read_passages
@@ -328,11 +329,7 @@ def _encoding(manifest: Manifest) -> list[object]:
 def _check_target(options: BuildOptions) -> None:
     """Refuse a folder that holds an index, unless it may be replaced, or that holds other things."""
     folder = options.out
-    if folder.exists() and not folder.is_dir():
-        raise IndexFolderError(f"{folder} is a file; expected a folder, new or empty")
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise IndexFolderError(f"{folder} cannot be made: {there} is a file")
+    there = expect_folder(folder, IndexFolderError)
     if not os.access(there, os.W_OK | os.X_OK):
         raise IndexFolderError(f"{folder} cannot be written: {there} is not writable", hint="name another with --out")
     if not folder.is_dir():

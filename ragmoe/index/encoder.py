@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragmoe._errors import ConfigError, EncoderMismatchError
+from ragmoe._quiet import quiet_loading
 from ragmoe._threads import import_torch
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class SentenceEncoder:
         from sentence_transformers import SentenceTransformer
 
         try:
-            self._model: SentenceTransformer = SentenceTransformer(str(folder), local_files_only=True)
+            with quiet_loading():
+                self._model: SentenceTransformer = SentenceTransformer(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"encoder {name!r} cannot be loaded: {error}", hint=_HINT) from error
         self._model = self._model.float().eval()

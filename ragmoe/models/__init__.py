@@ -26,6 +26,12 @@ def load(
     Raises:
         BundleError: when it is missing or damaged, or has no such version or expert.
     """
+    folder = check_bundle(bundle)
+    return RagmoeBertForQuestionAnswering.from_pretrained(folder, version=version, experts=experts).eval()
+
+
+def check_bundle(bundle: str | os.PathLike[str]) -> Path:
+    """The folder of a bundle; BundleError where it is none. Nothing of it is opened."""
     folder = Path(bundle)
     if not is_bundle(folder):
         have = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else None
@@ -34,7 +40,7 @@ def load(
             + (f"found {', '.join(have) or 'nothing'}" if have is not None else "there is no such folder"),
             hint="ragmoe train CONFIG.yaml writes one",
         )
-    return RagmoeBertForQuestionAnswering.from_pretrained(folder, version=version, experts=experts).eval()
+    return folder
 
 
 __all__ = [
@@ -43,5 +49,6 @@ __all__ = [
     "RagmoeBertConfig",
     "RagmoeBertForQuestionAnswering",
     "RagmoeBertModel",
+    "check_bundle",
     "load",
 ]

@@ -125,6 +125,17 @@ class RagmoeBertPreTrainedModel(BundleMixin, BertPreTrainedModel):
     # forward takes any keyword, which Trainer would read as "divides its loss by num_items_in_batch itself".
     accepts_loss_kwargs = False
 
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The places of the MoE layers among all layers."""
+        return self.config.resolved_sparse_layers()
+
+    @property
+    def gate_sees_neighbours(self) -> bool:
+        """Whether the gate, or the neighbours' summary, would do anything with neighbours."""
+        looks = gate_class(self.config.gate).uses_neighbours or self.config.neighbour_summary
+        return bool(self.sparse_layers) and looks
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the decorator in this file's text, but it is in experts/ffn.py: silently eager.
@@ -171,9 +182,27 @@ class RagmoeBertModel(RagmoeBertPreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        neighbours: Neighbours | None = None,
+        neighbour_embeddings: Tensor | None = None,
+        neighbour_scores: Tensor | None = None,
+        neighbour_mask: Tensor | None = None,
+        neighbour_votes: Tensor | None = None,
+        question_domain: Tensor | None = None,
     ) -> tuple[list[Tensor], tuple[Routing, ...]]:
-        """All hidden states (embeddings first, (Q, T, D) each) and the routings of the sparse layers."""
+        """All hidden states (embeddings first, (Q, T, D) each) and the routings of the sparse layers.
+
+        The arguments are those of ``RagmoeBertForQuestionAnswering.forward``.
+        """
+        neighbours = None
+        if self.gate_sees_neighbours:
+            neighbours = Neighbours.from_tensors(
+                {
+                    "neighbour_embeddings": neighbour_embeddings,
+                    "neighbour_scores": neighbour_scores,
+                    "neighbour_mask": neighbour_mask,
+                    "neighbour_votes": neighbour_votes,
+                    "question_domain": question_domain,
+                }
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x_QTD = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds)
@@ -219,18 +248,17 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
             start_positions, end_positions: (B, M) int64, the candidate that is right in each of a question's M
                 sequences: 0 no answer here, 1 yes, 2 no, 3 maybe, 4 + t token t.
         """
-        neighbours = None
-        if self.gate_sees_neighbours:
-            neighbours = Neighbours.from_tensors(
-                {
-                    "neighbour_embeddings": neighbour_embeddings,
-                    "neighbour_scores": neighbour_scores,
-                    "neighbour_mask": neighbour_mask,
-                    "neighbour_votes": neighbour_votes,
-                    "question_domain": question_domain,
-                }
-            )
-        states, routings = self.bert(input_ids, attention_mask, token_type_ids, inputs_embeds, neighbours)
+        states, routings = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            inputs_embeds,
+            neighbour_embeddings,
+            neighbour_scores,
+            neighbour_mask,
+            neighbour_votes,
+            question_domain,
+        )
         x_QTD = states[-1]
         if attention_mask is None:
             attention_mask = torch.ones(x_QTD.shape[:2], dtype=torch.long, device=x_QTD.device)
@@ -277,17 +305,6 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first to last."""
         return [module for module in self.modules() if isinstance(module, MoELayer)]
-
-    @property
-    def sparse_layers(self) -> list[int]:
-        """Their places among all layers."""
-        return self.config.resolved_sparse_layers()
-
-    @property
-    def gate_sees_neighbours(self) -> bool:
-        """Whether the gate, or the neighbours' summary, would do anything with neighbours."""
-        looks = gate_class(self.config.gate).uses_neighbours or self.config.neighbour_summary
-        return bool(self.sparse_layers) and looks
 
     @property
     def expert_names(self) -> list[str]:

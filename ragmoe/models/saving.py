@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ragmoe._errors import BundleError
+from ragmoe._quiet import quiet_loading
 from ragmoe.bundle import BundleMap, is_bundle, read_bundle, read_map, write_bundle
 from ragmoe.gates import Gate
 from ragmoe.moe import MoELayer
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No bars and no report while transformers loads: what does not fit is checked, and raised, by us."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
-
 
 # What the map says of itself, and lays over any configuration.
 _IN_MAP = ("expert_ids", "expert_names", "encoder", "index_digest")

@@ -6,6 +6,7 @@ Source: Komatsuzaki et al. 2022, "Sparse Upcycling".
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,20 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, BertConfig, BertModel
 
-from ragmoe._errors import ModelError
+from ragmoe._errors import ModelError, RagmoeError
+from ragmoe._quiet import quiet_loading
 from ragmoe.experts import experts_class
 from ragmoe.models.config import RagmoeBertConfig
-from ragmoe.models.saving import quiet_loading
 
 logger = logging.getLogger(__name__)
+
+_SETTINGS = (set(RagmoeBertConfig.__annotations__) | set(BertConfig.__annotations__)) - {"model_type"}
+
+
+def check_settings(names: Iterable[str], error: type[RagmoeError] = ModelError) -> None:
+    """Raise the error given where one of the names is no setting of a model."""
+    if unknown := sorted(set(names) - _SETTINGS):
+        raise error(f"unknown model settings {', '.join(unknown)}; there are: {', '.join(sorted(_SETTINGS))}")
 
 
 def dense_source(base: Any) -> tuple[Any, nn.Module]:
@@ -55,15 +64,11 @@ def upcycled_config(dense: Any, settings: dict[str, Any]) -> RagmoeBertConfig:
     Raises:
         ModelError: a setting does not exist, has a wrong value, or means nothing beside the others.
     """
-    ours = set(RagmoeBertConfig.__annotations__) | set(BertConfig.__annotations__)
-    if unknown := sorted(set(settings) - ours):
-        raise ModelError(
-            f"unknown model settings {', '.join(unknown)}; there are: {', '.join(sorted(ours - {'model_type'}))}"
-        )
+    check_settings(settings)
     # An arm of an experiment takes back with null what all arms were given. Where null is itself a value, it stays.
     settings = {k: v for k, v in settings.items() if v is not None or getattr(RagmoeBertConfig, k, None) is None}
     # A dense reader's list of sparse layers is empty, and would leave the new model dense as well.
-    inherited = {k: v for k, v in dense.to_dict().items() if k in ours - {"model_type", "sparse_layers"}}
+    inherited = {k: v for k, v in dense.to_dict().items() if k in _SETTINGS - {"sparse_layers"}}
     try:
         config = RagmoeBertConfig(**{**inherited, **settings})
     except StrictDataclassError as error:

@@ -44,17 +44,23 @@ class RoutingStatistics:
         if len(routings) != len(self.layers):
             raise ValueError(f"{len(routings)} routings for {len(self.layers)} sparse layers")
         mask_BT = mask_S.view(len(domains), -1)
-        self._tokens += mask_S.sum().item()
-        for layer, routing in enumerate(routings):
+        entropies, choices = [], []
+        for routing in routings:
             log_SE = routing.logits_SE.log_softmax(dim=-1)
             # An expert that is not available has the logarithm -inf, and NaN where none is: neither adds anything.
             log_SE = log_SE.masked_fill(routing.logits_SE.isneginf(), 0.0)
             entropy_S = -(log_SE.exp() * log_SE).sum(dim=-1)
-            self._entropy_L[layer] += (entropy_S * mask_S).sum().item()
+            entropies.append((entropy_S * mask_S).sum().view(1))
             chosen_SE = F.one_hot(routing.experts_SK, self.experts).sum(dim=1) * mask_S.unsqueeze(1)
-            chosen_BE = chosen_SE.view(*mask_BT.shape, self.experts).sum(dim=1).cpu().numpy()
-            for domain, row in zip(domains, chosen_BE, strict=True):
-                self._of(domain)[layer] += row
+            choices.append(chosen_SE.view(*mask_BT.shape, self.experts).sum(dim=1).flatten())
+        # Fetched from the device at once: each fetch waits until everything before it is computed.
+        found = torch.cat([mask_S.sum(dtype=torch.float32).view(1), *entropies, *choices]).cpu().numpy().astype(float)
+        tokens, entropy_L, chosen = np.split(found, [1, 1 + len(self.layers)])
+        self._tokens += tokens.item()
+        self._entropy_L += entropy_L
+        chosen_LBE = chosen.reshape(len(self.layers), len(domains), self.experts)
+        for domain, chosen_LE in zip(domains, chosen_LBE.swapaxes(0, 1), strict=True):
+            self._of(domain)[:] += chosen_LE
 
     def _of(self, domain: str) -> np.ndarray:
         if domain not in self._counts:

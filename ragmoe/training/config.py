@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ragmoe._errors import ConfigError
+from ragmoe._errors import ConfigError, UsageError
 
 
 class _Strict(BaseModel):
@@ -30,6 +30,8 @@ class DataConfig(_Strict):
         index: index folder that the questions' passages come from.
         question_field: ``question``, or ``question_raw`` to retrieve and read without the document's name.
         limit: use only so many questions, drawn by digest; None uses all.
+        replay: question files of what a bundle knows already, mixed in against forgetting;
+        replay_share: how many of all questions are such, 0 to 1, drawn by digest.
         calibration_share: share of the questions' documents kept aside to calibrate the no-answer threshold;
             ``calibration_limit`` is how many of their questions are used at most.
         unanswerable_share: how many of the questions that will be asked are expected to have no answer; the threshold
@@ -40,6 +42,8 @@ class DataConfig(_Strict):
     index: str
     question_field: Literal["question", "question_raw"] = "question"
     limit: int | None = Field(None, ge=1)
+    replay: list[str] = []
+    replay_share: float = Field(0.5, gt=0.0, lt=1.0)
     calibration_share: float = Field(0.03, ge=0.0, lt=0.5)
     calibration_limit: int = Field(100, ge=1)
     unanswerable_share: float = Field(0.1, ge=0.0, le=1.0)
@@ -171,11 +175,12 @@ def load_config(
 
     Args:
         source: a YAML file, or a mapping of the same form.
-        overrides: ``key.key=value`` with the value in YAML; their paths are relative to the working directory.
+        overrides: ``key.key=value`` with the value in YAML; their paths count from the working directory.
         folder: what relative paths of a mapping are relative to; None means the working directory.
 
     Raises:
         ConfigError: naming the key, what was got and what was expected.
+        UsageError: the same, where an override is what is wrong.
     """
     if isinstance(source, Mapping):
         name, content, folder = "configuration", copy.deepcopy(dict(source)), folder or Path.cwd()
@@ -184,15 +189,22 @@ def load_config(
         if not path.is_file():
             raise ConfigError(f"there is no configuration file {path}", hint="ragmoe train CONFIG.yaml")
         name, content, folder = str(path), read_yaml(path), path.parent
-    for override in overrides:
-        set_key(content, override)
+    given = {set_key(content, override) for override in overrides}
     try:
         config = TrainingConfig.model_validate(content)
     except ValidationError as error:
+        if _is_about(error, given):
+            raise UsageError(explain(error)) from None
         raise ConfigError(f"{name}: {explain(error)}") from None
+    _check_model_keys(given)
     config.data.questions = [resolve(entry, folder) for entry in config.data.questions]
+    config.data.replay = [resolve(entry, folder) for entry in config.data.replay]
+    if expert := config.new_expert:
+        expert.others = [resolve(entry, folder) for entry in expert.others]
+        expert.unseen = [resolve(entry, folder) for entry in expert.unseen]
+        expert.corpus = [entry if entry.startswith("hub:") else resolve(entry, folder) for entry in expert.corpus]
     config.data.index = resolve(config.data.index, folder)
-    if config.base != "minilm" and (folder / config.base).exists():
+    if config.base != "minilm" and "base" not in given and (folder / config.base).exists():
         config.base = resolve(config.base, folder)
     if config.start not in (None, "warm-start"):
         config.start = resolve(config.start, folder)
@@ -210,26 +222,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def set_key(content: dict[str, Any], override: str) -> None:
-    """Apply ``a.b=c`` to nested mappings in place."""
+def set_key(content: dict[str, Any], override: str) -> str:
+    """Apply ``a.b=c`` to nested mappings in place and return ``a.b``; UsageError where it cannot be read."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"cannot read the override {override!r}: expected key.key=value")
+        raise UsageError(
+            f"cannot read the override {override!r}: expected key.key=value", hint="for example: train.steps=200"
+        )
     *path, last = key.split(".")
     try:
         read = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ConfigError(f"cannot read the override {override!r}: {value!r} is not YAML") from None
+        raise UsageError(f"cannot read the override {override!r}: {value!r} is not YAML") from None
     at = content
     for part in path:
         at = at.setdefault(part, {})
         if not isinstance(at, dict):
-            raise ConfigError(f"cannot override {key!r}: {part!r} is not a section")
-    at[last] = _here(_number(read)) if key in _PATHS else _number(read)
+            raise UsageError(f"cannot override {key!r}: {part!r} is not a section")
+    at[last] = _from_here(key, read) if key in _PATHS else _number(read)
+    return key
 
 
-# Keys whose values are files; what is no file here (a Hub id, ``minilm``) is left alone.
-_PATHS = {"base", "start", "data.index", "data.questions"}
+# Keys whose values are paths.
+_PATHS = {"base", "start", "data.index", "data.questions", "data.replay"}
+_PATHS |= {"new_expert.corpus", "new_expert.others", "new_expert.unseen"}
 
 
 def _number(value: Any) -> Any:
@@ -242,12 +258,30 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _here(value: Any) -> Any:
+def _from_here(key: str, value: Any) -> Any:
+    """A path of the command line, which counts from the working directory."""
     if isinstance(value, list):
-        return [_here(entry) for entry in value]
-    if isinstance(value, str) and "$" not in value and (Path(value).exists() or "/" in value or "*" in value):
-        return str(Path(value).resolve()) if Path(value).exists() or "*" in value else value
-    return value
+        return [_from_here(key, entry) for entry in value]
+    if not isinstance(value, str) or value in ("minilm", "warm-start") or value.startswith("hub:"):
+        return value
+    # A base that is no folder here is a Hub id.
+    if key == "base" and not Path(value).expanduser().exists():
+        return value
+    return resolve(value, Path.cwd())
+
+
+def _is_about(error: ValidationError, keys: set[str]) -> bool:
+    """Whether one of the faults lies in one of the keys, or below it."""
+    places = [".".join(str(part) for part in fault["loc"]) for fault in error.errors()]
+    return any(place == key or place.startswith(f"{key}.") for place in places for key in keys)
+
+
+def _check_model_keys(keys: set[str]) -> None:
+    """UsageError for an unknown ``model.KEY``: what is below ``model`` is otherwise checked as the model is built."""
+    if names := [key.removeprefix("model.") for key in keys if key.startswith("model.")]:
+        from ragmoe.models.upcycling import check_settings
+
+        check_settings(names, UsageError)
 
 
 def resolve(entry: str, folder: Path) -> str:

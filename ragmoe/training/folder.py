@@ -19,7 +19,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ragmoe._differences import differences
 from ragmoe._errors import ConfigError, UsageError
+from ragmoe._folders import expect_folder
 from ragmoe.bundle import is_bundle
 from ragmoe.corpus.types import Question
 from ragmoe.training.config import TrainingConfig, explain, read_yaml
@@ -41,6 +43,7 @@ def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: 
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
+    expect_folder(folder)
     started, finished = is_started(folder), is_bundle(folder)
     others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if others and not (started or finished):
@@ -58,13 +61,11 @@ def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: 
             f"{folder} holds a run that did not finish{'' if can_go_on else ' and left no checkpoint'}",
             hint=f"pass --resume to go on from the last checkpoint, or {again}" if can_go_on else f"pass {again}",
         )
-    if started:
-        before, now = saved_config(folder), config.model_dump(mode="json")
-        if differ := sorted(key for key in now if now[key] != before.get(key)):
-            raise ConfigError(
-                f"cannot resume {folder}: the configuration differs in {', '.join(differ)} from its {CONFIG_NAME}",
-                hint=f"ragmoe train {folder / CONFIG_NAME} --out {folder} --resume" if can_go_on else f"pass {again}",
-            )
+    if started and (differing := differences(saved_config(folder), config.model_dump(mode="json"))):
+        raise ConfigError(
+            f"cannot resume {folder}: the configuration differs from its {CONFIG_NAME} in {', '.join(differing)}",
+            hint=f"ragmoe train {folder / CONFIG_NAME} --out {folder} --resume" if can_go_on else f"pass {again}",
+        )
 
 
 def saved_config(folder: Path) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class RagmoeTrainer(Trainer):
         output = model(**inputs)
         for name in ("answer_loss", "balance_loss", "z_loss"):
             if (value := output.get(name)) is not None:
-                self._parts[name] = self._parts.get(name, torch.zeros(())) + value.detach().float().cpu()
+                self._parts[name] = self._parts.get(name, torch.zeros(())) + value.detach().float()
         self._micro_batches += 1
         if output.get("routings"):
             mask = inputs["attention_mask"]
@@ -124,7 +124,7 @@ class RagmoeTrainer(Trainer):
         mask_S = inputs["attention_mask"].reshape(-1).bool()
         taught = lesson(model, self._lessons, output["routings"], mask_S)
         self._lessons += 1
-        self._parts["gate_loss"] = self._parts.get("gate_loss", torch.zeros(())) + taught.detach().float().cpu()
+        self._parts["gate_loss"] = self._parts.get("gate_loss", torch.zeros(())) + taught.detach().float()
         return taught
 
     def drain(self) -> dict[str, Any]:

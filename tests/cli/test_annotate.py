@@ -31,6 +31,7 @@ def test_routing_is_recorded_and_used(ragmoe: Any, small_city: Path, city: Path,
     code, out, _ = ragmoe(*words, "--json")
     found = json.loads(out)
     assert code == 0 and (found["passages"], found["recorded"], found["by_domain"]) == (6, 4, 2)
+    assert (found["questions"], found["used"]) == (4, 4)
     after = load(bundle).memory(index)
     assert after.bundle == found["bundle"] and Path(found["memory"]).is_file()
     votes_LE = after.votes([index.row("bridge")])[0]
@@ -40,6 +41,21 @@ def test_routing_is_recorded_and_used(ragmoe: Any, small_city: Path, city: Path,
     assert after.votes([index.row("ferry")])[0].tolist() == [[1, 0, 0, 0]] * 2
     code, out, _ = ragmoe(*words)
     assert code == 0 and out.startswith("4 of 6 passages speak for the experts that served them, 2 for their domain's")
+
+
+def test_a_look_takes_some_questions_of_each_domain(
+    ragmoe: Any, small_city: Path, city: Path, make_bundle: Any, tmp_path: Path
+) -> None:
+    bundle = make_bundle("memory", gate="memory", sparse_layers=[0, 1], expert_names=NAMES)
+    more = tmp_path / "more.jsonl"
+    elsewhere = {"id": "x", "question": "what?", "answers": ["a"], "gold_ids": ["gone"], "domain": "coins"}
+    more.write_text((small_city / "questions.jsonl").read_text() + json.dumps(elsewhere) + "\n")
+    words = ("index", "annotate", city / "index", "--model", bundle, "--questions", more, "--limit", 1)
+    code, out, _ = ragmoe(*words)
+    assert code == 0 and out.startswith("2 of 6 passages speak for the experts that served them")
+    assert "used: 2 of 5 questions; 1 have no gold passage in this index\n" in out
+    found = json.loads(ragmoe(*words, "--json")[1])
+    assert (found["questions"], found["used"], found["recorded"]) == (5, 2, 2)
 
 
 def test_a_gate_without_memory_is_told_so(ragmoe: Any, small_city: Path, city: Path, make_bundle: Any) -> None:

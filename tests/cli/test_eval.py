@@ -73,7 +73,13 @@ def test_runs_over_other_questions_are_not_compared(
     assert "2 questions differ: 2 only in the first, 0 only in the second" in err
     code, _, err = ragmoe("eval", "compare", tmp_path / "a", tmp_path / "none")
     assert code == 1
-    assert "none is not a finished evaluation" in err
+    assert "none is not a finished evaluation: expected results.json in it" in err
+    assert "there is no such folder; evaluations in" in err and ": a, b\nhint: ragmoe eval run TASK" in err
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "notes.txt").touch()
+    code, _, err = ragmoe("eval", "compare", tmp_path / "a", tmp_path / "c")
+    assert code == 1
+    assert "but it holds notes.txt; evaluations in" in err
 
 
 def test_failed_questions_are_in_no_mean_and_in_the_exit_code(
@@ -120,6 +126,68 @@ def test_run_needs_an_index_a_task_and_a_model(ragmoe: Any, small_city: Path, bu
     assert ragmoe("eval", "run", task)[0] == 2
 
 
+def test_what_is_missing_is_said_before_the_model_is_loaded(
+    ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("ragmoe.models.load", loaded)
+    task, lost = small_city / "task.yaml", tmp_path / "lost.yaml"
+    lost.write_text(f"name: lost\nquestions: [{small_city}/questions.jsonl]\nindex: nope\n")
+    (tmp_path / "file").touch()
+    for words, said in (
+        ((task, "--model", bundle, "--index", tmp_path / "nope"), f"there is no index at {tmp_path / 'nope'}"),
+        ((lost, "--model", bundle), f"there is no index at {tmp_path / 'nope'}: no such folder"),
+        ((task, "--model", tmp_path), f"{tmp_path} is not a bundle: expected model.safetensors.index.json, found"),
+        ((task, tmp_path / "none.yaml", "--model", bundle), "cannot read the task"),
+        ((task, "--model", bundle, "--out", tmp_path / "file"), f"error: {tmp_path / 'file'} is a file; expected a"),
+    ):
+        code, _, err = ragmoe("eval", "run", *words)
+        assert code == 1
+        assert said in err
+
+
+def test_gold_needs_gold_ids(ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (small_city / "questions.jsonl").read_text().splitlines()]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({**row, "gold_ids": []}) + "\n" for row in rows))
+    (tmp_path / "t.yaml").write_text("name: t\nquestions: [q.jsonl]\n")
+    run = ("eval", "run", tmp_path / "t.yaml", "--model", bundle, "--index", small_city / "index", "--out", tmp_path)
+    code, _, err = ragmoe(*run)
+    assert code == 1
+    assert "error: task t: 4 of 4 questions have no gold_ids, which name the passage that the setting gold" in err
+    assert f"q1 ({tmp_path}/q.jsonl:1), q2 ({tmp_path}/q.jsonl:2), " in err
+    assert "hint: add them, or put `setting: open` into the task" in err
+    rows[2]["gold_ids"] = []
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = ragmoe(*run)
+    assert code == 0
+    assert "task t: 1 of 4 questions have no gold_ids, which name the passage" in err
+    assert f": q3 ({tmp_path}/q.jsonl:3); they are left out (`setting: open` needs no gold_ids)" in err
+    assert "75.0 %" in out
+    (tmp_path / "t.yaml").write_text("name: t\nquestions: [q.jsonl]\nsetting: open\n")
+    code, _, err = ragmoe(*run)
+    assert code == 0
+    assert "have no gold_ids" not in err
+
+
+def test_a_stopped_run_says_the_command_that_goes_on(
+    ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ragmoe.models import RagmoeBertForQuestionAnswering
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    words = ("eval", "run", small_city / "task.yaml", "--model", bundle, "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(RagmoeBertForQuestionAnswering, "read", stop)
+        code, out, err = ragmoe(*words, "--no-resume")
+    assert (code, out) == (130, "")
+    kept = f"the answers recorded so far are kept in {tmp_path / 'out'}"
+    assert err.splitlines()[-1] == f"stopped; {kept}; go on with: ragmoe {' '.join(map(str, words))}"
+
+
 def test_the_data_folder(ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path) -> None:
     task = tmp_path / "t.yaml"
     task.write_text("name: t\nquestions: ['${RAGMOE_DATA}/questions.jsonl']\n")
@@ -164,7 +232,12 @@ def test_ls_says_what_there_is_and_how_to_name_it(ragmoe: Any, tmp_path: Path, m
     assert [row["task"] for row in json.loads(ragmoe("eval", "ls", "--json")[1])] == ["one", "two"]
 
 
-def test_an_experiment_from_training_to_result(ragmoe: Any, small_city: Path, tmp_path: Path) -> None:
+def test_an_experiment_from_training_to_result(
+    ragmoe: Any, small_city: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
     content = {
         "name": "tiny",
         "index": str(small_city / "index"),
@@ -183,6 +256,12 @@ def test_an_experiment_from_training_to_result(ragmoe: Any, small_city: Path, tm
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
     words = ("eval", "experiment", tmp_path / "tiny.yaml", "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("ragmoe.training.train", stop)
+        code, _, err = ragmoe(*words)
+    assert code == 130
+    assert f"stopped; what was trained and read so far is kept in {tmp_path / 'out'}" in err.splitlines()[-1]
+    assert err.splitlines()[-1].endswith(f"go on with: ragmoe {' '.join(map(str, words))}")
     code, out, err = ragmoe(*words)
     assert code == 0
     assert "retrieval − untrained" in out
@@ -215,6 +294,13 @@ def test_an_experiment_from_training_to_result(ragmoe: Any, small_city: Path, tm
     code, _, err = ragmoe(*words, "train.steps=3")
     assert code == 1
     assert "train.steps (2, now 3)" in err
+    for wrong in ("train.stepz=3", "steps"):
+        code, _, err = ragmoe(*words, wrong)
+        assert code == 2
+        assert wrong.partition("=")[0] in err
+    code, _, err = ragmoe(*words[:3], "--out", tmp_path / "tiny.yaml")
+    assert code == 1
+    assert "tiny.yaml is a file; expected a folder" in err
     code, _, err = ragmoe(*words, "--only", "tokn")
     assert code == 2
     assert "there is no arm 'tokn'; there are: untrained, dense, retrieval" in err

@@ -130,20 +130,27 @@ def test_errors(ragmoe: Any, bundle: Path, words: tuple[Any, ...], code: int, sa
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "exit_code", "said"),
     [
-        (("train.stepz=1",), "unknown key 'train.stepz'"),
-        (("--from", "mint"), "there is no expert 'mint' to start from; there are: shared, nearest, 0 (expert 0)"),
-        (("--corpus", "CORPUS"), "1 of 1 documents of"),
-        (("--corpus", "nowhere.jsonl"), "nowhere.jsonl: there is no such file"),
-        (("--questions", "none.jsonl"), "no question file matches"),
+        (("train.stepz=1",), 2, "unknown key 'train.stepz'"),
+        (("--out", "CORPUS"), 1, "other.jsonl is a file; expected a folder"),
+        (("--from", "mint"), 1, "there is no expert 'mint' to start from; there are: shared, nearest, 0 (expert 0)"),
+        (("--corpus", "CORPUS"), 1, "1 of 1 documents of"),
+        (("--corpus", "nowhere.jsonl"), 1, "nowhere.jsonl: there is no such file"),
+        (("--questions", "none.jsonl"), 1, "no question file matches"),
     ],
 )
 def test_errors_of_adding(
-    add: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+    add: Any,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    exit_code: int,
+    said: str,
 ) -> None:
     (tmp_path / "other.jsonl").write_text('{"id": "unknown", "text": "Nobody has indexed this."}\n')
     monkeypatch.chdir(tmp_path)
     code, _, err = add(*(str(tmp_path / "other.jsonl") if word == "CORPUS" else word for word in words))
-    assert code == 1 and said in " ".join(err.split())
+    assert code == exit_code and said in " ".join(err.split())
     assert "Traceback" not in err and not (bundle / "adding").exists()

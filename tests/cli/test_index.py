@@ -95,7 +95,9 @@ def test_stopped_by_the_user_it_says_how_to_go_on(
 
     monkeypatch.setattr(_crash, "hook", stop)
     done = run("index", "build", corpus, "--out", tmp_path / "index")
-    assert done.code == 130 and "add --resume to go on" in done.err
+    again = f"ragmoe index build {corpus} --out {tmp_path / 'index'} --resume"
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == f"stopped; what is encoded so far is kept; go on with: {again}"
     monkeypatch.setattr(_crash, "hook", None)
     unfinished = run("index", "info", tmp_path / "index")
     assert (
@@ -136,7 +138,11 @@ BUILD_ERRORS = {
         "(25)\nhint: --chunk-overlap 10\n",
     ),
     "out is a file": (["{corpus}", "--out", "{corpus}"], 1, "corpus.jsonl is a file; expected a folder, new or empty"),
-    "out under a file": (["{corpus}", "--out", "{corpus}/i/j"], 1, "j cannot be made: {corpus} is a file\n"),
+    "out under a file": (
+        ["{corpus}", "--out", "{corpus}/i/j"],
+        1,
+        "j cannot be made: {corpus} is a file\nhint: name another with --out\n",
+    ),
     "unknown choice": (
         ["{corpus}", "--out", "{tmp}/i", "--on-error", "ignore"],
         2,

@@ -80,6 +80,50 @@ def test_every_example_in_the_help_is_understood(example: str) -> None:
     assert found.make_context("x", list(words), parent=context).params
 
 
+def parameters(command: Any = None, name: str = "ragmoe") -> dict[str, Any]:
+    """All arguments and options of all commands."""
+    command = command or typer.main.get_command(program.app)
+    own = {f"{name} {parameter.name}": parameter for parameter in getattr(command, "params", [])}
+    inner = getattr(command, "commands", {}).items()
+    return own | {key: value for word, sub in inner for key, value in parameters(sub, f"{name} {word}").items()}
+
+
+def test_the_help_names_what_is_wanted_and_nothing_twice() -> None:
+    found = parameters()
+    assert "ragmoe eval run out" in found
+    for name, parameter in found.items():
+        text = getattr(parameter, "help", None) or ""
+        # Rich takes square brackets for markup and would print nothing of a default in them.
+        assert "[default" not in text and ".." not in text, name
+        assert "..." not in (parameter.metavar or ""), name
+        if parameter.type_descriptor is not None and parameter.type_descriptor.is_path:
+            assert parameter.metavar and (parameter.metavar.isupper() or parameter.metavar == "FILE.yaml"), name
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (
+            ["train"],
+            ["{FILE.yaml} [KEY=VALUE]...", "paths in them count from the current folder", "[default: runs/train]"],
+        ),
+        (["eval", "run"], ["{TASK}...", "[default: (runs/eval/BUNDLE)]"]),
+        (["eval", "compare"], ["{RUN_A} {RUN_B}", "[default: f1]"]),
+        (["eval", "experiment"], ["{FILE.yaml} [KEY=VALUE]...", "[default: (runs/NAME)]", "current folder"]),
+        (["eval", "report"], ["[default: (beside the Markdown)]"]),
+    ],
+    ids=" ".join,
+)
+def test_help_shows_defaults_and_examples(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], shown: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([*words, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"ragmoe {' '.join(words)} " in text.partition("Example")[2]
+    assert [part for part in shown if part not in text] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["fly"], "No such command"), (["--loud"], "No such option"), (["doctor", "--loud"], "No such option")],

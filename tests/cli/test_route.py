@@ -58,10 +58,26 @@ def test_a_gate_without_neighbours_has_nothing_to_compare(ragmoe: Any, small_cit
     assert out.count("layer 1") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"), [("dense", {"sparse_layers": []}), ("single", {"experts": 1, "top_k": 1, "gate": "token"})]
+)
+def test_where_there_is_nothing_to_choose(
+    ragmoe: Any, small_city: Path, make_bundle: Any, name: str, settings: dict[str, Any]
+) -> None:
+    words = ("route", make_bundle(name, **settings), BRIDGE, "--index", small_city / "index")
+    code, out, err = ragmoe(*words)
+    assert (code, out.count("\n")) == (0, 1), err
+    assert f"{name} sends every token through the same network: there is nothing for a gate to choose" in out
+    code, out, _ = ragmoe(*words, "--json")
+    found = json.loads(out)
+    assert code == 0 and len(found["with_neighbours"]) == len(found["layers"])
+    assert all(row == pytest.approx([1.0]) for row in found["with_neighbours"])
+
+
 def test_errors(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
     dense = make_bundle("dense", sparse_layers=[])
-    code, _, err = ragmoe("route", dense, BRIDGE, "--index", small_city / "index")
+    code, _, err = ragmoe("route", dense, BRIDGE, "--index", small_city / "none")
     assert code == 1
-    assert "dense is a dense model: it has no gate and no experts to draw" in err
+    assert "there is no index at" in err
     assert ragmoe("route", dense, "", "--index", small_city / "index")[0] == 2
     assert ragmoe("route", small_city / "none", BRIDGE, "--index", small_city / "index")[0] == 1

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+
+def last(err: str) -> str:
+    return err.splitlines()[-1]
 
 
 @pytest.fixture
@@ -52,31 +57,85 @@ def test_training_says_what_it_left_and_what_comes_next(ragmoe: Any, config_file
 def test_an_interrupted_run_without_checkpoint_is_not_called_resumable(
     ragmoe: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
+    words = ("train", config_file, "--out", tmp_path / "run")
+    again = f"ragmoe train {config_file} --out {tmp_path / 'run'}"
+    with monkeypatch.context() as patch:
+        patch.setattr("ragmoe.training.run.prepare", interrupted)
+        code, _, err = ragmoe(*words)
+        assert code == 130 and last(err) == f"stopped; nothing is written yet; begin again with: {again}"
     with monkeypatch.context() as patch:
         patch.setattr("ragmoe.training.run._save", interrupted)
-        assert ragmoe("train", config_file, "--out", tmp_path / "run")[0] == 130
-    code, _, err = ragmoe("train", config_file, "--out", tmp_path / "run")
+        code, _, err = ragmoe(*words)
+    why = "no checkpoint is written yet (checkpoint_every is 0), so it starts again at the first step"
+    assert code == 130 and last(err) == f"stopped; {why}: {again} --resume"
+    code, _, err = ragmoe(*words)
     assert code == 1 and "holds a run that did not finish and left no checkpoint" in err.replace("\n", " ")
     assert "hint: pass --overwrite to start again" in err and "--resume" not in err
 
 
+def test_a_stopped_run_says_the_command_that_goes_on(
+    ragmoe: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ragmoe.cli.progress import Show
+
+    def stop_at_two(self: Show, name: str, done: int, total: int) -> None:
+        if (name, done) == ("training", 2):
+            raise KeyboardInterrupt
+
+    changes = ("train.steps=3", "checkpoint_every=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Show, "stage", stop_at_two)
+        code, _, err = ragmoe("train", config_file, *changes, "--out", tmp_path / "run", "--overwrite")
+    go_on = f"ragmoe train {config_file} {' '.join(changes)} --out {tmp_path / 'run'} --resume"
+    assert code == 130
+    assert last(err) == f"stopped; the checkpoint after step 1 is kept; go on with: {go_on}"
+    code, _, err = ragmoe("train", config_file, "checkpoint_every=1", "seed=7", "--out", tmp_path / "run", "--resume")
+    assert code == 1
+    assert "differs from its training.yaml in train.steps (3, now 2), seed (0, now 7)" in " ".join(err.split())
+    code, _, err = ragmoe(*shlex.split(go_on)[1:])
+    assert code == 0 and "going on after step 1" in err
+    assert ragmoe("train", config_file, "--out", tmp_path / "run")[0] == 1
+
+
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "exit_code", "said"),
     [
-        (["train.stepz=1"], "unknown key 'train.stepz'; there are: what, steps"),
-        (["model.gate=nonsense"], "there is no gate 'nonsense'; there are: "),
-        (["data.index=nowhere"], "nowhere"),
-        (["data.questions=[none.jsonl]"], "no question file matches"),
-        (["base=/no/such/model"], "/no/such/model"),
+        (["train.stepz=1"], 2, "error: unknown key 'train.stepz'; there are: what, steps"),
+        (["train.steps=0"], 2, "error: train.steps: Input should be greater than or equal to 1 (got 0)"),
+        (["foo"], 2, "error: cannot read the override 'foo': expected key.key=value hint: for example: train.steps"),
+        (["train.steps"], 2, "error: cannot read the override 'train.steps': expected key.key=value"),
+        (["base.x=1"], 2, "error: cannot override 'base.x': 'base' is not a section"),
+        (["model.nonsense=1"], 2, "error: unknown model settings nonsense; there are: "),
+        (["model.gate=nonsense"], 1, "error: there is no gate 'nonsense'; there are: "),
+        (["data.index=nowhere"], 1, "error: there is no index at HERE/nowhere: no such folder"),
+        (["data.questions=[none.jsonl]"], 1, "no question file matches HERE/none.jsonl"),
+        (["base=/no/such/model"], 1, "/no/such/model"),
     ],
 )
-def test_errors_name_what_is_wrong(ragmoe: Any, config_file: Path, tmp_path: Path, words: list[str], said: str) -> None:
+def test_errors_name_what_is_wrong(
+    ragmoe: Any,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    exit_code: int,
+    said: str,
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     code, _, err = ragmoe("train", config_file, *words, "--out", tmp_path / "run")
-    assert code == 1 and "error: " in err and said in err.replace("\n", " ")
+    assert code == exit_code and said.replace("HERE", str(tmp_path / "here")) in err.replace("\n", " ")
     assert not (tmp_path / "run").exists()
+
+
+def test_out_must_be_a_folder(ragmoe: Any, config_file: Path) -> None:
+    code, _, err = ragmoe("train", config_file, "--out", config_file)
+    assert code == 1 and f"error: {config_file} is a file; expected a folder" in err and "hint: name another" in err
+    code, _, err = ragmoe("train", config_file, "--out", config_file / "run")
+    assert code == 1 and f"run cannot be made: {config_file} is a file" in err
 
 
 def test_a_missing_configuration_is_an_error(ragmoe: Any, tmp_path: Path) -> None:

@@ -133,3 +133,18 @@ def test_windows_of_real_tokens_are_read_whole(minilm: Encoder) -> None:
     # Two special tokens are added to each.
     assert all(len(spans) + 2 <= minilm.max_length for spans in minilm.token_spans(windows.texts))
     assert {word for part in windows.texts for word in part.split()} >= set(text.split())
+
+
+def test_loading_is_quiet_whatever_the_user_has_set(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    try:
+        logging.enable_progress_bar()
+        capsys.readouterr()
+        load_encoder("minilm")
+        assert capsys.readouterr().err == ""
+        assert logging.is_progress_bar_enabled()
+    finally:
+        if not bars:
+            logging.disable_progress_bar()

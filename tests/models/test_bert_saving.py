@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny_models import LABELS, Make, some_neighbours, tokens
-from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, BertModel
+from transformers.utils import logging
 
 from ragmoe import BundleError, load
 from ragmoe.corpus.types import Passage
@@ -98,6 +99,27 @@ def test_one_file_an_expert_with_its_gate_rows(make: Make, tmp_path: Path) -> No
         }  # fmt: skip
 
 
+def test_loading_is_quiet_and_leaves_the_users_settings(
+    make: Make, tmp_path: Path, dense_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make().save_pretrained(tmp_path)
+    before = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    try:
+        logging.enable_progress_bar()
+        logging.set_verbosity_info()
+        capsys.readouterr()
+        load(tmp_path)
+        assert capsys.readouterr().err == ""
+        assert logging.is_progress_bar_enabled() and logging.get_verbosity() == logging.INFO
+        # What it keeps quiet is there to be heard.
+        BertModel.from_pretrained(dense_folder)
+        assert "Loading weights" in capsys.readouterr().err
+    finally:
+        logging.set_verbosity(before[1])
+        if not before[0]:
+            logging.disable_progress_bar()
+
+
 def test_auto_classes(make: Make, tmp_path: Path) -> None:
     model = make()
     model.save_pretrained(tmp_path)
@@ -108,6 +130,10 @@ def test_auto_classes(make: Make, tmp_path: Path) -> None:
     assert type(encoder) is RagmoeBertModel
     inputs = tokens()
     assert torch.equal(encoder(**inputs)[0][-1], model(**inputs, output_hidden_states=True).hidden_states[-1])
+    told = {**inputs, **some_neighbours(2).tensors()}
+    states, routings = encoder(**told)
+    assert torch.equal(states[-1], model(**told, output_hidden_states=True).hidden_states[-1])
+    assert len(routings) == len(encoder.sparse_layers) and not torch.equal(states[-1], encoder(**inputs)[0][-1])
 
 
 def test_the_map_decides_and_not_config_json(make: Make, tmp_path: Path) -> None:

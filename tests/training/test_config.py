@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ragmoe import ConfigError
+from ragmoe import ConfigError, UsageError
 from ragmoe.training import load_config
 
 Config = Callable[..., dict[str, Any]]
@@ -33,12 +33,19 @@ def test_overrides_are_read_as_yaml(config: Config) -> None:
         ),
         ("steps", "expected key.key=value"),
         ("base.x=1", "'base' is not a section"),
+        ("model.expertz=3", "unknown model settings expertz; there are: "),
+        ("train.steps=[", "'[' is not YAML"),
     ],
 )
-def test_wrong_keys_and_values_are_named(config: Config, override: str, said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config(config(), [override])
+def test_wrong_overrides_are_named(config: Config, override: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(config(), ["train.batch_size=3", override])
     assert said in str(caught.value)
+
+
+def test_what_is_wrong_in_the_file_is_no_fault_of_the_command(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"configuration: unknown key 'train\.stepz'; there are: what"):
+        load_config(config(**{"train.stepz": 3}), ["train.steps=7"])
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
@@ -48,6 +55,22 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     made = load_config(path)
     assert made.data.questions == [str(tmp_path / "q/*.jsonl")]
     assert made.data.index == str(tmp_path / "index")
+
+
+def test_paths_of_overrides_count_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "some" / "run.yaml"
+    for folder in (path.parent, path.parent / "model", path.parent / "index"):
+        folder.mkdir()
+    path.write_text(yaml.safe_dump({"data": {"questions": ["q.jsonl"], "index": "index"}}))
+    monkeypatch.chdir(tmp_path)
+    made = load_config(path, ["data.index=index", "data.questions=[a.jsonl, '*.jsonl']", "start=adapter"])
+    assert made.data.index == str(tmp_path / "index")
+    assert made.data.questions == [str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl")]
+    assert made.start == str(tmp_path / "adapter")
+    # What is no folder here is a Hub id, and not what stands beside the file by that name.
+    assert load_config(path, ["base=model"]).base == "model"
+    assert load_config(path, ["base=some/model"]).base == str(path.parent / "model")
+    assert load_config(path, ["base=minilm", "start=warm-start"]).start == "warm-start"
 
 
 def test_an_unset_variable_is_named(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

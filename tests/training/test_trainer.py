@@ -282,6 +282,17 @@ def test_a_bundle_is_trained_on(config: Config, tmp_path: Path) -> None:
         prepare(load_config(config(base=str(first), start="warm-start", model={})))
 
 
+def test_a_bundle_may_get_another_gate_if_that_is_trained(config: Config, tmp_path: Path) -> None:
+    first = train(config(**{"model.gate": "token"}), out=tmp_path / "first").bundle
+    changed = {"base": str(first), "model": {"gate": "retrieval"}}
+    done = train(config(**changed, **{"train.what": "gate", "train.steps": 1}), out=tmp_path / "second").bundle
+    before, after = tensors(first), tensors(done)
+    assert load(done).config.gate == "retrieval"
+    assert all(torch.equal(after[name], x) for name, x in before.items() if part_of(name) in ("experts", "base"))
+    with pytest.raises(ConfigError, match=r"model\.gate is changed, but train\.what is 'experts'"):
+        prepare(load_config(config(**changed, **{"train.what": "experts"})))
+
+
 def test_a_saved_model_that_answers_otherwise_is_an_error(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +310,7 @@ def test_a_finished_run_is_not_overwritten(config: Config, tmp_path: Path) -> No
 
 def test_another_configuration_cannot_be_resumed(config: Config, tmp_path: Path) -> None:
     assert _until(config(checkpoint_every=2), tmp_path / "run", 2)
-    with pytest.raises(ConfigError, match="the configuration differs in seed, train"):
+    with pytest.raises(ConfigError, match=r"in train\.steps \(4, now 9\), seed \(0, now 3\)"):
         train(config(**{"checkpoint_every": 2, "train.steps": 9, "seed": 3}), out=tmp_path / "run", resume=True)
 
 

@@ -1,0 +1,23 @@
+"""Folders that are to be written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ragmoe._errors import ConfigError, RagmoeError
+
+
+def expect_folder(folder: str | os.PathLike[str], error: type[RagmoeError] = ConfigError) -> Path:
+    """The nearest folder that exists on the way to one that is to be written, itself included.
+
+    Raises:
+        RagmoeError: of the kind given; a file stands in its place, or in that of a folder above it.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise error(f"{folder} is a file; expected a folder, new or empty", hint="name another with --out")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise error(f"{folder} cannot be made: {there} is a file", hint="name another with --out")
+    return there
