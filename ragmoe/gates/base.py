@@ -45,6 +45,7 @@ class GateSettings:
             from the neighbours alone. Ignored by gates that see no neighbours.
         layer: the gate's place among the sparse layers, which is where its votes stand.
         common_experts: the last so many experts belong to no domain.
+        vote_start: logit that the unanimous vote of the neighbours is worth before anything is learned.
     """
 
     width: int
@@ -57,6 +58,7 @@ class GateSettings:
     token_dropout: float = 0.0
     layer: int = 0
     common_experts: int = 0
+    vote_start: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
@@ -76,11 +78,13 @@ class Gate(nn.Module, ABC):
         uses_neighbours: whether it looks at the neighbours at all.
         uses_votes: whether it wants their votes (``Neighbours.votes_BNLE``).
         uses_domain: whether it wants the question's domain (``Neighbours.domain_B``).
+        takes_common: whether it knows experts of all domains (``common_experts``).
     """
 
     uses_neighbours: ClassVar[bool] = False
     uses_votes: ClassVar[bool] = False
     uses_domain: ClassVar[bool] = False
+    takes_common: ClassVar[bool] = False
     expert_parameters: ClassVar[tuple[str, ...]] = ("balance_bias",)
     summary: ClassVar[str] = ""
 

@@ -32,6 +32,7 @@ class DomainGate(TokenGate):
     """
 
     uses_neighbours = True
+    takes_common = True
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__(settings)

@@ -27,8 +27,8 @@ _UNIT = 10.0
 class MemoryGate(TokenGate):
     """``logits = W_t x + s v``: the votes of the neighbours, weighted by the softmax of their scores.
 
-    The learned scale ``s`` starts at zero: at step 0, and wherever there are no neighbours or none of them has memory,
-    it is the token gate.
+    Wherever there are no neighbours, or none of them has memory, it is the token gate; at step 0 too, for the learned
+    scale ``s`` starts at zero unless ``vote_start`` says otherwise.
     """
 
     uses_neighbours = True
@@ -39,10 +39,11 @@ class MemoryGate(TokenGate):
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__(settings)
-        self.vote_scale = nn.Parameter(torch.zeros(1))
+        self.vote_scale = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        init.zeros_(self.vote_scale)
+        init.constant_(self.vote_scale, self.settings.vote_start / _UNIT)
 
     def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
         logits_SE = super().logits(x_SD, neighbours)
@@ -62,13 +63,13 @@ class RetrievalMemoryGate(RetrievalGate):
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__(settings)
-        self.vote_scale = nn.Parameter(torch.zeros(1))
+        self.vote_scale = nn.Parameter(torch.full((1,), settings.vote_start / _UNIT))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         # The base class resets before this class has made its own.
         if hasattr(self, "vote_scale"):
-            init.zeros_(self.vote_scale)
+            init.constant_(self.vote_scale, self.settings.vote_start / _UNIT)
 
     def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
         logits_SE = self.token(x_SD)

@@ -9,6 +9,7 @@ from transformers import BertConfig
 
 from ragmoe._errors import ModelError
 from ragmoe.experts import experts_class
+from ragmoe.gates import gate_class
 
 # What a sequence can answer besides a span of its tokens, in the order of the logits; the first is "no answer here".
 SPECIAL_CANDIDATES = ("", "yes", "no", "maybe")
@@ -26,7 +27,10 @@ class RagmoeBertConfig(BertConfig):
         sparse_layers: which layers are sparse; None means every second one, beginning with the second.
         gate_width: width of the retrieval gate's attention.
         neighbour_width: width R of the index's embeddings; ``neighbours`` how many of them the gate sees.
-        common_experts: the last so many experts belong to no domain (oracle gate).
+        common_experts: the last so many experts belong to no domain (oracle, centroid and ridge gates).
+        vote_start: what a unanimous vote of the neighbours is worth at first, in units of logit (gates with memory). At
+            zero they start as the gate without memory, and no vote helps before some expert is better than others at
+            some domain; a few units make that so from the first step.
         neighbour_summary: add what a token's attention finds among the neighbours to its state before each sparse
             layer, whatever the gate sees: the control that separates routing from extra input.
         balance_loss, z_loss: weights of the routing losses.
@@ -54,6 +58,7 @@ class RagmoeBertConfig(BertConfig):
     neighbour_width: int = 384
     neighbours: int = 16
     common_experts: int = 0
+    vote_start: float = 0.0
     neighbour_summary: bool = False
     balance_loss: float = 0.01
     z_loss: float = 0.001
@@ -82,6 +87,13 @@ class RagmoeBertConfig(BertConfig):
             raise ModelError(
                 f"shared_expert is true, but {self.expert_kind!r} experts always stand beside the dense network",
                 hint="leave shared_expert out, or set expert_kind: ffn",
+            )
+        gate = gate_class(self.gate)
+        if self.vote_start and not gate.uses_votes:
+            raise ModelError(f"vote_start is {self.vote_start}, but the gate {self.gate!r} counts no votes")
+        if self.common_experts and not gate.takes_common:
+            raise ModelError(
+                f"common_experts is {self.common_experts}, but the gate {self.gate!r} knows no domains they could share"
             )
         names = self.expert_names
         if names is not None and not len(names) == len(set(names)) == self.experts:

@@ -11,7 +11,7 @@ from ragmoe._errors import ModelError
 from ragmoe.models.bert import RagmoeBertForQuestionAnswering
 
 # Fields of the configuration that make the gate, and leave every other shape as it is.
-GATE_FIELDS = {"gate", "gate_width", "top_k", "common_experts"}
+GATE_FIELDS = {"gate", "gate_width", "top_k", "common_experts", "vote_start"}
 
 
 @torch.no_grad()

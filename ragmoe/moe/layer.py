@@ -25,6 +25,7 @@ def gate_settings(config: Any, layer: int = 0) -> GateSettings:
         token_dropout=config.token_dropout,
         layer=layer,
         common_experts=config.common_experts,
+        vote_start=config.vote_start,
     )
 
 

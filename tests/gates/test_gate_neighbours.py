@@ -194,3 +194,17 @@ def test_gradients_reach_the_context_at_step_0(name: str, x_SD: Tensor, neighbou
     gate(x_SD, neighbours).weights_SK[:, 0].sum().backward()
     late = [p for at, p in gate.named_parameters() if at in ("context.weight", "vote_scale")]
     assert late and all(parameter.grad.any() for parameter in late)
+
+
+@pytest.mark.parametrize("of_memory", ["memory", "retrieval+memory"])
+def test_votes_may_count_from_the_start(of_memory: str, x_SD: Tensor, neighbours: Neighbours) -> None:
+    gate = gate_class(of_memory)(replace(SETTINGS, vote_start=3.0))
+    all_for_one = torch.zeros(B, N, L, E)
+    all_for_one[..., 1] = 1.0
+    voted = replace(neighbours, mask_BN=torch.ones(B, N, dtype=torch.bool), votes_BNLE=all_for_one)
+    gained_SE = gate(x_SD, voted).logits_SE - token_part(gate, x_SD)
+    # The null neighbour takes its share of the attention where there is one.
+    assert (gained_SE[:, 1] > 1.0).all() and (gained_SE[:, 1] < 3.0 + 1e-5).all()
+    if of_memory == "memory":
+        torch.testing.assert_close(gained_SE[:, 1], torch.full_like(gained_SE[:, 1], 3.0))
+    assert not gained_SE[:, [at for at in range(E) if at != 1]].any()

@@ -199,6 +199,10 @@ def test_what_cannot_be_built(make: Make, dense_folder: Path, tmp_path: Path) ->
     with pytest.raises(ModelError, match="expert_rank is 8, but 'ffn' experts have no rank") as error:
         make(expert_kind="ffn", expert_rank=8)
     assert "model.expert_rank: null" in str(error.value)
+    with pytest.raises(ModelError, match=r"vote_start is 2\.0, but the gate 'retrieval' counts no votes"):
+        make(gate="retrieval", vote_start=2.0)
+    with pytest.raises(ModelError, match="common_experts is 1, but the gate 'token' knows no domains"):
+        make(gate="token", common_experts=1)
     with pytest.raises(ConfigError, match="top_k is 5: expected 1 to 4"):
         make(top_k=5)
 
