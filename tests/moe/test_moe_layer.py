@@ -35,6 +35,7 @@ def build(kind: str, gate: str = "retrieval", **changes: Any) -> MoELayer:
         "initializer_range": 0.02,
         "shared_expert": False,
         "common_experts": 0,
+        "vote_start": 0.0,
         "_experts_implementation": "grouped_mm",
     }
     layer = MoELayer(SimpleNamespace(**{**settings, **changes}))
