@@ -49,7 +49,8 @@ def main() -> None:
         rows.append(row("training step, LoRA experts", metric, kept, baseline=plain, target=None, unit=unit))
         lines.append([metric, f"{kept:.2f} {unit}", f"{plain:.2f} {unit}", f"{kept / plain:.2f}"])
     text = table(["", "memory kept", "as glibc has it", "ratio"], lines)
-    report = f"# Freed memory kept\n\nMade by `python eval/bench/allocator.py --rounds {arguments.rounds}`\n\n{text}"
+    made = f"python eval/bench/allocator.py --rounds {arguments.rounds} --steps {arguments.steps}"
+    report = f"# Freed memory kept\n\nMade by `{made}`\n\n{text}"
     write_result(arguments.out, "allocator", rows, report)
     print(text)
 
