@@ -21,7 +21,8 @@ def exchange_gate(
     """The same reader with another gate in every sparse layer.
 
     What both gates have, by name and shape, is kept: a retrieval gate in the place of a token gate starts as that token
-    gate, bit for bit. The rest starts untrained, drawn by ``seed``.
+    gate, bit for bit. The rest starts untrained, drawn by ``seed``; so does the scale of votes where ``vote_start`` is
+    given.
 
     Args:
         settings: of ``GATE_FIELDS``; what is not given stays.
@@ -43,6 +44,8 @@ def exchange_gate(
         torch.manual_seed(seed)
         built = RagmoeBertForQuestionAnswering(config)
     own, kept = built.state_dict(), model.state_dict()
+    if "vote_start" in settings:
+        kept = {name: x for name, x in kept.items() if not name.endswith(".vote_scale")}
     built.load_state_dict({name: kept[name] if _fits(kept, name, x) else x for name, x in own.items()})
     built.tokenizer, built.name_or_path, built.bundle_digests = (
         model.tokenizer,

@@ -39,6 +39,14 @@ def test_what_is_new_depends_on_the_seed_alone(make: Make) -> None:
     assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in drawn)
 
 
+def test_votes_begin_again_where_that_is_asked(make: Make) -> None:
+    model = make(gate="memory")
+    scales = [layer.gate.vote_scale.item() for layer in model.moe_layers]
+    assert [layer.gate.vote_scale.item() for layer in exchange_gate(model, top_k=1).moe_layers] == scales
+    begun = exchange_gate(model, vote_start=4.0)
+    assert [layer.gate.vote_scale.item() for layer in begun.moe_layers] == [pytest.approx(0.4)] * len(scales)
+
+
 def test_what_is_no_setting_of_a_gate_is_refused(make: Make) -> None:
     with pytest.raises(ModelError, match="'experts' is not the gate's alone; an exchange may set common_"):
         exchange_gate(make(gate="token"), experts=8)
