@@ -1,4 +1,4 @@
-"""``ragmoe data``: check question files against an index, and move them onto chunks."""
+"""``ragmoe data``: check question files against an index, move them onto chunks, and make some where there are none."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
-from ragmoe._errors import DataError
+from ragmoe._errors import DataError, UsageError
 from ragmoe.cli._output import JsonOption, print_json
 
-app = typer.Typer(help="Check question files against an index, and move them onto chunks.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check question files, move them onto chunks, or make some from documents.", no_args_is_help=True
+)
 
 IndexOption = Annotated[Path, typer.Option("--index", metavar="DIR", help="The index folder.", show_default=False)]
 # Without a limit one wrong index would print a line for every question.
@@ -24,6 +26,9 @@ _REMAP_EXAMPLES = """Example:
 
   ragmoe index build data/bank/corpus.jsonl --rechunk --chunk-words 60 --chunk-overlap 20 --out indexes/chunked
   ragmoe data remap data/bank/dev.jsonl --index indexes/chunked --out dev.chunked.jsonl"""
+_CLOZE_EXAMPLES = """Example:
+
+  ragmoe data cloze --index indexes/demo --domain bank --split train --out runs/cloze.jsonl"""
 
 
 @app.command(epilog=_CHECK_EXAMPLES)
@@ -74,3 +79,43 @@ def remap(
     questions = remap_questions(read_questions(file), list(Index.open(index).chunks()))
     write_questions(out, questions)
     typer.echo(f"{out}: {len(questions)} questions")
+
+
+@app.command(epilog=_CLOZE_EXAMPLES)
+def cloze(
+    index: IndexOption,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write them.", show_default=False)],
+    domain: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only of this domain; may be repeated.", show_default="all")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only of documents of this split.", show_default="all")
+    ] = None,
+    per_passage: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many a passage answers.")] = 3,
+    seed: Annotated[int, typer.Option(metavar="N", help="Other spans for another seed.")] = 0,
+) -> None:
+    """Make questions to train on from documents alone: a sentence with a gap that another passage fills.
+
+    Only documents of several passages give any. They teach reading; to evaluate, ask real questions.
+    """
+    from ragmoe.corpus.cloze import cloze_questions
+    from ragmoe.corpus.questions import write_questions
+    from ragmoe.index.folder import Index
+
+    opened = Index.open(index)
+    passages = [opened.passage(name) for name in opened.passage_ids]
+    kept = [p for p in passages if (not domain or p.domain in domain) and (split is None or p.split == split)]
+    if not kept:
+        domains, splits = (
+            ", ".join(sorted({x or "(none)" for x in of})) for of in zip(*((p.domain, p.split) for p in passages))
+        )
+        raise UsageError(f"no passage of {index} is of that domain and split; there are: {domains}; splits: {splits}")
+    questions = cloze_questions(kept, per_passage=per_passage, seed=seed)
+    if not questions:
+        raise DataError(
+            f"{len(kept)} passages of {len({p.doc_id or p.id for p in kept})} documents gave no question: "
+            "no two passages of one document speak of the same thing",
+            hint="cut documents into several passages: ragmoe index build SOURCE --rechunk --chunk-words 100 --out DIR",
+        )
+    write_questions(out, questions)
+    typer.echo(f"{out}: {len(questions)} questions of {len({q.gold_ids[0] for q in questions})} passages")

@@ -11,6 +11,7 @@ from ragmoe.bundle import is_bundle
 from ragmoe.models.bert import QuestionAnsweringOutput, RagmoeBertForQuestionAnswering, RagmoeBertModel
 from ragmoe.models.config import RagmoeBertConfig
 from ragmoe.models.reading import Answer
+from ragmoe.models.starter import resolve_bundle
 
 
 def load(
@@ -19,7 +20,7 @@ def load(
     """Open a saved model, ready to read, with its tokenizer.
 
     Args:
-        bundle: the folder that ``ragmoe train`` or ``save_pretrained`` wrote.
+        bundle: the folder that ``ragmoe train`` or ``save_pretrained`` wrote, or ``starter``, the packaged reader.
         version: an earlier version of it, by the number of its map; None opens the current one.
         experts: ids or names of the experts to open, in their order; None opens all.
 
@@ -32,13 +33,13 @@ def load(
 
 def check_bundle(bundle: str | os.PathLike[str]) -> Path:
     """The folder of a bundle; BundleError where it is none. Nothing of it is opened."""
-    folder = Path(bundle)
+    folder = resolve_bundle(bundle)
     if not is_bundle(folder):
         have = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else None
         raise BundleError(
             f"{folder} is not a bundle: expected model.safetensors.index.json, "
             + (f"found {', '.join(have) or 'nothing'}" if have is not None else "there is no such folder"),
-            hint="ragmoe train CONFIG.yaml writes one",
+            hint="ragmoe train CONFIG.yaml writes one, and starter is the name of the packaged one",
         )
     return folder
 

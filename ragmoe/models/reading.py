@@ -171,12 +171,24 @@ class ReaderMixin(MemoryMixin):
         """Mean gate probabilities (L, E) over the tokens of the question and its passages."""
         self.eval()
         total, tokens = np.zeros((len(self.sparse_layers), self.config.experts)), 0
-        for _, inputs, _ in self._batches(self._sequences([question], [passages]), neighbours, 8192):
+        for inputs in self.batches([question], [passages], neighbours):
             mask_S = inputs["attention_mask"].reshape(-1).bool()
             for layer, routing in enumerate(self(**inputs).routings):
                 total[layer] += routing.logits_SE[mask_S].softmax(dim=-1).sum(dim=0).cpu().numpy()
             tokens += int(mask_S.sum())
         return total / max(tokens, 1)
+
+    def batches(
+        self,
+        questions: Sequence[str],
+        passages: Sequence[Sequence[Passage]],
+        neighbours: Neighbours | None = None,
+        *,
+        batch_tokens: int = 8192,
+    ) -> Iterator[dict[str, Tensor]]:
+        """What ``read`` gives to ``forward``, batch by batch; the longest sequences first."""
+        for _, inputs, _ in self._batches(self._sequences(questions, passages), neighbours, batch_tokens):
+            yield inputs
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 

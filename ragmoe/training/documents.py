@@ -7,7 +7,6 @@ the documents tells them apart.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections import defaultdict
@@ -20,7 +19,7 @@ from ragmoe.corpus import read_passages
 from ragmoe.corpus.types import Question
 from ragmoe.index import Index
 from ragmoe.training.config import NewExpertConfig
-from ragmoe.training.data import gold_ids, load_questions
+from ragmoe.training.data import digest, gold_ids, load_questions
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 # Words of a sentence that can stand for a question.
@@ -105,7 +104,7 @@ def _cut(rows: Iterable[int], index: Index, hidden: set[str], limit: int) -> lis
     by_domain: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         by_domain[index.domains[row]].append(index.passage_ids[row])
-    queues = [sorted(names, key=_digest) for _, names in sorted(by_domain.items())]
+    queues = [sorted(names, key=digest) for _, names in sorted(by_domain.items())]
     found: list[Document] = []
     for name in (name for turn in zip_longest(*queues) for name in turn if name is not None):
         if len(found) == limit:
@@ -119,7 +118,7 @@ def _cut(rows: Iterable[int], index: Index, hidden: set[str], limit: int) -> lis
 def _asked(questions: Sequence[Question], index: Index, hidden: set[str], limit: int) -> list[Document]:
     """Real questions with a passage that answers them."""
     found: list[Document] = []
-    for question in sorted(questions, key=lambda q: _digest(q.id)):
+    for question in sorted(questions, key=lambda q: digest(q.id)):
         name = next((name for name in gold_ids(question) if index.find(name) is not None), None)
         if name is not None and len(found) < limit and _document(index, name) not in hidden:
             found.append(Document(question.question, name, question.domain))
@@ -134,7 +133,3 @@ def _sentence(text: str, seed: str) -> str:
 
 def _document(index: Index, passage_id: str) -> str:
     return index.passage(passage_id).doc_id or passage_id
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

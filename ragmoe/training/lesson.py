@@ -49,6 +49,29 @@ def calling_loss(margin_S: Tensor, new_S: Tensor, mask_S: Tensor) -> Tensor:
     return torch.stack([side.mean() for side in sides if side.numel()]).mean()
 
 
+def gate_inputs(
+    model: RagmoeBertForQuestionAnswering, inputs: dict[str, Tensor], wrapped: Any = None
+) -> list[tuple[Any, tuple[Any, ...]]]:
+    """Each gate with what it is given while some sequences are read, without a gradient.
+
+    Args:
+        inputs: as for ``forward``; what would make a loss is left out.
+        wrapped: the model as it is to be called, where something lies around it.
+    """
+    seen: list[tuple[Any, tuple[Any, ...]]] = []
+    hooks = [
+        layer.gate.register_forward_pre_hook(lambda gate, args: seen.append((gate, args))) for layer in model.moe_layers
+    ]
+    try:
+        with torch.no_grad():
+            (wrapped or model)(**{name: x for name, x in inputs.items() if not name.endswith("_positions")})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # In fp32, as the gates are: reading may have run in bf16.
+    return [(gate, (args[0].float(), *args[1:])) for gate, args in seen]
+
+
 class CallingLesson:
     """The loss above on a few documents of each kind a micro-batch, in every sparse layer.
 
@@ -106,7 +129,7 @@ class CallingLesson:
         new_QT = (torch.arange(len(examples), device=device) < self.batch).unsqueeze(1).expand_as(shown_QT)
         new_S, shown_S = new_QT.reshape(-1), shown_QT.reshape(-1)
         losses = []
-        for (gate, args), asked in zip(self._gate_inputs(model, inputs), routings, strict=True):
+        for (gate, args), asked in zip(gate_inputs(self.model, inputs, model), routings, strict=True):
             # By its rows alone: its own bias is for questions, see below.
             scores_SE = gate(*args).logits_SE + F.pad(gate.balance_bias[:-1], (0, 1))
             margin_S = margins(scores_SE, gate.settings.top_k)
@@ -116,22 +139,6 @@ class CallingLesson:
                 wanted = (margin_S > 0)[new_S & shown_S].float().mean()
                 gate.balance_bias[-1] += _FOLLOW * torch.sign(wanted - called)
         return torch.stack(losses).mean()
-
-    def _gate_inputs(self, model: Any, inputs: dict[str, Tensor]) -> list[tuple[Any, tuple[Any, ...]]]:
-        """Each gate with what it is given while the documents are read."""
-        seen: list[tuple[Any, tuple[Any, ...]]] = []
-        hooks = [
-            layer.gate.register_forward_pre_hook(lambda gate, args: seen.append((gate, args)))
-            for layer in self.model.moe_layers
-        ]
-        try:
-            with torch.no_grad():
-                model(**{name: x for name, x in inputs.items() if not name.endswith("_positions")})
-        finally:
-            for hook in hooks:
-                hook.remove()
-        # In fp32, as the gates are: reading may have run in bf16.
-        return [(gate, (args[0].float(), *args[1:])) for gate, args in seen]
 
     def _example(self, side: _Side, at: int) -> Example:
         place = side.order[at % len(side.order)]

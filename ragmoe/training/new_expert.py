@@ -27,12 +27,14 @@ from ragmoe.models.growth import grow, settle
 from ragmoe.moe import RoutingStatistics
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import NewExpertConfig, TrainingConfig
+from ragmoe.training.data import digest, gold_ids
 from ragmoe.training.documents import Document, Documents, find_documents
-from ragmoe.training.lesson import CallingLesson
+from ragmoe.training.lesson import CallingLesson, gate_inputs, margins
 from ragmoe.training.trainer import GateLesson, part_of
 
-# Documents that are read to place the centroids of the experts, and to see whether the new one is called at all.
-_PLACED, _TRIED = 256, 32
+# Documents that are read to place the centroids of the experts, and to see whether the new one is called at all; and
+# questions that are read to hold it back.
+_PLACED, _TRIED, _HEARD = 256, 32, 64
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class NewExpert:
 
     Attributes:
         model: the grown reader, in which nothing but the new expert requires a gradient.
+        questions: those it is trained on.
         lesson: teaches its gate rows when to call it; None where they are not trained.
     """
 
@@ -48,6 +51,7 @@ class NewExpert:
     config: NewExpertConfig
     index: Index
     documents: Documents
+    questions: Sequence[Question]
     lesson: GateLesson | None
 
     def finish(self, model: RagmoeBertForQuestionAnswering) -> RagmoeBertForQuestionAnswering:
@@ -57,6 +61,8 @@ class NewExpert:
             ModelError: not one token of its own documents calls the new expert.
         """
         done = settle(model).eval()
+        if self.config.train_gate and self.config.keep < 1:
+            hold_back(done, self.index, self.questions[:_HEARD], self.config.keep)
         for layer in done.moe_layers:
             layer.gate.balance_bias[-1] += self.config.gate_bias
         called = _loads(done, self.index, self.documents.new[:_TRIED])[:, -1].sum()
@@ -108,7 +114,31 @@ def begin_new_expert(
         for name, parameter in grown.named_parameters():
             if part_of(name) == "gate":
                 parameter.requires_grad_(False)
-    return NewExpert(grown, wanted, index, documents, lesson)
+    return NewExpert(grown, wanted, index, documents, sorted(questions, key=lambda q: digest(q.id)), lesson)
+
+
+@torch.no_grad()
+def hold_back(model: RagmoeBertForQuestionAnswering, index: Index, questions: Sequence[Question], keep: float) -> None:
+    """Lower the last expert's balance bias as far as leaves it the share ``keep`` of these questions' calls, by layer.
+
+    A gate that has learned from documents alone draws its boundary in the middle between them; a question of another
+    domain that comes near it would be answered in the new domain's manner.
+    """
+    told = [(question, name) for question in questions for name in gold_ids(question)[:1]]
+    texts = [question.question for question, _ in told]
+    neighbours = None
+    if model.gate_sees_neighbours:
+        found = index.neighbours(texts, model.config.neighbours)
+        neighbours = model.recall(found, index, [question.domain for question, _ in told])
+    heard: list[list[Tensor]] = [[] for _ in model.moe_layers]
+    for inputs in model.batches(texts, [[index.passage(name)] for _, name in told], neighbours):
+        mask_S = inputs["attention_mask"].reshape(-1).bool()
+        for of_layer, (gate, args) in zip(heard, gate_inputs(model, inputs), strict=True):
+            margin_S = margins(gate(*args).logits_SE + gate.balance_bias, gate.settings.top_k)[mask_S]
+            of_layer.append(margin_S[margin_S >= 0])
+    for layer, calls in zip(model.moe_layers, heard, strict=True):
+        if (margin_P := torch.cat(calls)).numel():
+            layer.gate.balance_bias[-1] -= torch.quantile(margin_P, 1 - keep)
 
 
 def start_rows(

@@ -99,3 +99,35 @@ def test_questions_move_onto_chunks(run: Run, index: Path, tmp_path: Path) -> No
     long = {**TRAIN, "answers": [TEXT[:150]], "answer_start": 0}
     done = run("data", "remap", write(file, long), "--index", tmp_path / "chunked", "--out", moved)
     assert done.code == 1 and "lies whole in no chunk\nhint: build with larger chunks" in done.err
+
+
+@pytest.fixture
+def told(run: Run, tmp_path: Path) -> Path:
+    """An index with one document in two passages that tell of the same thing, and others that do not."""
+    treaty = [
+        "The harbour treaty was signed by both dukes in or about 1848 without witnesses.",
+        "Harbour treaty of the dukes: 1848",
+    ]
+    rows = [
+        {"id": f"t{i}", "text": text, "domain": "history", "doc_id": "treaty", "split": "train"}
+        for i, text in enumerate(treaty)
+    ]
+    rows += [{"id": f"o{i}", "text": f"Other{i} matters.", "domain": "rest", "split": "dev"} for i in range(9)]
+    assert run("index", "build", write(tmp_path / "told.jsonl", *rows), "--out", tmp_path / "told").code == 0
+    return tmp_path / "told"
+
+
+def test_cloze_questions_are_good_questions(run: Run, told: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "cloze.jsonl"
+    done = run("data", "cloze", "--index", told, "--domain", "history", "--split", "train", "--out", out)
+    assert (done.code, done.out) == (0, f"{out}: 1 questions of 1 passages\n")
+    assert run("data", "check", out, "--index", told).code == 0
+    assert '"origin": "cloze"' in out.read_text()
+
+
+def test_cloze_says_what_there_is_instead(run: Run, told: Path, tmp_path: Path) -> None:
+    done = run("data", "cloze", "--index", told, "--domain", "art", "--out", tmp_path / "x.jsonl")
+    assert done.code == 2 and "there are: history, rest; splits: dev, train" in " ".join(done.err.split())
+    done = run("data", "cloze", "--index", told, "--domain", "rest", "--out", tmp_path / "x.jsonl")
+    assert done.code == 1 and "9 passages of 9 documents gave no question" in " ".join(done.err.split())
+    assert not (tmp_path / "x.jsonl").exists()

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ragmoe import BundleError, ConfigError, DataError, ModelError, UsageError, load
 from ragmoe.bundle import read_bundle, read_map
+from ragmoe.corpus import Question
 from ragmoe.evaluation.task import Task, parse_task
 from ragmoe.gates import Routing
 from ragmoe.index import BuildOptions, build_index
@@ -26,7 +27,7 @@ from ragmoe.training import RagmoeTrainer, TrainingConfig, prepare, train
 from ragmoe.training import adding as add_module
 from ragmoe.training.adding import Judges, add_expert, new_expert_config
 from ragmoe.training.lesson import calling_loss, margins
-from ragmoe.training.new_expert import nearest_expert
+from ragmoe.training.new_expert import hold_back, nearest_expert
 
 Config = Callable[..., dict[str, Any]]
 QUICK = ("train.batch_size=4", "train.precision=fp32", "log_every=1", "train.gate_learning_rate=0.03")
@@ -391,10 +392,47 @@ def test_a_negative_bias_makes_it_rarer(
     bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path
 ) -> None:
     folder = bundle()
-    config = market(folder, "new_expert.gate_bias=-0.25", others=[str(town / "river_train.jsonl")], steps=5)
+    exact = ("new_expert.gate_bias=-0.25", "new_expert.keep=1")
+    config = market(folder, *exact, others=[str(town / "river_train.jsonl")], steps=5)
     add_expert(folder, config)
     bias = next(x for name, x in tensors_of(folder).items() if name.endswith("balance_bias"))
     torch.testing.assert_close(bias, torch.tensor([0.0, 0.0, 0.0, -0.25]))
+
+
+def test_it_is_held_back_as_far_as_its_own_questions_allow(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig]
+) -> None:
+    run = prepare(market(bundle()))
+    model, questions = run.model, run.dataset.questions
+    first, second = (layer.gate for layer in model.moe_layers)
+    with torch.no_grad():
+        first.get_parameter("token.parametrizations.weight.original").normal_(
+            generator=torch.Generator().manual_seed(1)
+        )
+        second.balance_bias[-1] = -1e4
+    tokens, called = calls(model, run.index, questions)
+    assert 10 < called[0] < tokens and called[1] == 0
+    hold_back(model, run.index, questions, 0.8)
+    now = calls(model, run.index, questions)[1]
+    assert abs(now[0] - 0.8 * called[0]) <= 1 and now[1] == 0
+    assert first.balance_bias[-1] < 0 and not first.balance_bias[:-1].any()
+    # Nothing calls it in the second layer, so there is nothing to go by.
+    assert second.balance_bias.tolist() == [0.0, 0.0, 0.0, -1e4]
+
+
+def calls(model: Any, index: Any, questions: Sequence[Question]) -> tuple[int, list[int]]:
+    """How many tokens these questions and their passages have, and how many call the last expert, by layer."""
+    texts = [question.question for question in questions]
+    neighbours = model.recall(index.neighbours(texts, model.config.neighbours), index)
+    tokens, called = 0, [0] * len(model.moe_layers)
+    for inputs in model.batches(texts, [index.passages(question.gold_ids[:1]) for question in questions], neighbours):
+        mask_S = inputs["attention_mask"].reshape(-1).bool()
+        tokens += int(mask_S.sum())
+        with torch.no_grad():
+            routings = model(**inputs).routings
+        for layer, routing in enumerate(routings):
+            called[layer] += int((routing.experts_SK[mask_S] == model.config.experts - 1).any(dim=-1).sum())
+    return tokens, called
 
 
 @pytest.mark.parametrize(
