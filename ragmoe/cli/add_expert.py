@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ragmoe._errors import UsageError
 from ragmoe._folders import expect_folder
+from ragmoe.cli._bundles import is_starter, to_read
 from ragmoe.cli._output import (
     OVERRIDES,
     OVERRIDES_HELP,
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from ragmoe.training import TrainingConfig
     from ragmoe.training.adding import Added
 
-Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model.", show_default=False)]
+Bundle = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="The model; starter is the packaged one.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -37,7 +41,10 @@ Index = Annotated[
     Path, typer.Option(metavar="DIR", help="Holds the new passages, best beside the known.", show_default=False)
 ]
 Questions = Annotated[
-    list[str], typer.Option(metavar="FILE", help="To learn from; may be repeated.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        metavar="FILE", help="To learn from; may be repeated.", show_default="made of the documents of --corpus"
+    ),
 ]
 Corpus = Annotated[
     list[str] | None,
@@ -78,7 +85,7 @@ def add(
     *,
     name: Name,
     index: Index,
-    questions: Questions,
+    questions: Questions = None,
     corpus: Corpus = None,
     start: Start = None,
     steps: Steps = None,
@@ -96,19 +103,26 @@ def add(
 ) -> None:
     """Train one expert for a new domain and publish it with its certificate; all else stays as it is, to the bit.
 
-    Its gate rows learn when to call it from documents alone: those it is for, and the others in the index.
+    Its gate rows learn when to call it from documents alone: those it is for, and the others in the index. Without
+    questions it learns to read from the documents as well: sentences with a gap, as `ragmoe data cloze` makes them.
     """
     from ragmoe.cli.experts import find_tasks
     from ragmoe.training import Judges, add_expert, new_expert_config
 
     if out is not None:
         expect_folder(out)
+        bundle = to_read(bundle)
+    elif is_starter(bundle):
+        raise UsageError(
+            "the starter belongs to the package: a copy of your own can get an expert",
+            hint="--out NEW_BUNDLE makes one",
+        )
     judges = Judges(dev=dev or (), tasks=find_tasks(tasks, data, None), index=task_index, limit=limit)
     config = new_expert_config(
         bundle,
         name,
         index=index,
-        questions=questions,
+        questions=questions or (),
         start=start,
         corpus=corpus or (),
         others=others or (),

@@ -8,10 +8,15 @@ from typing import Annotated
 
 import typer
 
+from ragmoe.cli._bundles import to_read
+
 
 def annotate(
     index: Annotated[Path, typer.Argument(metavar="DIR", help="The index folder.", show_default=False)],
-    model: Annotated[Path, typer.Option(metavar="BUNDLE", help="The model whose routing counts.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Option(metavar="BUNDLE", help="The model whose routing counts.", callback=to_read, show_default=False),
+    ],
     questions: Annotated[
         list[str], typer.Option(metavar="FILE", help="Question files or globs; may be repeated.", show_default=False)
     ],

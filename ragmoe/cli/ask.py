@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import UsageError
+from ragmoe.cli._bundles import BundleArgument
 from ragmoe.cli._output import JsonOption, print_json
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ ASK_EXAMPLES = """Examples:
 
 
 def ask(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model.", show_default=False)],
+    bundle: BundleArgument,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.", show_default=False)],
     index: Annotated[Path, typer.Option(metavar="DIR", help="The index to look it up in.", show_default=False)],
     passages: Annotated[int, typer.Option("-m", "--passages", min=1, help="How many retrieved passages are read.")] = 5,

@@ -9,6 +9,7 @@ import typer
 
 from ragmoe._errors import ConfigError, DataError, UsageError
 from ragmoe._folders import expect_folder
+from ragmoe.cli._bundles import to_read
 from ragmoe.cli._output import DataOption, JsonOption, complain, print_json, print_tables, set_data
 from ragmoe.cli._stopped import again, on_stop
 from ragmoe.cli.experiment import EXPERIMENT_EXAMPLES, REPORT_EXAMPLES, experiment, report
@@ -38,7 +39,9 @@ def run(
         list[str],
         typer.Argument(metavar="TASK", help="Task files, or names that `ragmoe eval ls` lists.", show_default=False),
     ],
-    model: Annotated[Path, typer.Option(metavar="BUNDLE", help="The model to evaluate.", show_default=False)],
+    model: Annotated[
+        Path, typer.Option(metavar="BUNDLE", help="The model to evaluate.", callback=to_read, show_default=False)
+    ],
     index: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The index, in place of the task's.", show_default=False)
     ] = None,

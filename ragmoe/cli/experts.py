@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import UsageError
+from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument
 from ragmoe.cli._output import DataOption, JsonOption, print_json, print_tables, set_data
 from ragmoe.cli.add_expert import add
 from ragmoe.cli.progress import progress
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Show, add, prune and merge single experts.", no_args_is_help=True)
 
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model.", show_default=False)]
 VersionOption = Annotated[
     int | None, typer.Option(metavar="N", help="An earlier version of the bundle.", show_default=False)
 ]
@@ -83,7 +83,7 @@ def show(
 
 @app.command()
 def rename(
-    bundle: BundleArgument,
+    bundle: OwnBundleArgument,
     expert: ExpertArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Its new name.", show_default=False)],
 ) -> None:
@@ -96,7 +96,7 @@ def rename(
 
 @app.command()
 def prune(
-    bundle: BundleArgument,
+    bundle: OwnBundleArgument,
     experts: Annotated[
         list[str], typer.Argument(metavar="EXPERT", help="Ids or names of the experts to go.", show_default=False)
     ],
@@ -136,7 +136,7 @@ def prune(
 
 @app.command()
 def merge(
-    bundle: BundleArgument,
+    bundle: OwnBundleArgument,
     a: Annotated[str, typer.Argument(metavar="A", help="One expert, by id or name.", show_default=False)],
     b: Annotated[str, typer.Argument(metavar="B", help="The other.", show_default=False)],
     name: Annotated[str, typer.Option(metavar="NAME", help="The name of the one in their place.", show_default=False)],

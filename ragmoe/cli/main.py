@@ -17,7 +17,7 @@ import typer
 from ragmoe._errors import RagmoeError
 from ragmoe._memory import keep_freed_memory
 from ragmoe._version import __version__
-from ragmoe.cli import data, experts, index
+from ragmoe.cli import bundle, data, experts, index
 from ragmoe.cli import eval as eval_
 from ragmoe.cli._stopped import WORDS
 from ragmoe.cli.annotate import annotate
@@ -72,7 +72,8 @@ def _root(
 
 index.app.command("annotate", short_help="Record which experts served the passages.")(annotate)
 app.add_typer(index.app, name="index", help="Build, search, inspect and verify indexes.", rich_help_panel=_GROUPS)
-app.add_typer(data.app, name="data", help="Check and remap question files.", rich_help_panel=_GROUPS)
+app.add_typer(bundle.app, name="bundle", help="Pack a model for shipping, and unpack it.", rich_help_panel=_GROUPS)
+app.add_typer(data.app, name="data", help="Check, remap and make question files.", rich_help_panel=_GROUPS)
 app.add_typer(eval_.app, name="eval", help="Run and compare evaluations and experiments.", rich_help_panel=_GROUPS)
 app.add_typer(experts.app, name="experts", help="Show, add, prune and merge single experts.", rich_help_panel=_GROUPS)
 app.command("train", short_help="Fine-tune a model from a configuration file.", epilog=TRAIN_EXAMPLES)(train)

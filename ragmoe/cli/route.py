@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import UsageError
+from ragmoe.cli._bundles import BundleArgument
 from ragmoe.cli._output import JsonOption, print_json
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _LABEL, _CELL = 8, 6
 
 
 def route(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model.", show_default=False)],
+    bundle: BundleArgument,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.", show_default=False)],
     index: Annotated[
         Path, typer.Option(metavar="DIR", help="The index that gives the neighbours.", show_default=False)

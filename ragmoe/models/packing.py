@@ -134,7 +134,9 @@ def read_about(packed: str | os.PathLike[str]) -> Packed:
     try:
         return Packed.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{packed} is no packed bundle: {error}", hint="ragmoe starter pack writes one") from None
+        raise BundleError(
+            f"{packed} is no packed bundle: {error}", hint="ragmoe bundle pack BUNDLE --out DIR writes one"
+        ) from None
 
 
 def _tensors(folder: Path, about: Packed) -> dict[str, Tensor]:

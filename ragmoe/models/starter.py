@@ -27,22 +27,28 @@ def starter_folder() -> Path:
     Raises:
         BundleError: the package has none, its files are damaged, or there is no place to write.
     """
-    if not is_packed(PACKED):
-        raise BundleError(
-            "this installation of ragmoe comes without its starter",
-            hint="ragmoe train eval/experiments/halvern.yaml --out runs/mine makes a bundle in minutes",
-        )
-    digest = read_about(PACKED).digest
+    packed = packed_starter()
+    digest = read_about(packed).digest
     folder = _cache() / f"{STARTER}-{digest[:12]}"
     if is_bundle(folder):
         return folder
     try:
-        return unpack(PACKED, folder)
+        return unpack(packed, folder)
     except OSError as error:
         raise BundleError(
             f"the starter cannot be unpacked in {folder.parent}: {error.strerror}",
             hint="export RAGMOE_CACHE=DIR names another place",
         ) from None
+
+
+def packed_starter() -> Path:
+    """Where the package keeps it; BundleError where this installation has none."""
+    if not is_packed(PACKED):
+        raise BundleError(
+            f"this installation of ragmoe comes without its starter, which would lie in {PACKED}",
+            hint="ragmoe train eval/experiments/halvern.yaml --out runs/mine makes a bundle in minutes",
+        )
+    return PACKED
 
 
 def _cache() -> Path:

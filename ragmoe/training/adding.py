@@ -138,7 +138,8 @@ def new_expert_config(
     """The configuration that trains a new expert: as the bundle was trained, where that is known, but for the expert.
 
     Args:
-        questions: files and globs to learn from; ``index`` holds their passages.
+        questions: files and globs to learn from; ``index`` holds their passages. Without any, some are made of the
+            documents of ``corpus``.
         start, corpus, others: see ``NewExpertConfig``; without a start it is the network that all experts share, or
             where there is none the nearest expert.
         judges: their documents are kept from the gate's lesson.

@@ -27,6 +27,7 @@ class DataConfig(_Strict):
 
     Attributes:
         questions: question files (jsonl); globs and ``${VARIABLES}`` are expanded, relative to the configuration file.
+            None at all only where ``new_expert.corpus`` says of which documents to make some.
         index: index folder that the questions' passages come from.
         question_field: ``question``, or ``question_raw`` to retrieve and read without the document's name.
         limit: use only so many questions, drawn by digest; None uses all.
@@ -38,7 +39,7 @@ class DataConfig(_Strict):
             is calibrated for that.
     """
 
-    questions: list[str] = Field(min_length=1)
+    questions: list[str]
     index: str
     question_field: Literal["question", "question_raw"] = "question"
     limit: int | None = Field(None, ge=1)
@@ -152,7 +153,7 @@ class TrainingConfig(_Strict):
 
     Attributes:
         base: dense checkpoint to upcycle: ``minilm`` (the packaged default), a path or a Hub id; or a bundle, which is
-            trained on.
+            trained on (``starter`` is the packaged one).
         start: PEFT adapter laid over the dense base first: ``warm-start`` (packaged), a folder, or None.
         model: fields of ``RagmoeBertConfig``.
         expert_noise: relative noise that tells copied full experts apart.
@@ -203,6 +204,11 @@ def load_config(
             raise UsageError(explain(error)) from None
         raise ConfigError(f"{name}: {explain(error)}") from None
     _check_model_keys(given)
+    if not config.data.questions and not (config.new_expert and config.new_expert.corpus):
+        raise ConfigError(
+            f"{name}: data.questions is empty: there is nothing to learn from",
+            hint="only a new expert can learn from documents alone: name them with --corpus (new_expert.corpus)",
+        )
     config.data.questions = [resolve(entry, folder) for entry in config.data.questions]
     config.data.replay = [resolve(entry, folder) for entry in config.data.replay]
     if expert := config.new_expert:
@@ -212,6 +218,10 @@ def load_config(
     config.data.index = resolve(config.data.index, folder)
     if config.base != "minilm" and "base" not in given and (folder / config.base).exists():
         config.base = resolve(config.base, folder)
+    if config.base == "starter":
+        from ragmoe.models.starter import resolve_bundle
+
+        config.base = str(resolve_bundle(config.base).absolute())
     if config.start not in (None, "warm-start"):
         config.start = resolve(config.start, folder)
     return config

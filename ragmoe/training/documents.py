@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from ragmoe._errors import DataError
-from ragmoe.corpus import read_passages
+from ragmoe.corpus import cloze_questions, read_passages
 from ragmoe.corpus.types import Question
 from ragmoe.index import Index
 from ragmoe.training.config import NewExpertConfig
@@ -55,8 +55,7 @@ def find_documents(
     Raises:
         DataError: sources of the new documents are not in the index.
     """
-    unseen = {name for q in (*held, *load_questions(config.unseen)) for name in (*q.gold_ids, *q.context_ids)}
-    hidden = {_document(index, name) for name in unseen if index.find(name) is not None}
+    hidden = _documents_of([*held, *load_questions(config.unseen)], index)
     new, others = _sides(config, index, questions)
     if config.others:
         known = load_questions(config.others)
@@ -69,6 +68,24 @@ def find_documents(
             hint="name its sources with --corpus, or give fewer questions to judge it by",
         )
     return Documents(*drawn)
+
+
+def made_questions(config: NewExpertConfig, index: Index) -> list[Question]:
+    """Cloze questions from the new documents, but for those that the expert is judged by.
+
+    Raises:
+        DataError: the sources are not in the index, or give no question.
+    """
+    hidden = _documents_of(load_questions(config.unseen), index)
+    passages = [index.passage(index.passage_ids[row]) for row in sorted(_rows_of(config.corpus, index))]
+    made = cloze_questions([passage for passage in passages if (passage.doc_id or passage.id) not in hidden])
+    if not made:
+        raise DataError(
+            f"no question can be made of the {len(passages)} passages of {', '.join(config.corpus)}: "
+            "no two passages of one document speak of the same thing",
+            hint="give questions to learn from: --questions FILE",
+        )
+    return made
 
 
 def _sides(config: NewExpertConfig, index: Index, questions: Sequence[Question]) -> tuple[list[int], list[int]]:
@@ -129,6 +146,11 @@ def _sentence(text: str, seed: str) -> str:
     """A sentence of a text, or its first words where none has the length of a question."""
     sentences = [sentence for sentence in _SENTENCE.split(text.strip()) if len(sentence.split()) in _WORDS]
     return random.Random(seed).choice(sentences) if sentences else " ".join(text.split()[: _WORDS[-1]])
+
+
+def _documents_of(questions: Sequence[Question], index: Index) -> set[str]:
+    names = {name for question in questions for name in (*question.gold_ids, *question.context_ids)}
+    return {_document(index, name) for name in names if index.find(name) is not None}
 
 
 def _document(index: Index, passage_id: str) -> str:

@@ -33,6 +33,7 @@ from ragmoe.training.data import (
     learnable,
     training_questions,
 )
+from ragmoe.training.documents import made_questions
 from ragmoe.training.fitting import fit_gates
 from ragmoe.training.folder import CHECKPOINTS, HISTORY_NAME, check_out, is_started, last_checkpoint, start
 from ragmoe.training.new_expert import NewExpert, begin_new_expert
@@ -101,7 +102,10 @@ def prepare(config: TrainingConfig, *, cache: Path | None = None, show: Shows | 
         show: told how far retrieving is, which takes minutes for many questions.
     """
     index = Index.open(config.data.index)
-    questions = training_questions(config.data)
+    if config.data.questions or not config.new_expert:
+        questions = training_questions(config.data)
+    else:
+        questions = made_questions(config.new_expert, index)
     known = [question for question in questions if learnable(question)]
     check_questions(known, index)
     fit, held = hold_out(known, index, config.data.calibration_share, config.data.calibration_limit)

@@ -388,6 +388,38 @@ def test_an_expert_that_nothing_calls_is_an_error(
     assert read_map(folder).version == 1
 
 
+HARBOUR = (
+    "The harbour treaty was signed by both dukes in or about 1848 without witnesses.",
+    "Harbour treaty of the dukes: 1848",
+    "Both dukes kept the keys of the lighthouse at Marrow until the winter fair of that year.",
+    "In winter the lighthouse at Marrow was lit by whoever of the dukes had come to the fair.",
+)
+
+
+def test_an_expert_learns_from_documents_alone(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path, tmp_path: Path
+) -> None:
+    new = [{"id": f"h{i}", "text": text, "doc_id": "h", "domain": "harbour"} for i, text in enumerate(HARBOUR)]
+    source = tmp_path / "harbour.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in new))
+    build_index(BuildOptions((str(town / "corpus.jsonl"), str(source)), tmp_path / "index", encoder=StubEncoder()))
+    given: dict[str, Any] = {"questions": [], "index": tmp_path / "index"}
+    folder = bundle()
+    run = prepare(market(folder, corpus=[str(source)], **given))
+    assert {question.meta["origin"] for question in run.dataset.questions} == {"cloze"} and run.held == []
+    assert {name for question in run.dataset.questions for name in question.gold_ids} <= {row["id"] for row in new}
+    added = add_expert(folder, market(folder, corpus=[str(source)], **given))
+    assert added.certificate["new"] is None and read_map(folder).expert_names[-1] == "market"
+
+    judge = tmp_path / "judge.jsonl"
+    judge.write_text(json.dumps({"id": "j", "question": "When?", "answers": ["1848"], "gold_ids": ["h1"]}) + "\n")
+    judged = Judges(dev=(judge,))
+    with pytest.raises(DataError, match="no question can be made of the 4 passages"):
+        prepare(market(bundle(gate="token"), corpus=[str(source)], judges=judged, **given))
+    with pytest.raises(ConfigError, match=r"data\.questions is empty"):
+        market(folder, **given)
+
+
 def test_a_negative_bias_makes_it_rarer(
     bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path
 ) -> None:
