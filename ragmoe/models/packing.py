@@ -39,7 +39,8 @@ class Packed(BaseModel):
     Attributes:
         base: ``minilm`` or a Hub id; ``base_digest`` is the sha256 of its encoder's weights.
         digest: sha256 of ``packed.safetensors``.
-        experts: names, in the order in which their tensors are stacked; ids count from 0.
+        experts: their ids with their names, in the order in which their tensors are stacked.
+        extra: what else the bundle's map recorded.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,10 +49,11 @@ class Packed(BaseModel):
     base: str
     base_digest: str
     digest: str
-    experts: list[str]
+    experts: dict[int, str]
     encoder: EncoderRef | None = None
     index: str | None = None
     config: dict[str, Any]
+    extra: dict[str, Any] = {}
 
 
 def is_packed(folder: str | os.PathLike[str]) -> bool:
@@ -79,19 +81,21 @@ def pack(bundle: str | os.PathLike[str], out: str | os.PathLike[str], *, base: s
             raise BundleError(f"{bundle} does not come from {base}: {name} is {shapes}")
         elif not torch.equal(tensor, original[name]):
             packed |= _delta(name, tensor, original[name], rank)
-    config = {**map_.extra["config"], "dtype": "float32"}
+    extra = dict(map_.extra)
+    config = {**extra.pop("config"), "dtype": "float32"}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    halves = {name: tensor.half().contiguous() for name, tensor in packed.items()}
+    halves = {name: x.half().contiguous() if x.is_floating_point() else x for name, x in packed.items()}
     save_file(halves, folder / TENSORS_NAME, metadata={"format": "pt"})
     about = Packed(
         base=base,
         base_digest=digest,
         digest=file_digest(folder / TENSORS_NAME),
-        experts=map_.expert_names,
+        experts={expert.id: expert.name for expert in map_.experts},
         encoder=map_.encoder,
         index=map_.index,
         config=config,
+        extra=extra,
     )
     (folder / ABOUT_NAME).write_text(about.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return sum((folder / name).stat().st_size for name in (TENSORS_NAME, ABOUT_NAME))
@@ -113,7 +117,13 @@ def unpack(packed: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
         raise BundleError(
             f"{packed} adds to the weights {about.base_digest[:12]} of {about.base}, but here they are {digest[:12]}"
         )
-    model = RagmoeBertForQuestionAnswering(RagmoeBertConfig.from_dict(dict(about.config)))
+    config = RagmoeBertConfig.from_dict(dict(about.config))
+    if about.experts:
+        config.experts = len(about.experts)
+        config.expert_ids, config.expert_names = map(list, zip(*about.experts.items(), strict=True))
+    config.encoder = about.encoder.model_dump() if about.encoder else None
+    config.index_digest = about.index
+    model = RagmoeBertForQuestionAnswering(config)
     state = {name: base[name] for name in model.state_dict() if name in base}
     state |= {name: x for name, x in tensors.items() if not name.endswith((".a", ".b"))}
     for name in (name.removesuffix(".a") for name in tensors if name.endswith(".a")):
@@ -121,9 +131,6 @@ def unpack(packed: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
         raise BundleError(f"{packed} does not fit its model: missing {missing[:5]}, unexpected {unexpected[:5]}")
-    model.config.encoder = about.encoder.model_dump() if about.encoder else None
-    model.config.index_digest = about.index
-    model.config.expert_names, model.config.experts = about.experts, len(about.experts)
     _publish(model.eval(), about, folder)
     return folder
 
@@ -143,7 +150,7 @@ def _tensors(folder: Path, about: Packed) -> dict[str, Tensor]:
     path = folder / TENSORS_NAME
     if not path.is_file() or file_digest(path) != about.digest:
         raise BundleError(f"{path} is damaged or missing: its sha256 is not what {ABOUT_NAME} says")
-    return {name: tensor.float() for name, tensor in load_file(path).items()}
+    return {name: x.float() if x.is_floating_point() else x for name, x in load_file(path).items()}
 
 
 def _publish(model: RagmoeBertForQuestionAnswering, about: Packed, folder: Path) -> None:
@@ -154,7 +161,7 @@ def _publish(model: RagmoeBertForQuestionAnswering, about: Packed, folder: Path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
         tokenizer.save_pretrained(part)
-        model.save_pretrained(part, message=f"unpack {about.digest[:12]}")
+        model.save_pretrained(part, message=f"unpack {about.digest[:12]}", extra=about.extra)
         try:
             os.rename(part, folder)
         except OSError:

@@ -12,7 +12,7 @@ import torch
 from tiny_models import Make, some_neighbours, tokens
 
 from ragmoe import BundleError, load
-from ragmoe.bundle import is_bundle, read_bundle
+from ragmoe.bundle import is_bundle, prune_experts, read_bundle, read_map
 from ragmoe.models import RagmoeBertForQuestionAnswering, starter
 from ragmoe.models.packing import ABOUT_NAME, TENSORS_NAME, is_packed, pack, unpack
 from ragmoe.models.starter import resolve_bundle, starter_folder
@@ -79,6 +79,14 @@ def test_it_holds_what_was_trained_and_nothing_of_the_base(packed: Path, bundle:
     changed = {name for name in state if "self.query.weight" in name or "intermediate.dense.weight" in name} - new
     assert set(tensors) == new | {f"{name}.{side}" for name in changed for side in "ab"}
     assert all(tensors[f"{name}.a"].shape[1] == RANK for name in changed)
+
+
+def test_ids_and_records_are_kept(bundle: Path, dense_folder: Path, tmp_path: Path) -> None:
+    prune_experts(bundle, ["b"])
+    pack(bundle, tmp_path / "packed", base=str(dense_folder), rank=RANK)
+    before, after = read_map(bundle), read_map(unpack(tmp_path / "packed", tmp_path / "again"))
+    assert after.expert_ids == [0, 2, 3] and after.expert_names == ["a", "c", "d"]
+    assert after.extra == before.extra and after.encoder == before.encoder
 
 
 def test_unpacking_twice_is_bit_equal(packed: Path, tmp_path: Path) -> None:
