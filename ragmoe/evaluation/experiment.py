@@ -62,7 +62,8 @@ class Experiment(BaseModel):
         baseline: the arm that the picture of differences is drawn against; None for ``dense``, else the first arm.
         goals: differences hoped for, shown as met or not met.
         notes: for each arm, in words, how its size is matched to the others'.
-        untrained: also evaluate the model that training starts from, as the arm ``untrained`` or of the name given.
+        untrained: also evaluate the model that training starts from, as the arm ``untrained`` or of the name given; or
+            for several names the arms whose starts they are, such as ``{before: added}``.
         result: where the result is written, as JSON and beside it as Markdown; None for the output folder only.
     """
 
@@ -79,7 +80,7 @@ class Experiment(BaseModel):
     baseline: str | None = None
     goals: list[Goal] = []
     notes: dict[str, str] = {}
-    untrained: bool | str = False
+    untrained: bool | str | dict[str, str] = False
     result: str | None = None
 
     _path: Path = PrivateAttr(Path("experiment.yaml"))
@@ -88,8 +89,8 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        if reserved := {UNTRAINED, self.untrained_arm} & set(self.arms):
-            name = min(map(str, reserved))
+        if reserved := {UNTRAINED, *self.untrained_arms} & set(self.arms):
+            name = min(reserved)
             raise ValueError(f"no arm may be called {name!r}: that is the model that training starts from (untrained)")
         for name in self.arm_names:
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
@@ -103,6 +104,8 @@ class Experiment(BaseModel):
         for where, names in named.items():
             if unknown := [name for name in names if name not in self.arm_names]:
                 raise ValueError(f"{where} {unknown[0]!r}; the arms are {', '.join(self.arm_names)}")
+        if unknown := [name for name in self.untrained_arms.values() if name not in self.arms]:
+            raise ValueError(f"untrained names {unknown[0]!r}; the arms that are trained are {', '.join(self.arms)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds has duplicates: {self.seeds}")
         return self
@@ -129,13 +132,16 @@ class Experiment(BaseModel):
 
     @property
     def arm_names(self) -> list[str]:
-        """All arms, the untrained one first where it is asked for."""
-        return [*([self.untrained_arm] if self.untrained_arm else []), *self.arms]
+        """All arms, the untrained ones first."""
+        return [*self.untrained_arms, *self.arms]
 
     @property
-    def untrained_arm(self) -> str | None:
-        """The arm that is the model training starts from; None where it is not asked for."""
-        return self.untrained if isinstance(self.untrained, str) else UNTRAINED if self.untrained else None
+    def untrained_arms(self) -> dict[str, str]:
+        """The arms that are models before training, each with the arm that starts from it."""
+        if isinstance(self.untrained, dict):
+            return self.untrained
+        name = self.untrained if isinstance(self.untrained, str) else UNTRAINED
+        return {name: next(iter(self.arms))} if self.untrained else {}
 
     @property
     def reference(self) -> str:
@@ -180,12 +186,12 @@ class Experiment(BaseModel):
     def training(self, arm: str, seed: int, index: Path) -> Any:
         """The resolved training configuration (``TrainingConfig``) of an arm.
 
-        The untrained arm has that of the first arm: at step 0 they are the same model.
+        An untrained arm has that of the arm that starts from it: at step 0 they are the same model.
         """
         from ragmoe.training.config import load_config
         from ragmoe.training.config import read_yaml as read_training
 
-        changes = self.arms[arm if arm in self.arms else next(iter(self.arms))]
+        changes = self.arms[self.untrained_arms.get(arm, arm)]
         source, folder = self.train, self.folder
         if isinstance(source, str):
             path = self.resolve(source)

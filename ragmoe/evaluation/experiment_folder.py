@@ -69,7 +69,7 @@ class ExperimentFolder:
             moved: the folder may come from another machine: of a path only its last two names have to agree.
         """
         kept = _read_yaml(self.bundle(arm, seed) / "training.yaml")
-        if arm == self.experiment.untrained_arm or kept is None:
+        if arm in self.experiment.untrained_arms or kept is None:
             return
         # Read back as a configuration: one that was written before a setting existed has that setting's default.
         before = _as(type(config), kept)
@@ -86,10 +86,10 @@ class ExperimentFolder:
             )
 
     def trained(self, arm: str, seed: int) -> bool:
-        """Whether an arm has its bundle; the untrained one needs none."""
+        """Whether an arm has its bundle; an untrained one needs none."""
         from ragmoe.bundle import is_bundle
 
-        return arm == self.experiment.untrained_arm or is_bundle(self.bundle(arm, seed))
+        return arm in self.experiment.untrained_arms or is_bundle(self.bundle(arm, seed))
 
     def evaluated(self, arm: str, seed: int, task: Task) -> bool:
         """Whether an arm's evaluation on a task is whole, and of this task and index."""
@@ -110,7 +110,7 @@ class ExperimentFolder:
         done = sum(self.evaluated(arm, seed, task) for task in tasks)
         if self.trained(arm, seed):
             if done < len(tasks):
-                return f"{'' if arm == self.experiment.untrained_arm else 'trained, '}{done} of {len(tasks)} tasks"
+                return f"{'' if arm in self.experiment.untrained_arms else 'trained, '}{done} of {len(tasks)} tasks"
             value = self._evaluation(arm, seed, tasks[0])["conditions"]["real"]["macro"]["f1"]
             return "finished" if value is None else f"F1 {value:.1f}"
         steps = [step for step, _ in self.losses(arm, seed)]

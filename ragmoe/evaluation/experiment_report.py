@@ -141,7 +141,7 @@ def gather(folder: ExperimentFolder, tasks: list[Task], command: str) -> Outcome
         progress_table(folder, tasks) if missing else None,
         goal_table(experiment, tasks, compared),
         comparison_table(triples),
-        added_table(runs, experiment.untrained_arm),
+        added_table(runs, list(experiment.untrained_arms)),
         parameter_table({arm: by_task[tasks[0].name][0] for arm, by_task in runs.items()}, experiment.notes),
     ]
     details = []

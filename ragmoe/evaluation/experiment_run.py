@@ -88,7 +88,7 @@ def _model(
     from ragmoe.training.build import build_model
 
     config, bundle = folder.experiment.training(arm, seed, index.folder), folder.bundle(arm, seed)
-    if arm == folder.experiment.untrained_arm:
+    if arm in folder.experiment.untrained_arms:
         import torch
 
         return build_model(config, index, on_cpu=not torch.cuda.is_available())

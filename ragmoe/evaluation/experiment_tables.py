@@ -61,22 +61,24 @@ def parameter_table(arms: Mapping[str, Results], notes: Mapping[str, str]) -> Ta
     )
 
 
-def added_table(runs: Mapping[str, Mapping[str, Sequence[Results]]], start: str | None) -> Table | None:
-    """How often experts that the starting model did not have are called, in each task; None where there are none.
+def added_table(runs: Mapping[str, Mapping[str, Sequence[Results]]], starts: Sequence[str]) -> Table | None:
+    """How often experts that no starting model had are called, in each task; None where there are none.
 
     Args:
         runs: of each arm by task name, one a seed.
-        start: the arm that is the model training starts from.
+        starts: the arms that are models before training.
     """
-    if start is None or start not in runs:
-        return None
-    rows = []
-    for arm, by_task in runs.items():
-        for name in dict.fromkeys(name for task in by_task for name in _new_experts(by_task[task], runs[start][task])):
-            rows.append([arm, name, *(_called(by_task[task], name) for task in by_task)])
+    begun = [by_task for arm, by_task in runs.items() if arm in starts]
+    known = {name for by_task in begun for results in by_task.values() for name in _experts(results)}
+    rows = [
+        [arm, name, *(_called(results, name) for results in by_task.values())]
+        for arm, by_task in (runs.items() if known else ())
+        for name in dict.fromkeys(name for results in by_task.values() for name in _experts(results))
+        if name not in known
+    ]
     if not rows:
         return None
-    tasks = {task: results[0].setting for task, results in runs[start].items()}
+    tasks = {task: results[0].setting for task, results in begun[0].items()}
     return Table(
         "Experts added",
         ["arm", "expert", *(f"{task} ({setting})" for task, setting in tasks.items())],
@@ -87,9 +89,8 @@ def added_table(runs: Mapping[str, Mapping[str, Sequence[Results]]], start: str 
     )
 
 
-def _new_experts(runs: Sequence[Results], before: Sequence[Results]) -> list[str]:
-    known = set(_routing(before[0]).get("experts", []))
-    return [name for name in _routing(runs[0]).get("experts", []) if known and name not in known]
+def _experts(runs: Sequence[Results]) -> list[str]:
+    return list(_routing(runs[0]).get("experts", []))
 
 
 def _called(runs: Sequence[Results], expert: str) -> str:

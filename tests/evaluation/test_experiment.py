@@ -100,7 +100,7 @@ def test_an_arm_trained_over_another_index_is_refused(write: Any, trained: list[
 def test_configurations_of_arms(write: Any, tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "base.yaml").write_text(yaml.safe_dump(yaml.safe_load(write().read_text())["train"]))
-    experiment = load_experiment(write(train="configs/base.yaml"))
+    experiment = load_experiment(write(train="configs/base.yaml", untrained=True))
     config = experiment.training("retrieval", 3, tmp_path / "idx")
     assert (config.seed, config.model, config.train.steps) == (3, {"gate": "retrieval"}, 9)
     # Paths in a training configuration are relative to its own folder; the index is the experiment's.
@@ -116,6 +116,17 @@ def test_the_start_may_have_a_name_of_its_own(write: Any, trained: list[str], tm
     assert list(result.arms) == ["before", "dense", "retrieval"]
     assert (result.arms["before"].seconds, trained) == (None, ["dense/0", "retrieval/0"])
     assert [(c.a, c.b, c.setting) for c in result.comparisons] == [("dense", "before", "old")]
+
+
+def test_several_starts(write: Any, trained: list[str], tmp_path: Path) -> None:
+    path = write(untrained={"a": "dense", "b": "retrieval"}, comparisons=[["dense", "a"], ["a", "b"]], seeds=[0])
+    experiment = load_experiment(path)
+    assert [experiment.training(arm, 0, tmp_path).model for arm in "ab"] == [
+        {"sparse_layers": []},
+        {"gate": "retrieval"},
+    ]
+    result = run_experiment(experiment, out=tmp_path / "out").result
+    assert list(result.arms) == ["a", "b", "dense", "retrieval"] and trained == ["dense/0", "retrieval/0"]
 
 
 def test_a_value_may_depend_on_the_seed(write: Any, tmp_path: Path) -> None:
@@ -140,6 +151,7 @@ def test_faults_of_an_arm_name_it(write: Any, trained: list[str], tmp_path: Path
         ({"comparisons": [["retrieval", "untrained"]]}, "comparisons name 'untrained'"),
         ({"arms": {"untrained": {}}, "comparisons": []}, "no arm may be called 'untrained'"),
         ({"untrained": "dense"}, "no arm may be called 'dense'"),
+        ({"untrained": {"before": "none"}}, "untrained names 'none'; the arms that are trained are dense, retrieval"),
         ({"arms": {"a/b": {}}, "comparisons": []}, "the arm 'a/b' names a folder"),
         ({"arms": {}}, "arms: Dictionary should have at least 1 item"),
         ({"seeds": [1, 1]}, "seeds has duplicates"),

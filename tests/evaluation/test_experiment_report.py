@@ -245,9 +245,11 @@ def test_who_calls_an_expert_that_was_added() -> None:
         ],
         "t_new": [routed("t_new", "new", grown, {"y": [[0.5, 0.0, 0.5], [0.3, 0.3, 0.4]]})] * 2,
     }
-    table = added_table({"before": before, "added": added, "full": before}, "before")
+    table = added_table({"before": before, "added": added, "full": before}, ["before"])
     assert table is not None
     assert table.columns == ["arm", "expert", "t_old (old)", "t_new (new)"]
     assert table.rows == [["added", "c", "11.2 %", "45.0 %"]]
-    assert added_table({"before": before, "full": before}, "before") is None
-    assert added_table({"added": added}, None) is None
+    assert added_table({"before": before, "full": before}, ["before"]) is None
+    assert added_table({"added": added}, []) is None
+    # What any of the starts has is not new.
+    assert added_table({"before": before, "other": added, "added": added}, ["before", "other"]) is None
