@@ -119,7 +119,10 @@ def load(runs: Arms) -> Drawn | None:
     shares_DLE = {arm: 100 * np.array([*routing["load_per_domain"].values()]) for arm, routing in routings.items()}
     D, L, E = np.max([shares.shape for shares in shares_DLE.values()], axis=0)
     top = max(shares.max() for shares in shares_DLE.values())
-    figure = blank(1.6 + L * (0.4 + 0.17 * E), 0.6 + len(routings) * (0.3 + 0.15 * D))
+    names = {arm: [name.removeprefix("expert ") for name in routing["experts"]] for arm, routing in routings.items()}
+    # Names that stand upright below the panels want room there.
+    below = 0.07 * max(_upright(of_arm) for of_arm in names.values())
+    figure = blank(1.6 + L * (0.4 + 0.17 * E), 0.6 + len(routings) * (0.3 + 0.15 * D + below))
     grid = figure.subplots(len(routings), L, squeeze=False)
     image: Any = None
     for row, (arm, routing) in enumerate(routings.items()):
@@ -129,8 +132,7 @@ def load(runs: Arms) -> Drawn | None:
                 axes.set_axis_off()
                 continue
             image = axes.imshow(shares_DLE[arm][:, at], cmap="viridis", vmin=0, vmax=top, aspect="auto")
-            names = [name.removeprefix("expert ") for name in routing["experts"]]
-            _name_cells(axes, names, [*routing["load_per_domain"]] if at == 0 else [])
+            _name_cells(axes, names[arm], [*routing["load_per_domain"]] if at == 0 else [], narrow=True)
             axes.set_title(f"{arm}, layer {routing['layers'][at]['layer']}")
             if row == len(routings) - 1:
                 axes.set_xlabel("expert")
@@ -213,11 +215,25 @@ def _panels(count: int, arms: Sequence[str], beside: float = 0.0) -> tuple[Figur
     return figure, axes_T
 
 
-def _name_cells(axes: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
-    """Names beside the cells of a heat map, which has no frame and no marks."""
-    turned = max(map(len, columns)) > 11
+def _upright(columns: Sequence[str], most: int = 2) -> int:
+    """The length of the longest name, where names longer than so many letters have to stand upright; else 0."""
+    longest = max(map(len, columns))
+    return longest if longest > most else 0
+
+
+def _name_cells(axes: Axes, columns: Sequence[str], rows: Sequence[str], *, narrow: bool = False) -> None:
+    """Names beside the cells of a heat map, which has no frame and no marks.
+
+    Args:
+        narrow: columns are about two letters wide, and not about eleven.
+    """
+    turn = 90 if narrow else 30
+    turned = bool(_upright(columns, 2 if narrow else 11))
     axes.set_xticks(
-        range(len(columns)), labels=columns, rotation=30 if turned else 0, ha="right" if turned else "center"
+        range(len(columns)),
+        labels=columns,
+        rotation=turn if turned else 0,
+        ha="right" if turned and not narrow else "center",
     )
     axes.set_yticks(range(len(rows)), labels=rows)
     axes.tick_params(length=0)
