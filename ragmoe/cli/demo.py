@@ -1,6 +1,7 @@
 """``ragmoe demo``: the whole job on the packaged data, in a few minutes on a laptop's CPU.
 
-Index, search, fine-tune three arms, evaluate them, look at the routing, ask. Every step is a command a user can give.
+Index, search, ask the packaged reader, fine-tune three arms, evaluate them, look at the routing, ask:
+every step is a command a user can give.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def _run(console: Console, root: Path, out: Path) -> Outcome:
     from ragmoe.evaluation.experiment import load_experiment
     from ragmoe.evaluation.experiment_run import run_experiment
     from ragmoe.evaluation.opening import index_of_recipe
+    from ragmoe.models import load
 
     with progress() as show:
         show.say("1  Index: 200 passages in five domains")
@@ -71,8 +73,10 @@ def _run(console: Console, root: Path, out: Path) -> Outcome:
         show.say(f"   {len(index)} passages, {index.width} wide, {index.manifest.faiss.factory}: {index.folder}")
         show.say(f"2  Search: {SEARCH}")
     print_hits([(hit, index.passage(hit.passage_id)) for hit in index.search([SEARCH], 3)[0]])
+    console.print(f"\n3  Ask the packaged starter, which has never seen this city: {SEARCH}", highlight=False)
+    _answer(index, load("starter"), SEARCH)
     with progress() as show:
-        show.say("3  Fine-tune three arms from one start, on the same examples, and evaluate them")
+        show.say("4  Fine-tune three arms from one start, on the same examples, and evaluate them")
         return run_experiment(
             load_experiment(root / "eval" / "experiments" / "demo.yaml"),
             out=out,
@@ -118,14 +122,20 @@ def _table(outcome: Outcome) -> Any:
 
 
 def _ask(console: Console, root: Path, bundle: Path) -> None:
-    from ragmoe.cli.ask import print_answer
     from ragmoe.cli.route import draw, trace
     from ragmoe.index import Index
     from ragmoe.models import load
 
     index, model = Index.open(root / "indexes" / "demo"), load(bundle)
-    console.print(f"4  Routing: {QUESTIONS[0]}", highlight=False)
+    console.print(f"5  Routing: {QUESTIONS[0]}", highlight=False)
     draw(trace(model, index, QUESTIONS[0]))
-    for number, (question, answer) in enumerate(zip(QUESTIONS, model.answer(QUESTIONS, index), strict=True), start=5):
+    for number, question in enumerate(QUESTIONS, start=6):
         console.print(f"\n{number}  Ask: {question}", highlight=False)
-        print_answer(answer, index.passage(answer.passage_id) if answer.passage_id else None)
+        _answer(index, model, question)
+
+
+def _answer(index: Any, model: Any, question: str) -> None:
+    from ragmoe.cli.ask import print_answer
+
+    answer = model.answer([question], index)[0]
+    print_answer(answer, index.passage(answer.passage_id) if answer.passage_id else None)

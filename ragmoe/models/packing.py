@@ -82,7 +82,8 @@ def pack(bundle: str | os.PathLike[str], out: str | os.PathLike[str], *, base: s
         elif not torch.equal(tensor, original[name]):
             packed |= _delta(name, tensor, original[name], rank)
     extra = dict(map_.extra)
-    config = {**extra.pop("config"), "dtype": "float32"}
+    # Where it was trained is nobody's business, and says nothing elsewhere.
+    config = {**extra.pop("config"), "dtype": "float32", "_name_or_path": ""}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     halves = {name: x.half().contiguous() if x.is_floating_point() else x for name, x in packed.items()}
