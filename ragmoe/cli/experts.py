@@ -236,5 +236,7 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
         f"{counts['total']:,} parameters. Masked: without the expert, answers and scores against before, bit for bit. "
         "Routed to it, in per cent: tokens, questions of which most tokens are, questions of which any is."
     )
+    if not rows:
+        note = f"Judged by nothing: --dev FILE judges what it brings, --task TASK what it costs. {note}"
     columns = ["", "task", "n", "F1 before", "masked", "live", "change", "tokens", "questions", "touched"]
     return Table(f"Certificate of {certificate['name']}", columns, rows, note=note, labels=2)
