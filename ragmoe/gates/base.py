@@ -23,13 +23,25 @@ class Routing(NamedTuple):
 
     Attributes:
         weights_SK: how much each chosen expert counts; zero where none was available.
-        experts_SK: int64, the chosen experts, best first.
+        experts_SK: int64, the chosen experts, best first; E, which is no expert, in a slot that is left empty.
         logits_SE: float32, what was chosen from; -inf for an expert that is not available.
+        served_SK: int64, where capacity is limited: the expert that serves each choice, E where none has room. None
+            means that each choice is served as it was made.
+        load_SE: float32, with a gradient: how likely each expert would be chosen again under other noise; None where
+            the selection has no noise of its own.
     """
 
     weights_SK: Tensor
     experts_SK: Tensor
     logits_SE: Tensor
+    served_SK: Tensor | None = None
+    load_SE: Tensor | None = None
+
+    def choices_SE(self) -> Tensor:
+        """How often each token has chosen each expert, int64 (S, E), before any limit of capacity."""
+        S, E = self.logits_SE.shape
+        counts_SE = self.experts_SK.new_zeros(S, E + 1)
+        return counts_SE.scatter_add_(1, self.experts_SK, torch.ones_like(self.experts_SK))[:, :E]
 
 
 @dataclass(frozen=True)

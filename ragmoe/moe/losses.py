@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ragmoe.gates.base import Routing
 
@@ -24,8 +23,7 @@ def load_balance_loss(routing: Routing, mask_S: Tensor) -> Tensor:
     E, K = routing.logits_SE.shape[1], routing.experts_SK.shape[1]
     kept_S = mask_S.to(routing.logits_SE.dtype)
     tokens = kept_S.sum().clamp(min=1)
-    chosen_SE = F.one_hot(routing.experts_SK, E).sum(dim=1)
-    load_E = (chosen_SE * kept_S.unsqueeze(1)).sum(dim=0) / (tokens * K)
+    load_E = (routing.choices_SE() * kept_S.unsqueeze(1)).sum(dim=0) / (tokens * K)
     # Where no expert is available the softmax of -inf is NaN.
     probability_SE = routing.logits_SE.softmax(dim=-1).masked_fill(routing.logits_SE.isneginf(), 0.0)
     probability_E = (probability_SE * kept_S.unsqueeze(1)).sum(dim=0) / tokens

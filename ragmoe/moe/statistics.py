@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ragmoe.gates.base import Routing
 
@@ -51,7 +50,7 @@ class RoutingStatistics:
             log_SE = log_SE.masked_fill(routing.logits_SE.isneginf(), 0.0)
             entropy_S = -(log_SE.exp() * log_SE).sum(dim=-1)
             entropies.append((entropy_S * mask_S).sum().view(1))
-            chosen_SE = F.one_hot(routing.experts_SK, self.experts).sum(dim=1) * mask_S.unsqueeze(1)
+            chosen_SE = routing.choices_SE() * mask_S.unsqueeze(1)
             choices.append(chosen_SE.view(*mask_BT.shape, self.experts).sum(dim=1).flatten())
         # Fetched from the device at once: each fetch waits until everything before it is computed.
         found = torch.cat([mask_S.sum(dtype=torch.float32).view(1), *entropies, *choices]).cpu().numpy().astype(float)

@@ -72,7 +72,7 @@ def test_padding_and_order_change_nothing(loss: Callable[[Routing, Tensor], Tens
     mask_S = torch.arange(11) < 6
     assert torch.allclose(loss(padded, mask_S), want)
     order = torch.randperm(11)
-    shuffled = Routing(*(x[order] for x in padded))
+    shuffled = Routing(*(x[order] for x in padded[:3]))
     assert torch.allclose(loss(shuffled, mask_S[order]), want)
 
 
@@ -85,7 +85,7 @@ def test_layers_are_not_pooled() -> None:
     """Two layers lean to opposite experts: each is out of balance, though together they are not."""
     left = routing(torch.tensor([[9.0, 0.0]] * 4), 1)
     right = routing(torch.tensor([[0.0, 9.0]] * 4), 1)
-    pooled = Routing(*(torch.cat(pair) for pair in zip(left, right, strict=True)))
+    pooled = Routing(*(torch.cat(pair) for pair in zip(left[:3], right[:3], strict=True)))
     mean = (load_balance_loss(left, everything(4)) + load_balance_loss(right, everything(4))) / 2
     assert mean.item() == pytest.approx(2.0, abs=1e-3)
     assert load_balance_loss(pooled, everything(8)).item() == pytest.approx(1.0)
