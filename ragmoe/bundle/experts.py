@@ -202,8 +202,13 @@ def require_unlocked(experts: Sequence[ExpertEntry], what: str) -> None:
 
 
 def require_enough(map_: BundleMap, left: int) -> None:
-    """Raise BundleError where fewer experts would be left than each token chooses."""
-    top_k = map_.extra.get("config", {}).get("top_k", 1)
+    """Raise BundleError where fewer experts would be left than each token chooses, or the gate lets none go."""
+    from ragmoe.gates import gate_class
+
+    config = map_.extra.get("config", {})
+    if (gate := config.get("gate")) and (why := gate_class(gate).fixed_experts):
+        raise BundleError(f"the gate {gate!r} lets no expert go: {why}")
+    top_k = config.get("top_k", 1)
     if left < top_k:
         raise BundleError(
             f"{left} of {len(map_.experts)} experts would be left, but each token chooses {top_k}; "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ragmoe._errors import ConfigError
-from ragmoe.gates.base import Routing
+from ragmoe.gates.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Experts(nn.Module, ABC):
     Attributes:
         needs_dense: whether the layer keeps its dense network without being asked for a shared expert.
         has_rank: whether ``expert_rank`` means anything to it.
+        partial: whether some slots of a routing may be served by nobody.
+        drops: whether the weight of those is lost, so that only the residual stays of a token without any expert.
     """
 
     needs_dense: ClassVar[bool]
@@ -49,10 +51,15 @@ class Experts(nn.Module, ABC):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
+        self.partial = self.drops = False
+
+    def allow_empty(self, *, drops: bool) -> None:
+        """Expect slots that nobody serves; see ``partial`` and ``drops``."""
+        self.partial, self.drops = True, drops
 
     @abstractmethod
     def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
-        """What the chosen experts answer, weighted: y_SD.
+        """What the experts answer that serve the tokens, weighted: y_SD.
 
         Args:
             dense: the layer's own feed-forward network, where it has kept one.
@@ -136,7 +143,7 @@ class Dispatch(NamedTuple):
     Attributes:
         order_P: sorted position -> pair (pair s*K + k is the k-th choice of token s).
         back_P: pair -> sorted position.
-        offsets_E: int32, the end of each expert's rows.
+        offsets_E: int32, the end of each expert's rows; pairs that nobody serves come after the last.
     """
 
     order_P: Tensor
@@ -151,8 +158,8 @@ def dispatch(experts_SK: Tensor, experts: int) -> Dispatch:
     back_P = torch.empty_like(order_P)
     back_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
     # Not bincount, which on a GPU waits for the largest value before it knows how long its result is.
-    pairs_E = torch.zeros(experts, dtype=torch.int64, device=flat_P.device)
-    offsets_E = pairs_E.scatter_add_(0, flat_P, torch.ones_like(flat_P)).cumsum(0).to(torch.int32)
+    pairs_E = torch.zeros(experts + 1, dtype=torch.int64, device=flat_P.device)
+    offsets_E = pairs_E.scatter_add_(0, flat_P, torch.ones_like(flat_P))[:experts].cumsum(0).to(torch.int32)
     return Dispatch(order_P, back_P, offsets_E)
 
 

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from ragmoe.experts.base import Experts, FeedForward, register_experts
-from ragmoe.gates.base import Routing
+from ragmoe.gates.routing import Routing
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)
@@ -37,9 +37,11 @@ class FusedExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """y_SD for hidden_states (S, D), top_k_index (S, K) int64 and top_k_weights (S, K)."""
+        """y_SD for hidden_states (S, D), top_k_index (S, K) int64 and top_k_weights (S, K); E in an empty slot."""
         y_SD = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
+            if expert == self.num_experts:
+                continue
             token, choice = torch.where(top_k_index == expert)
             h = self.act_fn(F.linear(hidden_states[token], self.up_proj[expert], self.up_proj_bias[expert]))
             h = F.linear(h, self.down_proj[expert], self.down_proj_bias[expert])
@@ -71,6 +73,11 @@ class FeedForwardExperts(Experts):
         else:
             init.normal_(self.fused.down_proj, mean=0.0, std=self.std)
 
+    def allow_empty(self, *, drops: bool) -> None:
+        super().allow_empty(drops=drops)
+        # What transformers' kernels call it: expert parallelism leaves the slots of other ranks' experts empty.
+        self.fused._is_expert_parallel = True
+
     @torch.no_grad()
     def copy_dense(self, up: nn.Linear, down: nn.Linear, *, noise: float, generator: torch.Generator) -> float:
         """Copy the network into every expert; beside a shared expert only its first matrix, the second stays zero."""
@@ -88,5 +95,8 @@ class FeedForwardExperts(Experts):
         return deviation
 
     def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
-        y_SD = self.fused(x_SD, routing.experts_SK, routing.weights_SK)
+        weights_SK = routing.weights_SK
+        if self.partial:
+            weights_SK = weights_SK.masked_fill(routing.experts_SK == self.fused.num_experts, 0.0)
+        y_SD = self.fused(x_SD, routing.experts_SK, weights_SK)
         return y_SD + dense(x_SD) if dense is not None else y_SD

@@ -18,8 +18,16 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ragmoe._errors import ConfigError
-from ragmoe.experts.base import Experts, FeedForward, MergedExpert, dispatch, permute_rows, register_experts
-from ragmoe.gates.base import Routing
+from ragmoe.experts.base import (
+    Dispatch,
+    Experts,
+    FeedForward,
+    MergedExpert,
+    dispatch,
+    permute_rows,
+    register_experts,
+)
+from ragmoe.gates.routing import Routing
 
 
 @register_experts("lora")
@@ -67,23 +75,34 @@ class LoraExperts(Experts):
     def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
         assert dense is not None
         S, K = routing.experts_SK.shape
-        order_P, back_P, offsets_E = dispatch(routing.experts_SK, self.experts)
+        rows = dispatch(routing.experts_SK, self.experts)
+        offsets_E = rows.offsets_E
+        move = _Partial(rows) if self.partial else _Whole(rows)
         up_SH = dense.up(x_SD)
         act_SH = dense.act(up_SH)
 
-        x_PD = permute_rows(_repeat(x_SD, K), order_P, back_P)
+        x_PD = move.to_experts(_repeat(x_SD, K))
         delta_PH = _low_rank(x_PD, self.up_a, self.up_b, offsets_E)
-        delta_SKH = permute_rows(delta_PH, back_P, order_P).view(S, K, -1)
+        delta_SKH = move.to_tokens(delta_PH).view(S, K, -1)
         act_SKH = dense.act(up_SH.unsqueeze(1) + delta_SKH)
 
         # Written as a difference, so that untrained experts leave the dense network's answer bit for bit.
-        weights_SK1 = routing.weights_SK.unsqueeze(-1)
+        weights_SK = routing.weights_SK
+        if self.partial:
+            weights_SK = weights_SK.masked_fill(routing.experts_SK == self.experts, 0.0)
+        weights_SK1 = weights_SK.unsqueeze(-1)
         mixed_SH = act_SH + ((act_SKH - act_SH.unsqueeze(1)) * weights_SK1).sum(dim=1)
 
-        act_PH = permute_rows(act_SKH.view(S * K, -1), order_P, back_P)
+        act_PH = move.to_experts(act_SKH.view(S * K, -1))
         low_PD = _low_rank(act_PH, self.down_a, self.down_b, offsets_E)
-        low_SKD = permute_rows(low_PD, back_P, order_P).view(S, K, -1)
-        return dense.down(mixed_SH) + (low_SKD * weights_SK1).sum(dim=1)
+        low_SKD = move.to_tokens(low_PD).view(S, K, -1)
+        low_SD = (low_SKD * weights_SK1).sum(dim=1)
+        if not self.drops:
+            return dense.down(mixed_SH) + low_SD
+        # What is lost leaves the dense network's share of it too; its bias is what it answers to nothing.
+        lost_S1 = (routing.weights_SK - weights_SK).sum(dim=1, keepdim=True)
+        bias_1D = dense.down(mixed_SH.new_zeros(1, mixed_SH.shape[1]))
+        return dense.down(mixed_SH - lost_S1 * act_SH) - lost_S1 * bias_1D + low_SD
 
     @classmethod
     def merge(cls, experts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> MergedExpert:
@@ -124,6 +143,33 @@ def _mean_product(factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[fl
     a, b = q_left @ u[:, :rank] * root, root.unsqueeze(1) * (v[:rank] @ q_right.T)
     norm, kept = (float(x.square().sum().sqrt()) for x in (s, s[:rank]))
     return _Product(a.to(dtype).contiguous(), b.to(dtype).contiguous(), norm, kept)
+
+
+class _Whole:
+    """Rows of pairs from tokens to experts and back, where every pair is served."""
+
+    def __init__(self, rows: Dispatch) -> None:
+        self.order_P, self.back_P, _ = rows
+
+    def to_experts(self, x_PD: Tensor) -> Tensor:
+        return permute_rows(x_PD, self.order_P, self.back_P)
+
+    def to_tokens(self, x_PD: Tensor) -> Tensor:
+        return permute_rows(x_PD, self.back_P, self.order_P)
+
+
+class _Partial:
+    """The same where some are not: they stay behind, and come back as zeros."""
+
+    def __init__(self, rows: Dispatch) -> None:
+        self.pairs = rows.order_P.numel()
+        self.order_P = rows.order_P[: int(rows.offsets_E[-1])]
+
+    def to_experts(self, x_PD: Tensor) -> Tensor:
+        return x_PD.index_select(0, self.order_P)
+
+    def to_tokens(self, x_PD: Tensor) -> Tensor:
+        return x_PD.new_zeros(self.pairs, x_PD.shape[1]).index_copy(0, self.order_P, x_PD)
 
 
 def _repeat(x_SD: Tensor, K: int) -> Tensor:

@@ -9,39 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ragmoe._errors import ConfigError, ModelError
+from ragmoe.gates.routing import Routing, Tokens
+from ragmoe.gates.scores import scores_class
+from ragmoe.gates.selection import selection_class
 from ragmoe.neighbours import Neighbours
-
-
-class Routing(NamedTuple):
-    """What a gate returns.
-
-    Attributes:
-        weights_SK: how much each chosen expert counts; zero where none was available.
-        experts_SK: int64, the chosen experts, best first; E, which is no expert, in a slot that is left empty.
-        logits_SE: float32, what was chosen from; -inf for an expert that is not available.
-        served_SK: int64, where capacity is limited: the expert that serves each choice, E where none has room. None
-            means that each choice is served as it was made.
-        load_SE: float32, with a gradient: how likely each expert would be chosen again under other noise; None where
-            the selection has no noise of its own.
-    """
-
-    weights_SK: Tensor
-    experts_SK: Tensor
-    logits_SE: Tensor
-    served_SK: Tensor | None = None
-    load_SE: Tensor | None = None
-
-    def choices_SE(self) -> Tensor:
-        """How often each token has chosen each expert, int64 (S, E), before any limit of capacity."""
-        S, E = self.logits_SE.shape
-        counts_SE = self.experts_SK.new_zeros(S, E + 1)
-        return counts_SE.scatter_add_(1, self.experts_SK, torch.ones_like(self.experts_SK))[:, :E]
 
 
 @dataclass(frozen=True)
@@ -50,14 +27,22 @@ class GateSettings:
 
     Attributes:
         normalise: the weights of the chosen experts sum to one; False leaves each its share of the softmax over all,
-            which scales down what copies of a dense network answer together. None means True. A single expert's weight
+            which scales down what copies of a dense network answer together. None means what the gate
+            says, which is True for all but the hierarchical one. A single expert's weight
             is then one, with the gradient of the logarithm of its share (of itself it would leave the gate none).
+        scores: how logits become weights (see ``ragmoe.gates.scores``).
+        selection: which experts are chosen by them (see ``ragmoe.gates.selection``).
+        scale: what all weights are multiplied with in the end.
         noise: standard deviation of the Gaussian noise on the logits while training (0: none).
+        jitter: the gate's view of a token is multiplied by numbers between 1 - jitter and 1 + jitter while training
+            (Switch; 0: none).
         token_dropout: share of tokens whose state is hidden from the gate while training, so that it learns to route
             from the neighbours alone. Ignored by gates that see no neighbours.
         layer: the gate's place among the sparse layers, which is where its votes stand.
         common_experts: the last so many experts belong to no domain.
         vote_start: logit that the unanimous vote of the neighbours is worth before anything is learned.
+        groups: into how many groups of equal size the experts are divided (hierarchical gate).
+        expert_types: the type of token that each expert serves, -1 for all types (modality gate).
     """
 
     width: int
@@ -66,11 +51,17 @@ class GateSettings:
     neighbour_width: int
     attention_width: int = 64
     normalise: bool | None = None
+    scores: str = "softmax"
+    selection: str = "top_k"
+    scale: float = 1.0
     noise: float = 0.0
+    jitter: float = 0.0
     token_dropout: float = 0.0
     layer: int = 0
     common_experts: int = 0
     vote_start: float = 0.0
+    groups: int = 1
+    expert_types: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
@@ -82,8 +73,8 @@ class GateSettings:
 class Gate(nn.Module, ABC):
     """Chooses K of E experts for each token.
 
-    A gate is one subclass that says how logits come about; noise, the balance bias, availability, top-k and weights
-    are here. ``expert_parameters`` names the parameters whose first dimension is the expert, which belong to the
+    A gate is one subclass that says how logits come about; scores, selection, noise, the balance bias, availability and
+    weights are here. ``own_parameters`` names the parameters whose first dimension is the expert, which belong to the
     expert's own file in a bundle.
 
     Attributes:
@@ -91,25 +82,42 @@ class Gate(nn.Module, ABC):
         uses_votes: whether it wants their votes (``Neighbours.votes_BNLE``).
         uses_domain: whether it wants the question's domain (``Neighbours.domain_B``).
         takes_common: whether it knows experts of all domains (``common_experts``).
+        takes_groups: whether it knows groups of experts (``groups``).
+        takes_types: whether it knows types of tokens (``expert_types``).
+        normalises: what ``normalise`` None means to it.
+        fixed_experts: why no expert can join or leave it; empty where one can.
     """
 
     uses_neighbours: ClassVar[bool] = False
     uses_votes: ClassVar[bool] = False
     uses_domain: ClassVar[bool] = False
     takes_common: ClassVar[bool] = False
-    expert_parameters: ClassVar[tuple[str, ...]] = ("balance_bias",)
+    takes_groups: ClassVar[bool] = False
+    takes_types: ClassVar[bool] = False
+    normalises: ClassVar[bool] = True
+    fixed_experts: ClassVar[str] = ""
+    own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias",)
     summary: ClassVar[str] = ""
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.normalise = settings.normalise is not False
+        self.normalise = self.normalises if settings.normalise is None else settings.normalise
+        self.scores = scores_class(settings.scores)
+        self.selection = selection_class(settings.selection)(settings)
+        # Whether the experts expect slots that nobody serves; a layer of limited capacity sets it too.
+        self.leaves_empty = self.selection.leaves_empty
         # Set with the buffer ``available``, whose own value would have to be fetched from the device at each call.
         self.none_available = False
         self.balance_bias: Tensor
         self.available: Tensor
         self.register_buffer("balance_bias", torch.zeros(settings.experts))
         self.register_buffer("available", torch.ones(settings.experts, dtype=torch.bool), persistent=False)
+
+    @property
+    def expert_parameters(self) -> tuple[str, ...]:
+        """Names of the tensors whose first dimension is the expert, those of the selection included."""
+        return (*self.own_parameters, *(f"selection.{name}" for name in self.selection.expert_parameters))
 
     @abstractmethod
     def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
@@ -123,48 +131,87 @@ class Gate(nn.Module, ABC):
             logits_SE in the dtype of ``x_SD``.
         """
 
+    def placed_logits(self, x_SD: Tensor, neighbours: Neighbours | None, tokens: Tokens) -> Tensor:
+        """``logits`` for gates that must know how the tokens stand in sequences, which override this."""
+        return self.logits(x_SD, neighbours)
+
+    def reachable(self, logits_SE: Tensor) -> Tensor | None:
+        """Which experts may be chosen, bool (S, E), though all count in the scores' total; None where all may."""
+        return None
+
     def reset_parameters(self) -> None:
         """Set what must not start random; everything else starts as the model's linear layers do."""
 
-    def forward(self, x_SD: Tensor, neighbours: Neighbours | None = None) -> Routing:
+    def forward(self, x_SD: Tensor, neighbours: Neighbours | None = None, tokens: Tokens | None = None) -> Routing:
         """Route S tokens.
 
         Args:
             x_SD: token states; those of one question are consecutive.
             neighbours: of B questions, where B divides S; None is the same as none found.
+            tokens: how they stand in sequences; None takes all for one sequence without padding.
 
         Raises:
             ModelError: when the neighbours come from an encoder of another width.
         """
-        settings = self.settings
+        selection = self.selection
+        tokens = Tokens.of(x_SD) if tokens is None else tokens
         if not self.uses_neighbours:
             neighbours = None
         if neighbours is not None:
             self._check(x_SD, neighbours)
-        if self.training and settings.token_dropout and neighbours is not None:
+        if self.training:
+            x_SD = self._disturbed(x_SD, neighbours)
+        clean_SE = logits_SE = self.placed_logits(x_SD, neighbours, tokens).float()
+        if self.training:
+            logits_SE = selection.perturb(logits_SE, x_SD)
+            if self.settings.noise:
+                logits_SE = logits_SE + self.settings.noise * torch.randn_like(logits_SE)
+        logits_SE = logits_SE.masked_fill(~self.available, -torch.inf)
+        ranked_SE = self.scores.ranked(logits_SE)
+        if selection.compares_tokens:
+            ranked_SE = ranked_SE - self.scores.log_total(logits_SE).nan_to_num(neginf=0.0)
+        if selection.takes_bias:
+            # The bias moves the choice only, never the weights (DeepSeek-V3's balancing without a loss).
+            ranked_SE = ranked_SE + self.balance_bias
+        if (reachable_SE := self.reachable(logits_SE)) is not None:
+            ranked_SE = ranked_SE.masked_fill(~reachable_SE, -torch.inf)
+        experts_SK = selection.choose(ranked_SE, tokens)
+        load_SE = None
+        if self.training:
+            load_SE = selection.load(clean_SE.masked_fill(~self.available, -torch.inf), logits_SE, x_SD)
+        weights_SK, idle_SK = self.weigh(logits_SE, experts_SK)
+        # Fewer available than K: the slots left over go, weightless, to the token's best expert and not to one that is
+        # held back, which may be broken, and zero times NaN is NaN.
+        spare_SK = experts_SK.new_tensor(self.settings.experts) if self.leaves_empty else experts_SK[:, :1]
+        experts_SK = torch.where(idle_SK, spare_SK, experts_SK)
+        return Routing(weights_SK.to(x_SD.dtype), experts_SK, logits_SE, load_SE=load_SE)
+
+    def weigh(self, logits_SE: Tensor, experts_SK: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of chosen experts, float32 (S, K), and where there is none because none was available (bool)."""
+        E = self.settings.experts
+        empty_SK = experts_SK == E
+        log_SK = self.scores.log(logits_SE).gather(1, experts_SK.clamp(max=E - 1)).masked_fill(empty_SK, -torch.inf)
+        idle_SK = log_SK.isneginf()
+        if self.normalise and experts_SK.shape[1] > 1:
+            weights_SK = log_SK.softmax(dim=-1)
+        else:
+            share_SK = log_SK.masked_fill(idle_SK, 0.0) - self.scores.log_total(logits_SE)
+            weights_SK = (share_SK - share_SK.detach() if self.normalise else share_SK).exp()
+        # Where no expert is available the softmax of -inf is NaN; the weight there is zero.
+        weights_SK = weights_SK.masked_fill(idle_SK, 0.0)
+        return weights_SK if self.settings.scale == 1.0 else weights_SK * self.settings.scale, idle_SK
+
+    def _disturbed(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
+        """What the gate sees of the tokens while training: some hidden, all jittered, as far as the settings say."""
+        settings = self.settings
+        if settings.token_dropout and neighbours is not None:
             hide_S = torch.rand(x_SD.shape[0], device=x_SD.device) < settings.token_dropout
             # Where there are no neighbours either, nothing would be left to route by.
             hide_S &= neighbours.mask_BN.any(dim=1).repeat_interleave(x_SD.shape[0] // len(neighbours))
             x_SD = x_SD.masked_fill(hide_S.unsqueeze(1), 0.0)
-        logits_SE = self.logits(x_SD, neighbours).float()
-        if self.training and settings.noise:
-            logits_SE = logits_SE + settings.noise * torch.randn_like(logits_SE)
-        logits_SE = logits_SE.masked_fill(~self.available, -torch.inf)
-        # The bias moves the choice only, never the weights (DeepSeek-V3's balancing without a loss).
-        experts_SK = (logits_SE + self.balance_bias).topk(settings.top_k, dim=-1).indices
-        chosen_SK = logits_SE.gather(1, experts_SK)
-        if self.normalise and settings.top_k > 1:
-            weights_SK = chosen_SK.softmax(dim=-1)
-        else:
-            log_share_SK = chosen_SK - logits_SE.logsumexp(dim=-1, keepdim=True)
-            weights_SK = (log_share_SK - log_share_SK.detach() if self.normalise else log_share_SK).exp()
-        # Where no expert is available the softmax of -inf is NaN; the weight there is zero.
-        idle_SK = chosen_SK.isneginf()
-        weights_SK = weights_SK.masked_fill(idle_SK, 0.0)
-        # Fewer available than K: the slots left over go, weightless, to the token's best expert and not to one that is
-        # held back, which may be broken, and zero times NaN is NaN.
-        experts_SK = torch.where(idle_SK, experts_SK[:, :1], experts_SK)
-        return Routing(weights_SK.to(x_SD.dtype), experts_SK, logits_SE)
+        if settings.jitter:
+            x_SD = x_SD * (1 + settings.jitter * (2 * torch.rand_like(x_SD) - 1))
+        return x_SD
 
     def _check(self, x_SD: Tensor, neighbours: Neighbours) -> None:
         """Refuse neighbours that do not fit, where a matrix product would only name two sizes."""

@@ -23,7 +23,7 @@ class PooledGate(TokenGate):
     """
 
     uses_neighbours = True
-    expert_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight", "context.weight")
+    own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight", "context.weight")
     summary = "token state plus the mean of the neighbours; one summary for all tokens of a question"
     # Cosine scores of neighbours lie within a tenth or two of each other; this makes the best count a few times the
     # worst.

@@ -27,7 +27,7 @@ class RetrievalGate(TokenGate):
     """
 
     uses_neighbours = True
-    expert_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight", "context.weight")
+    own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight", "context.weight")
     summary = "token state plus its attention over the neighbours, with a null neighbour to fall back on"
 
     def __init__(self, settings: GateSettings) -> None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ragmoe._errors import ConfigError
 from ragmoe.gates.base import Gate, GateSettings, register_gate
 from ragmoe.neighbours import Neighbours
 
@@ -14,7 +15,7 @@ from ragmoe.neighbours import Neighbours
 class TokenGate(Gate):
     """``logits = W_t x``. Source: Shazeer et al. 2017; Fedus et al. 2021 (Switch)."""
 
-    expert_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight")
+    own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight")
     summary = "linear in the token state; sees no neighbours"
 
     def __init__(self, settings: GateSettings) -> None:
@@ -23,3 +24,21 @@ class TokenGate(Gate):
 
     def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
         return self.token(x_SD)
+
+
+@register_gate("softmax")
+class SoftmaxGate(TokenGate):
+    """Every expert answers every token, weighed by the softmax: a dense mixture, without any choice.
+
+    Source: Jacobs et al. 1991; Jordan and Jacobs 1994.
+    """
+
+    summary = "all experts for every token, weighed by the softmax; costs E experts a token, and nothing is left out"
+
+    def __init__(self, settings: GateSettings) -> None:
+        if settings.top_k != settings.experts:
+            raise ConfigError(
+                f"the gate softmax uses all {settings.experts} experts for each token, but top_k is {settings.top_k}",
+                hint=f"model.top_k={settings.experts}, or model.gate=token to choose",
+            )
+        super().__init__(settings)

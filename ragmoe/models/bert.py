@@ -26,7 +26,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, Be
 
 from ragmoe._errors import ModelError
 from ragmoe.experts import Experts, FeedForward
-from ragmoe.gates import Gate, Routing, gate_class
+from ragmoe.gates import Gate, Routing, Selection, Tokens, gate_class
 from ragmoe.models.config import SPECIAL_CANDIDATES, RagmoeBertConfig
 from ragmoe.models.loss import answer_loss
 from ragmoe.models.reading import ReaderMixin
@@ -81,7 +81,11 @@ class RagmoeBertLayer(BertLayer):
         return FeedForward(self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output.dense)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, neighbours: Neighbours | None = None
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        neighbours: Neighbours | None = None,
+        tokens: Tokens | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """One layer: states (Q, T, D), and its routing where it is sparse."""
         attended_QTD, _ = self.attention(hidden_states, attention_mask)
@@ -91,7 +95,7 @@ class RagmoeBertLayer(BertLayer):
         if self.moe is None:
             y_QTD = cast(FeedForward, self.dense)(attended_QTD)
         else:
-            y_QTD, routing = self.moe(attended_QTD, self.dense, neighbours)
+            y_QTD, routing = self.moe(attended_QTD, self.dense, neighbours, tokens)
         return self.output.LayerNorm(self.output.dropout(y_QTD) + attended_QTD), routing
 
 
@@ -103,11 +107,15 @@ class RagmoeBertEncoder(nn.Module):
         self.layer = nn.ModuleList(RagmoeBertLayer(config, i) for i in range(config.num_hidden_layers))
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, neighbours: Neighbours | None
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        neighbours: Neighbours | None,
+        tokens: Tokens | None = None,
     ) -> tuple[list[Tensor], tuple[Routing, ...]]:
         states, routings = [hidden_states], []
         for layer in self.layer:
-            hidden_states, routing = layer(hidden_states, attention_mask, neighbours)
+            hidden_states, routing = layer(hidden_states, attention_mask, neighbours, tokens)
             states.append(hidden_states)
             if routing is not None:
                 routings.append(routing)
@@ -156,7 +164,7 @@ class RagmoeBertPreTrainedModel(BundleMixin, BertPreTrainedModel):
             # Not saved, so from_pretrained leaves it as uninitialised memory.
             init.ones_(module.available)
             init.zeros_(module.balance_bias)
-        if isinstance(module, Gate | Experts | NeighbourSummary):
+        if isinstance(module, Gate | Selection | Experts | NeighbourSummary):
             module.reset_parameters()
 
 
@@ -207,7 +215,9 @@ class RagmoeBertModel(RagmoeBertPreTrainedModel):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x_QTD = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x_QTD, attention_mask=attention_mask)
-        return self.encoder(x_QTD, mask, neighbours)
+        if attention_mask is None:
+            attention_mask = torch.ones(x_QTD.shape[:2], device=x_QTD.device)
+        return self.encoder(x_QTD, mask, neighbours, Tokens(attention_mask.bool(), token_type_ids))
 
 
 class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):

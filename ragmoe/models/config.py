@@ -10,6 +10,7 @@ from transformers import BertConfig
 from ragmoe._errors import ModelError
 from ragmoe.experts import experts_class
 from ragmoe.gates import gate_class
+from ragmoe.moe.capacity import overflow_class
 
 # What a sequence can answer besides a span of its tokens, in the order of the logits; the first is "no answer here".
 SPECIAL_CANDIDATES = ("", "yes", "no", "maybe")
@@ -23,6 +24,14 @@ class RagmoeBertConfig(BertConfig):
         gate: name of the gate (see ``ragmoe.gates.gate_names()``).
         experts, top_k: E experts a sparse layer, K of them for each token.
         expert_kind: ``lora`` or ``ffn``; ``expert_rank`` is the rank of the former.
+        scores, selection: how logits become weights and which experts are chosen (``ragmoe gates ls`` shows the names).
+        weight_scale: what the experts' weights are multiplied with.
+        gate_noise, gate_jitter, token_dropout: what disturbs the gate while training; see ``GateSettings``.
+        expert_groups: into how many groups the experts are divided (hierarchical gate).
+        expert_types: the type of token each expert serves, -1 for all (modality gate); 0 the question, 1 the passage.
+        capacity_factor: an expert takes at most this many times an even share of the tokens; None sets no limit.
+        overflow: what becomes of the rest: ``drop``, ``shared`` or ``next``.
+        overflow_priority: who is served first: by ``position``, ``probability`` or at ``random``.
         shared_expert: full experts stand beside the dense network instead of in its place (LoRA experts always do).
         sparse_layers: which layers are sparse; None means every second one, beginning with the second.
         gate_width: width of the retrieval gate's attention.
@@ -53,8 +62,17 @@ class RagmoeBertConfig(BertConfig):
     sparse_layers: list[int] | None = None
     gate_width: int = 64
     gate_noise: float = 0.0
+    gate_jitter: float = 0.0
     token_dropout: float = 0.0
     normalise_weights: bool | None = None
+    scores: str = "softmax"
+    selection: str = "top_k"
+    weight_scale: float = 1.0
+    expert_groups: int = 1
+    expert_types: list[int] | None = None
+    capacity_factor: float | None = None
+    overflow: str = "drop"
+    overflow_priority: str = "position"
     neighbour_width: int = 384
     neighbours: int = 16
     common_experts: int = 0
@@ -88,13 +106,38 @@ class RagmoeBertConfig(BertConfig):
                 f"shared_expert is true, but {self.expert_kind!r} experts always stand beside the dense network",
                 hint="leave shared_expert out, or set expert_kind: ffn",
             )
+        self._check_capacity()
         gate = gate_class(self.gate)
-        if self.vote_start and not gate.uses_votes:
-            raise ModelError(f"vote_start is {self.vote_start}, but the gate {self.gate!r} counts no votes")
-        if self.common_experts and not gate.takes_common:
-            raise ModelError(
-                f"common_experts is {self.common_experts}, but the gate {self.gate!r} knows no domains they could share"
-            )
+        for name, knows, what in (
+            ("expert_groups", gate.takes_groups, "knows no groups"),
+            ("expert_types", gate.takes_types, "knows no types of tokens"),
+            ("vote_start", gate.uses_votes, "counts no votes"),
+            ("common_experts", gate.takes_common, "knows no domains they could share"),
+        ):
+            if (value := getattr(self, name)) != getattr(type(self), name) and not knows:
+                raise ModelError(f"{name} is {value}, but the gate {self.gate!r} {what}")
         names = self.expert_names
         if names is not None and not len(names) == len(set(names)) == self.experts:
             raise ModelError(f"expert_names is {names}: expected {self.experts} different names, one for each expert")
+
+    def _check_capacity(self) -> None:
+        if self.capacity_factor is None:
+            for name in ("overflow", "overflow_priority"):
+                if (value := getattr(self, name)) != getattr(type(self), name):
+                    raise ModelError(
+                        f"{name} is {value!r}, but capacity_factor is not set, so nothing overflows",
+                        hint="model.capacity_factor=1.25",
+                    )
+            return
+        has_dense = self.shared_expert or experts_class(self.expert_kind).needs_dense
+        overflow = overflow_class(self.overflow)
+        if overflow.wants_dense and not has_dense:
+            raise ModelError(
+                f"overflow is {self.overflow!r}, but no dense network stands beside {self.expert_kind!r} experts",
+                hint="model.shared_expert=true, or model.overflow=drop",
+            )
+        if self.shared_expert and overflow.drops:
+            raise ModelError(
+                f"overflow is {self.overflow!r}, but the shared expert answers every token, those turned away too",
+                hint="model.overflow=shared, which says so, or model.overflow=next",
+            )

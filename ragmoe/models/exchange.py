@@ -11,7 +11,10 @@ from ragmoe._errors import ModelError
 from ragmoe.models.bert import RagmoeBertForQuestionAnswering
 
 # Fields of the configuration that make the gate, and leave every other shape as it is.
-GATE_FIELDS = {"gate", "gate_width", "top_k", "common_experts", "vote_start"}
+GATE_FIELDS = {
+    "gate", "gate_width", "top_k", "common_experts", "vote_start", "scores", "selection", "weight_scale",
+    "expert_groups", "expert_types",
+}  # fmt: skip
 
 
 @torch.no_grad()

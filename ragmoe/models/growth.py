@@ -40,6 +40,11 @@ def grow(
             f"the gate {model.config.gate!r} knows its experts by the domains it was built with; it takes no new one",
             hint="train with another gate first: ragmoe train CONFIG.yaml model.gate=retrieval",
         )
+    if why := gate_class(model.config.gate).fixed_experts:
+        raise ModelError(
+            f"the gate {model.config.gate!r} takes no new expert: {why}",
+            hint="train with another gate first: ragmoe train CONFIG.yaml model.gate=retrieval",
+        )
     config = copy.deepcopy(model.config)
     E = config.experts
     config.experts = E + 1

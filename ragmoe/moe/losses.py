@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ragmoe.gates.base import Routing
+from ragmoe.gates.routing import Routing
 
 
 def load_balance_loss(routing: Routing, mask_S: Tensor) -> Tensor:

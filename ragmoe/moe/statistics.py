@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ragmoe.gates.base import Routing
+from ragmoe.gates.routing import Routing
 
 
 class RoutingStatistics:
@@ -29,6 +29,8 @@ class RoutingStatistics:
         self.domains: list[str] = []
         self._counts: dict[str, np.ndarray] = {}
         self._entropy_L = np.zeros(len(self.layers))
+        self._overflow_L = np.zeros(len(self.layers))
+        self._unserved_L = np.zeros(len(self.layers))
         self._tokens = 0.0
 
     @torch.no_grad()
@@ -43,21 +45,26 @@ class RoutingStatistics:
         if len(routings) != len(self.layers):
             raise ValueError(f"{len(routings)} routings for {len(self.layers)} sparse layers")
         mask_BT = mask_S.view(len(domains), -1)
-        entropies, choices = [], []
+        entropies, losses, choices = [], [], []
         for routing in routings:
             log_SE = routing.logits_SE.log_softmax(dim=-1)
             # An expert that is not available has the logarithm -inf, and NaN where none is: neither adds anything.
             log_SE = log_SE.masked_fill(routing.logits_SE.isneginf(), 0.0)
             entropy_S = -(log_SE.exp() * log_SE).sum(dim=-1)
             entropies.append((entropy_S * mask_S).sum().view(1))
+            losses.append(torch.stack(_lost(routing, mask_S)))
             chosen_SE = routing.choices_SE() * mask_S.unsqueeze(1)
             choices.append(chosen_SE.view(*mask_BT.shape, self.experts).sum(dim=1).flatten())
         # Fetched from the device at once: each fetch waits until everything before it is computed.
-        found = torch.cat([mask_S.sum(dtype=torch.float32).view(1), *entropies, *choices]).cpu().numpy().astype(float)
-        tokens, entropy_L, chosen = np.split(found, [1, 1 + len(self.layers)])
+        counted = mask_S.sum(dtype=torch.float32).view(1)
+        found = torch.cat([counted, *entropies, *losses, *choices]).cpu().numpy().astype(float)
+        L = len(self.layers)
+        tokens, entropy_L, lost, chosen = np.split(found, [1, 1 + L, 1 + 3 * L])
         self._tokens += tokens.item()
         self._entropy_L += entropy_L
-        chosen_LBE = chosen.reshape(len(self.layers), len(domains), self.experts)
+        self._overflow_L += lost[0::2]
+        self._unserved_L += lost[1::2]
+        chosen_LBE = chosen.reshape(L, len(domains), self.experts)
         for domain, chosen_LE in zip(domains, chosen_LBE.swapaxes(0, 1), strict=True):
             self._of(domain)[:] += chosen_LE
 
@@ -85,8 +92,13 @@ class RoutingStatistics:
         return _shares(self.counts_DLE.sum(axis=0))
 
     def summary(self) -> dict[str, Any]:
-        """Per layer and as means: load, entropy (nats) of a token's gate, normalised mutual information, top load."""
+        """Per layer and as means: load, entropy (nats) of a token's gate, normalised mutual information, top load.
+
+        Per layer also what limits and missing experts do: ``overflow``, the share of choices whose expert had no room,
+        and ``unserved``, the share of tokens that no expert served.
+        """
         counts_DLE, load_LE = self.counts_DLE, self.load_LE
+        choices_L = counts_DLE.sum(axis=(0, 2))
         layers = [
             {
                 "layer": layer,
@@ -94,6 +106,8 @@ class RoutingStatistics:
                 "entropy": float(self._entropy_L[at] / self._tokens) if self._tokens else 0.0,
                 "normalised_mi": normalised_mutual_information(counts_DLE[:, at]),
                 "max_load": float(load_LE[at].max()),
+                "overflow": float(self._overflow_L[at] / max(choices_L[at], 1)),
+                "unserved": float(self._unserved_L[at] / max(self._tokens, 1)),
             }
             for at, layer in enumerate(self.layers)
         ]
@@ -107,6 +121,15 @@ class RoutingStatistics:
             "normalised_mi": mean("normalised_mi"),
             "max_load": mean("max_load"),
         }
+
+
+def _lost(routing: Routing, mask_S: Tensor) -> tuple[Tensor, Tensor]:
+    """How many choices found no room with their expert, and how many tokens no expert serves."""
+    E = routing.logits_SE.shape[1]
+    served_SK = routing.experts_SK if routing.served_SK is None else routing.served_SK
+    overflow = ((served_SK != routing.experts_SK) & mask_S.unsqueeze(1)).sum()
+    unserved_S = (served_SK == E).all(dim=1) | routing.logits_SE.isneginf().all(dim=1)
+    return overflow, (unserved_S & mask_S).sum()
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ragmoe._errors import ConfigError, ModelError
 from ragmoe.bundle import is_bundle
+from ragmoe.gates import selection_class
 from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering
 from ragmoe.models.exchange import GATE_FIELDS, exchange_gate
 from ragmoe.models.upcycling import base_path
@@ -32,7 +33,8 @@ _ELSEWHERE = {
 }
 # What of a bundle may change when it is trained on: nothing that changes a shape.
 _CHANGEABLE = {
-    "balance_loss", "gate_noise", "max_answer_tokens", "max_length", "neighbours", "stride", "token_dropout", "z_loss",
+    "balance_loss", "capacity_factor", "gate_jitter", "gate_noise", "max_answer_tokens", "max_length", "neighbours",
+    "overflow", "overflow_priority", "stride", "token_dropout", "z_loss",
 }  # fmt: skip
 
 
@@ -136,6 +138,12 @@ def make_trainable(model: RagmoeBertForQuestionAnswering, config: TrainingConfig
     """Freeze what is not trained; returns the PEFT model for ``train.what: lora``, else None."""
     if config.train.what in ("gate", "experts", "gate+experts") and not model.sparse_layers:
         raise ConfigError(f"train.what is {config.train.what!r}, but the model has no sparse layer")
+    if config.train.balance_bias_rate and not selection_class(model.config.selection).takes_bias:
+        raise ConfigError(
+            f"train.balance_bias_rate is {config.train.balance_bias_rate}, but the selection "
+            f"{model.config.selection!r} takes no bias: its load is even by construction",
+            hint="leave train.balance_bias_rate out",
+        )
     adapted = add_adapter(model, config.train.lora) if config.train.what == "lora" else None
     freeze(model, config.train.what)
     return adapted

@@ -71,13 +71,15 @@ def last_load(path: Path) -> list[list[float]] | None:
 
 
 def _line(record: dict[str, Any], steps: int, layers: Sequence[int]) -> str:
-    """One line: losses, then load per expert (per cent) and gate entropy (nats) of each sparse layer."""
+    """One line: losses, then load per expert (per cent), gate entropy (nats) and overflow of each sparse layer."""
     text = f"step {record['step']}/{steps}  loss {record['loss']:.3f}"
     if record["load"] and len(record["load"][0]) > 1:
         text += f"  balance {record['balance_loss']:.3f}"
-        for layer, load, entropy in zip(layers, record["load"], record["gate_entropy"], strict=True):
-            shares = " ".join(f"{100 * share:.0f}" for share in load)
-            text += f"  layer {layer}: load {shares} entropy {entropy:.2f}"
+        for at, layer in enumerate(layers):
+            shares = " ".join(f"{100 * share:.0f}" for share in record["load"][at])
+            text += f"  layer {layer}: load {shares} entropy {record['gate_entropy'][at]:.2f}"
+            if "overflow" in record:
+                text += f" overflow {record['overflow'][at]:.1%} unserved {record['unserved'][at]:.1%}"
     return text
 
 

@@ -136,7 +136,15 @@ class RagmoeTrainer(Trainer):
             **means,
             "load": [layer["load"] for layer in routing["layers"]],
             "gate_entropy": [layer["entropy"] for layer in routing["layers"]],
+            **self._lost(routing["layers"]),
         }
+
+    def _lost(self, layers: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+        """What capacity has cost, layer by layer, where it is limited or a selection leaves tokens out."""
+        model: Any = self.model
+        if not any(layer.gate.leaves_empty for layer in model.moe_layers):
+            return {}
+        return {name: [layer[name] for layer in layers] for name in ("overflow", "unserved")}
 
     def update_balance_bias(self) -> None:
         """Move every gate's balance bias by the load of one optimiser step, over all its micro-batches."""

@@ -106,7 +106,8 @@ def test_experts_held_back_leave_the_entropy_finite() -> None:
 
 def test_nothing_counted_yet_and_no_sparse_layer() -> None:
     summary = RoutingStatistics([1], 3).summary()
-    assert summary["layers"] == [{"layer": 1, "load": [0, 0, 0], "entropy": 0.0, "normalised_mi": 0.0, "max_load": 0.0}]
+    nothing = dict.fromkeys(("entropy", "normalised_mi", "max_load", "overflow", "unserved"), 0.0)
+    assert summary["layers"] == [{"layer": 1, "load": [0, 0, 0], **nothing}]
     assert RoutingStatistics([], 3).summary() == {
         "layers": [],
         "gate_entropy": None,

@@ -1,0 +1,55 @@
+"""What goes into a gate beside the token states, and what comes out of it.
+
+S flattened tokens (B sequences of T), E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """How the S flattened tokens stand in sequences.
+
+    Attributes:
+        mask_BT: bool, False for padding, which is routed like the rest but never takes another token's place.
+        types_BT: int64, of which type each token is, where a model knows types: in a reader the question is 0 and the
+            passage 1, elsewhere it may be text and image.
+    """
+
+    mask_BT: Tensor
+    types_BT: Tensor | None = None
+
+    @classmethod
+    def of(cls, x_SD: Tensor) -> Tokens:
+        """One sequence without padding."""
+        return cls(torch.ones(1, x_SD.shape[0], dtype=torch.bool, device=x_SD.device))
+
+
+class Routing(NamedTuple):
+    """What a gate returns.
+
+    Attributes:
+        weights_SK: how much each chosen expert counts; zero where none was available.
+        experts_SK: int64, the chosen experts, best first; E, which is no expert, in a slot that is left empty.
+        logits_SE: float32, what was chosen from; -inf for an expert that is not available.
+        served_SK: int64, where capacity is limited: the expert that serves each choice, E where none has room. None
+            means that each choice is served as it was made.
+        load_SE: float32, with a gradient: how likely each expert would be chosen again under other noise; None where
+            the selection has no noise of its own.
+    """
+
+    weights_SK: Tensor
+    experts_SK: Tensor
+    logits_SE: Tensor
+    served_SK: Tensor | None = None
+    load_SE: Tensor | None = None
+
+    def choices_SE(self) -> Tensor:
+        """How often each token has chosen each expert, int64 (S, E), before any limit of capacity."""
+        S, E = self.logits_SE.shape
+        counts_SE = self.experts_SK.new_zeros(S, E + 1)
+        return counts_SE.scatter_add_(1, self.experts_SK, torch.ones_like(self.experts_SK))[:, :E]
