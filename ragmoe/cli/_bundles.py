@@ -37,6 +37,10 @@ def to_change(bundle: Path) -> Path:
     return bundle
 
 
+WithoutOption = Annotated[
+    list[str] | None,
+    typer.Option("--without", metavar="EXPERT", help="Hold this expert back; may be repeated.", show_default=False),
+]
 _HELP = "The model; starter is the packaged one."
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help=_HELP, callback=to_read, show_default=False)]
 OwnBundleArgument = Annotated[

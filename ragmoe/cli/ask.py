@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import UsageError
-from ragmoe.cli._bundles import BundleArgument
+from ragmoe.cli._bundles import BundleArgument, WithoutOption
 from ragmoe.cli._output import JsonOption, print_json
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.", show_default=False)],
     index: Annotated[Path, typer.Option(metavar="DIR", help="The index to look it up in.", show_default=False)],
     passages: Annotated[int, typer.Option("-m", "--passages", min=1, help="How many retrieved passages are read.")] = 5,
+    without: WithoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question from an index, with the passage it comes from, or say that nothing answers it."""
@@ -37,7 +38,7 @@ def ask(
     from ragmoe.models import load
 
     opened = Index.open(index)
-    answer = load(bundle).answer([question], opened, passages=passages)[0]
+    answer = load(bundle, without=without or ()).answer([question], opened, passages=passages)[0]
     passage = opened.passage(answer.passage_id) if answer.passage_id is not None else None
     if as_json:
         print_json(_record(question, answer, passage))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from ragmoe._errors import ConfigError, DataError, UsageError
 from ragmoe._folders import expect_folder
-from ragmoe.cli._bundles import to_read
+from ragmoe.cli._bundles import WithoutOption, to_read
 from ragmoe.cli._output import DataOption, JsonOption, complain, print_json, print_tables, set_data
 from ragmoe.cli._stopped import again, on_stop
 from ragmoe.cli.experiment import EXPERIMENT_EXAMPLES, REPORT_EXAMPLES, experiment, report
@@ -51,6 +52,7 @@ def run(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where samples and results go.", show_default="runs/eval/BUNDLE")
     ] = None,
+    without: WithoutOption = None,
     data: DataOption = None,
     resume: Annotated[bool, typer.Option(help="Take over questions that were read already.")] = True,
     as_json: JsonOption = False,
@@ -60,10 +62,13 @@ def run(
     base = out or Path("runs") / "eval" / "-".join(model.resolve().parts[-2:]).strip("/")
     expect_folder(base)
     loaded = _load_tasks(tasks, limit)
-    folders = [base / (task.name if limit is None or out else f"{task.name}-limit{limit}") for task in loaded]
+    # What is another evaluation of the same model must not replace the whole one.
+    other = [] if limit is None else [f"limit{limit}"]
+    other += ["without", *sorted(without)] if without else []
+    folders = [base / (task.name if out else "-".join([task.name, *other])) for task in loaded]
     kept = f"the answers recorded so far are kept in {base}"
     with on_stop(lambda: f"{kept}; go on with: {again(without=['--no-resume'])}"), progress() as show:
-        results = _evaluate(model, index, list(zip(loaded, folders, strict=True)), resume, show)
+        results = _evaluate(model, index, list(zip(loaded, folders, strict=True)), resume, show, without or ())
     from ragmoe.evaluation.results import to_lm_eval
 
     if as_json:
@@ -183,7 +188,12 @@ def _load_tasks(names: list[str], limit: int | None) -> list[Task]:
 
 
 def _evaluate(
-    model: Path, index: Path | None, tasks: list[tuple[Task, Path]], resume: bool, show: Show
+    model: Path,
+    index: Path | None,
+    tasks: list[tuple[Task, Path]],
+    resume: bool,
+    show: Show,
+    without: Sequence[str] = (),
 ) -> list[Results]:
     """Evaluate the model on tasks, each with its folder; whatever may be missing is looked for before it is loaded."""
     from ragmoe.evaluation import Retrieval, evaluate
@@ -193,7 +203,7 @@ def _evaluate(
     check_bundle(model)
     shared: dict[Path, Retrieval] = {}
     opened = [index_of_task(task, given=index, progress=show.stage) for task, _ in tasks]
-    reader = load(model)
+    reader = load(model, without=without)
     results = []
     for (task, folder), its_index in zip(tasks, opened, strict=True):
         retrieval = shared.setdefault(its_index.folder, Retrieval(its_index))

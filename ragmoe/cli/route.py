@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import UsageError
-from ragmoe.cli._bundles import BundleArgument
+from ragmoe.cli._bundles import BundleArgument, WithoutOption
 from ragmoe.cli._output import JsonOption, print_json
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def route(
     index: Annotated[
         Path, typer.Option(metavar="DIR", help="The index that gives the neighbours.", show_default=False)
     ],
+    without: WithoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Draw which experts the gates prefer for a question, with its neighbours and without them."""
@@ -39,7 +40,7 @@ def route(
     from ragmoe.index import Index
     from ragmoe.models import load
 
-    opened, model = Index.open(index), load(bundle)
+    opened, model = Index.open(index), load(bundle, without=without or ())
     if as_json:
         print_json(trace(model, opened, question))
     elif not model.sparse_layers or model.config.experts == 1:

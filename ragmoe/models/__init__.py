@@ -10,12 +10,17 @@ from ragmoe._errors import BundleError
 from ragmoe.bundle import is_bundle
 from ragmoe.models.bert import QuestionAnsweringOutput, RagmoeBertForQuestionAnswering, RagmoeBertModel
 from ragmoe.models.config import RagmoeBertConfig
+from ragmoe.models.health import BrokenExpert, broken_experts
 from ragmoe.models.reading import Answer
 from ragmoe.models.starter import resolve_bundle
 
 
 def load(
-    bundle: str | os.PathLike[str], *, version: int | None = None, experts: Sequence[int | str] | None = None
+    bundle: str | os.PathLike[str],
+    *,
+    version: int | None = None,
+    experts: Sequence[int | str] | None = None,
+    without: Sequence[int | str] = (),
 ) -> RagmoeBertForQuestionAnswering:
     """Open a saved model, ready to read, with its tokenizer.
 
@@ -23,12 +28,17 @@ def load(
         bundle: the folder that ``ragmoe train`` or ``save_pretrained`` wrote, or ``starter``, the packaged reader.
         version: an earlier version of it, by the number of its map; None opens the current one.
         experts: ids or names of the experts to open, in their order; None opens all.
+        without: ids or names of experts that are opened but held back: no token goes to them.
 
     Raises:
+        ModelError: there is no expert to be held back of that name.
         BundleError: when it is missing or damaged, or has no such version or expert.
     """
     folder = check_bundle(bundle)
-    return RagmoeBertForQuestionAnswering.from_pretrained(folder, version=version, experts=experts).eval()
+    model = RagmoeBertForQuestionAnswering.from_pretrained(folder, version=version, experts=experts).eval()
+    if without:
+        model.hold_back(without)
+    return model
 
 
 def check_bundle(bundle: str | os.PathLike[str]) -> Path:
@@ -46,10 +56,12 @@ def check_bundle(bundle: str | os.PathLike[str]) -> Path:
 
 __all__ = [
     "Answer",
+    "BrokenExpert",
     "QuestionAnsweringOutput",
     "RagmoeBertConfig",
     "RagmoeBertForQuestionAnswering",
     "RagmoeBertModel",
+    "broken_experts",
     "check_bundle",
     "load",
 ]

@@ -331,6 +331,22 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
         for layer in self.moe_layers:
             layer.gate.set_available(available_E)
 
+    def hold_back(self, experts: Sequence[int | str]) -> None:
+        """Let all experts be chosen but these, named or by their ids; ModelError for one that does not exist."""
+        ids = self.config.expert_ids or list(range(self.config.experts))
+        places = {**{name: at for at, name in enumerate(self.expert_names)}, **{id: at for at, id in enumerate(ids)}}
+        wanted = [int(e) if isinstance(e, str) and e.isdigit() and e not in places else e for e in experts]
+        if unknown := [e for e in wanted if e not in places]:
+            raise ModelError(f"there is no expert {unknown[0]!r}; there are: {', '.join(self.expert_names)}")
+        held = {places[e] for e in wanted}
+        self.set_available_experts([at for at in range(self.config.experts) if at not in held])
+
+    @property
+    def held_back(self) -> list[int]:
+        """The places of the experts that no token goes to for now."""
+        gates = [layer.gate for layer in self.moe_layers]
+        return (~gates[0].available).nonzero().flatten().tolist() if gates else []
+
     def parameter_counts(self) -> dict[str, int]:
         """Total parameters, and active ones: every parameter used for one token, gates included."""
         total = sum(p.numel() for p in self.parameters())

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ragmoe._errors import ModelError
 from ragmoe.corpus.types import Passage
 from ragmoe.models.config import SPECIAL_CANDIDATES
+from ragmoe.models.health import broken_experts
 from ragmoe.models.memory import MemoryMixin
 from ragmoe.models.windows import Window, collate, tokenize_passages, tokenize_questions, windows
 from ragmoe.moe import RoutingStatistics
@@ -83,6 +84,8 @@ class ReaderMixin(MemoryMixin):
 
         @property
         def gate_sees_neighbours(self) -> bool: ...
+        @property
+        def held_back(self) -> list[int]: ...
 
     @property
     def tokenizer(self) -> Any:
@@ -156,6 +159,7 @@ class ReaderMixin(MemoryMixin):
         found: list[_Candidate | None] = [None] * len(sequences)
         for at, inputs, batch in self._batches(sequences, neighbours, batch_tokens):
             output = self(**inputs)
+            self._require_numbers(output.start_logits)
             for i, candidate in zip(at, self._decode(output.start_logits, output.end_logits), strict=True):
                 found[i] = candidate
             if statistics is not None and output.routings:
@@ -189,6 +193,21 @@ class ReaderMixin(MemoryMixin):
         """What ``read`` gives to ``forward``, batch by batch; the longest sequences first."""
         for _, inputs, _ in self._batches(self._sequences(questions, passages), neighbours, batch_tokens):
             yield inputs
+
+    def _require_numbers(self, logits_QC: Tensor) -> None:
+        """ModelError that names the broken expert, where there is one, instead of an answer drawn from NaN."""
+        if not logits_QC.isnan().any():
+            return
+        broken = [found for found in broken_experts(self) if found.expert not in self.held_back]
+        if not broken:
+            raise ModelError(
+                "the model answers NaN, though all of its experts hold numbers: its other weights are broken"
+            )
+        names = [found.name for found in broken]
+        raise ModelError(
+            f"expert {', '.join(names)} holds NaN or infinity in {broken[0].tensors[0]}",
+            hint=f"answer without it: --without {' --without '.join(names)}, or model.hold_back({names})",
+        )
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 

@@ -60,3 +60,14 @@ def test_missing_folders(ragmoe: Any, small_city: Path, make_bundle: Any) -> Non
     code, _, err = ragmoe("ask", make_bundle("sure", no_answer_threshold=1e9), "q?", "--index", small_city / "none")
     assert code == 1
     assert "there is no index at" in err
+
+
+def test_an_expert_can_be_held_back(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    bundle = make_bundle("sure", no_answer_threshold=1e9)
+    asked = (bundle, BRIDGE, "--index", small_city / "index", "--json", "--without", "0", "--without", "expert 2")
+    assert ragmoe("ask", *asked)[0] == 0
+    routed = json.loads(ragmoe("route", *asked)[1])["with_neighbours"]
+    assert all(row[0] == row[2] == 0 and row[1] + row[3] > 0.99 for row in routed)
+    code, _, err = ragmoe("ask", *asked, "--without", "sports")
+    assert code == 1
+    assert "there is no expert 'sports'; there are: expert 0, " in err

@@ -92,6 +92,7 @@ class FakeReader:
     config: FakeConfig = field(default_factory=FakeConfig)
     gate_sees_neighbours: bool = True
     sparse_layers: tuple[int, ...] = (1, 3)
+    held_back: tuple[int, ...] = ()
     weight: float = 1.0
     fails_on: Callable[[str], bool] = lambda question: False
     calls: list[tuple[list[str], list[list[str]], list[list[str]] | None]] = field(default_factory=list)
