@@ -76,7 +76,7 @@ class FeedForwardExperts(Experts):
     def allow_empty(self, *, drops: bool) -> None:
         super().allow_empty(drops=drops)
         # What transformers' kernels call it: expert parallelism leaves the slots of other ranks' experts empty.
-        self.fused._is_expert_parallel = True
+        setattr(self.fused, "_is_expert_parallel", True)  # noqa: B010
 
     @torch.no_grad()
     def copy_dense(self, up: nn.Linear, down: nn.Linear, *, noise: float, generator: torch.Generator) -> float:

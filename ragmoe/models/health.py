@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from ragmoe.models.bert import RagmoeBertForQuestionAnswering
+from typing import Any, NamedTuple
 
 
 class BrokenExpert(NamedTuple):
@@ -22,8 +19,8 @@ class BrokenExpert(NamedTuple):
     tensors: list[str]
 
 
-def broken_experts(model: RagmoeBertForQuestionAnswering) -> list[BrokenExpert]:
-    """The experts that hold NaN or infinity, in their own tensors or in their gate rows; empty where all are sound."""
+def broken_experts(model: Any) -> list[BrokenExpert]:
+    """The experts of a reader that hold NaN or infinity, in their own tensors or in their gate rows."""
     found: dict[int, list[str]] = {}
     state = model.state_dict()
     for name in sorted(model.expert_tensors()):
