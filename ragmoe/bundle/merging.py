@@ -95,7 +95,7 @@ def _merge(
     norms = kept = 0.0
     for prefix, names in layers.items():
         rows = [{name.removeprefix(prefix): state[name][at] for name in names} for at in range(2)]
-        one = kind.merge(rows, weights)
+        one = kind.merge_all(rows, weights)
         merged |= {prefix + name: x for name, x in one.tensors.items()}
         norms, kept = norms + one.norm**2, kept + one.kept**2
     return merged, math.sqrt(kept / norms) if norms else 1.0

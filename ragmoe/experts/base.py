@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ragmoe._errors import ConfigError
+from ragmoe.experts.key_value import KeyValueExperts
+from ragmoe.experts.low_rank import mean_product
 from ragmoe.gates.routing import Routing
 
 
@@ -42,6 +44,7 @@ class Experts(nn.Module, ABC):
         needs_dense: whether the layer keeps its dense network without being asked for a shared expert.
         has_rank: whether ``expert_rank`` means anything to it.
         partial: whether some slots of a routing may be served by nobody.
+        key_value: experts for the keys and values of the layer's attention, with ``moe_attention``.
         drops: whether the weight of those is lost, so that only the residual stays of a token without any expert.
     """
 
@@ -52,6 +55,7 @@ class Experts(nn.Module, ABC):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.partial = self.drops = False
+        self.key_value = KeyValueExperts(config) if getattr(config, "moe_attention", False) else None
 
     def allow_empty(self, *, drops: bool) -> None:
         """Expect slots that nobody serves; see ``partial`` and ``drops``."""
@@ -65,9 +69,22 @@ class Experts(nn.Module, ABC):
             dense: the layer's own feed-forward network, where it has kept one.
         """
 
-    @abstractmethod
     def reset_parameters(self) -> None:
-        """Start as an untrained expert."""
+        """Start as untrained experts."""
+        if self.key_value is not None:
+            self.key_value.reset_parameters()
+
+    def kept_weights(self, routing: Routing) -> Tensor:
+        """The weights of those that serve, zero in slots that are empty."""
+        if not self.partial:
+            return routing.weights_SK
+        return routing.weights_SK.masked_fill(routing.experts_SK == routing.logits_SE.shape[1], 0.0)
+
+    def key_values(self, x_SD: Tensor, routing: Routing) -> Tensor | None:
+        """What the experts add to keys and values, (S, 2 D) side by side; None without ``moe_attention``."""
+        if self.key_value is None:
+            return None
+        return self.key_value(x_SD, routing, self.kept_weights(routing), self.partial)
 
     @abstractmethod
     def copy_dense(self, up: nn.Linear, down: nn.Linear, *, noise: float, generator: torch.Generator) -> float:
@@ -79,6 +96,17 @@ class Experts(nn.Module, ABC):
         Returns:
             The largest absolute deviation of a weight from the dense one; 0.0 where copies are exact.
         """
+
+    @classmethod
+    def merge_all(cls, experts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> MergedExpert:
+        """``merge`` for all of an expert's tensors, those of attention included."""
+        mark = "key_value."
+        one = cls.merge([{n: x for n, x in e.items() if not n.startswith(mark)} for e in experts], weights)
+        if mark + "a" not in experts[0]:
+            return one
+        product = mean_product([(e[mark + "a"], e[mark + "b"]) for e in experts], weights)
+        tensors = one.tensors | {mark + "a": product.a, mark + "b": product.b}
+        return MergedExpert(tensors, math.hypot(one.norm, product.norm), math.hypot(one.kept, product.kept))
 
     @classmethod
     def merge(cls, experts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> MergedExpert:
@@ -135,49 +163,3 @@ def experts_class(name: str) -> type[Experts]:
     if name not in _EXPERTS:
         raise ConfigError(f"there is no expert kind {name!r}; there are: {', '.join(experts_names())}")
     return _EXPERTS[name]
-
-
-class Dispatch(NamedTuple):
-    """Pairs of token and expert, sorted by expert, as grouped matrix products want them.
-
-    Attributes:
-        order_P: sorted position -> pair (pair s*K + k is the k-th choice of token s).
-        back_P: pair -> sorted position.
-        offsets_E: int32, the end of each expert's rows; pairs that nobody serves come after the last.
-    """
-
-    order_P: Tensor
-    back_P: Tensor
-    offsets_E: Tensor
-
-
-def dispatch(experts_SK: Tensor, experts: int) -> Dispatch:
-    """Sort the pairs of a routing by expert (stable, so that the result does not depend on chance)."""
-    flat_P = experts_SK.reshape(-1)
-    order_P = flat_P.argsort(stable=True)
-    back_P = torch.empty_like(order_P)
-    back_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-    # Not bincount, which on a GPU waits for the largest value before it knows how long its result is.
-    pairs_E = torch.zeros(experts + 1, dtype=torch.int64, device=flat_P.device)
-    offsets_E = pairs_E.scatter_add_(0, flat_P, torch.ones_like(flat_P))[:experts].cumsum(0).to(torch.int32)
-    return Dispatch(order_P, back_P, offsets_E)
-
-
-class _PermuteRows(torch.autograd.Function):
-    """Rows in another order. The gradient is a gather as well, where indexing would scatter and add."""
-
-    @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, order_P: Tensor, back_P: Tensor) -> Tensor:
-        ctx.save_for_backward(order_P, back_P)
-        return x_PD.index_select(0, order_P)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        order_P, back_P = ctx.saved_tensors
-        # Through the same function, so that second derivatives exist.
-        return permute_rows(gradients[0], back_P, order_P), None, None
-
-
-def permute_rows(x_PD: Tensor, order_P: Tensor, back_P: Tensor) -> Tensor:
-    """``x_PD[order_P]`` for a permutation and its inverse."""
-    return _PermuteRows.apply(x_PD, order_P, back_P)

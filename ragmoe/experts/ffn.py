@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from ragmoe.experts.base import Experts, FeedForward, register_experts
+from ragmoe.experts.glu import allow_sentinels
 from ragmoe.gates.routing import Routing
 
 
@@ -65,6 +66,7 @@ class FeedForwardExperts(Experts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         init.normal_(self.fused.up_proj, mean=0.0, std=self.std)
         init.zeros_(self.fused.up_proj_bias)
         init.zeros_(self.fused.down_proj_bias)
@@ -75,8 +77,7 @@ class FeedForwardExperts(Experts):
 
     def allow_empty(self, *, drops: bool) -> None:
         super().allow_empty(drops=drops)
-        # What transformers' kernels call it: expert parallelism leaves the slots of other ranks' experts empty.
-        setattr(self.fused, "_is_expert_parallel", True)  # noqa: B010
+        allow_sentinels(self.fused)
 
     @torch.no_grad()
     def copy_dense(self, up: nn.Linear, down: nn.Linear, *, noise: float, generator: torch.Generator) -> float:
@@ -95,8 +96,5 @@ class FeedForwardExperts(Experts):
         return deviation
 
     def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
-        weights_SK = routing.weights_SK
-        if self.partial:
-            weights_SK = weights_SK.masked_fill(routing.experts_SK == self.fused.num_experts, 0.0)
-        y_SD = self.fused(x_SD, routing.experts_SK, weights_SK)
+        y_SD = self.fused(x_SD, routing.experts_SK, self.kept_weights(routing))
         return y_SD + dense(x_SD) if dense is not None else y_SD

@@ -22,7 +22,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertLayer,
+    BertPreTrainedModel,
+    BertSelfAttention,
+    eager_attention_forward,
+)
 
 from ragmoe._errors import ModelError
 from ragmoe.experts import Experts, FeedForward
@@ -58,6 +65,30 @@ class QuestionAnsweringOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+class RoutedSelfAttention(BertSelfAttention):
+    """BERT's attention, with something added to keys and values."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attended states (Q, T, D); ``key_values`` (Q, T, 2 D) holds what is added, keys first."""
+        if key_values is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        heads = (*hidden_states.shape[:-1], self.num_attention_heads, self.attention_head_size)
+        for_keys, for_values = key_values.chunk(2, dim=-1)
+        query = self.query(hidden_states).view(heads).transpose(1, 2)
+        key = (self.key(hidden_states) + for_keys).view(heads).transpose(1, 2)
+        value = (self.value(hidden_states) + for_values).view(heads).transpose(1, 2)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.dropout.p if self.training else 0.0
+        found, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+        return found.reshape(hidden_states.shape).contiguous(), weights
+
+
 class RagmoeBertLayer(BertLayer):
     """A BERT layer that is sparse where the configuration says so, and takes the neighbours by argument."""
 
@@ -69,6 +100,8 @@ class RagmoeBertLayer(BertLayer):
             self.moe = MoELayer(config, sparse.index(layer_idx))
             if config.neighbour_summary:
                 self.summary = NeighbourSummary(config.hidden_size, config.neighbour_width, config.gate_width)
+            if config.moe_attention:
+                self.attention.self = RoutedSelfAttention(config, layer_idx=layer_idx)
             if not (self.moe.experts.needs_dense or config.shared_expert):
                 self.intermediate = None
                 self.output.dense = None
@@ -88,14 +121,17 @@ class RagmoeBertLayer(BertLayer):
         tokens: Tokens | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """One layer: states (Q, T, D), and its routing where it is sparse."""
-        attended_QTD, _ = self.attention(hidden_states, attention_mask)
+        routing, added = None, {}
+        if self.moe is not None and self.moe.experts.key_value is not None:
+            routing = self.moe.route(hidden_states, neighbours, tokens)
+            added = {"key_values": self.moe.key_values(hidden_states, routing)}
+        attended_QTD, _ = self.attention(hidden_states, attention_mask, **added)
         if self.summary is not None:
             attended_QTD = self.summary(attended_QTD, neighbours)
-        routing = None
         if self.moe is None:
             y_QTD = cast(FeedForward, self.dense)(attended_QTD)
         else:
-            y_QTD, routing = self.moe(attended_QTD, self.dense, neighbours, tokens)
+            y_QTD, routing = self.moe(attended_QTD, self.dense, neighbours, tokens, routing)
         return self.output.LayerNorm(self.output.dropout(y_QTD) + attended_QTD), routing
 
 

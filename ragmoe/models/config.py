@@ -23,7 +23,7 @@ class RagmoeBertConfig(BertConfig):
     Args:
         gate: name of the gate (see ``ragmoe.gates.gate_names()``).
         experts, top_k: E experts a sparse layer, K of them for each token.
-        expert_kind: ``lora`` or ``ffn``; ``expert_rank`` is the rank of the former.
+        expert_kind: ``lora`` or ``ffn``; ``expert_rank`` is the rank of the former, and of ``moe_attention``.
         scores, selection: how logits become weights and which experts are chosen (``ragmoe gates ls`` shows the names).
         weight_scale: what the experts' weights are multiplied with.
         gate_noise, gate_jitter, token_dropout: what disturbs the gate while training; see ``GateSettings``.
@@ -33,6 +33,8 @@ class RagmoeBertConfig(BertConfig):
         overflow: what becomes of the rest: ``drop``, ``shared`` or ``next``.
         overflow_priority: who is served first: by ``position``, ``probability`` or at ``random``.
         shared_expert: full experts stand beside the dense network instead of in its place (LoRA experts always do).
+        moe_attention: experts of sparse layers add to the keys and values of attention too, by low-rank deltas of
+            ``expert_rank``; the layer then routes once, before attention.
         sparse_layers: which layers are sparse; None means every second one, beginning with the second.
         gate_width: width of the retrieval gate's attention.
         neighbour_width: width R of the index's embeddings; ``neighbours`` how many of them the gate sees.
@@ -59,6 +61,7 @@ class RagmoeBertConfig(BertConfig):
     expert_kind: str = "lora"
     expert_rank: int = 16
     shared_expert: bool = False
+    moe_attention: bool = False
     sparse_layers: list[int] | None = None
     gate_width: int = 64
     gate_noise: float = 0.0

@@ -82,7 +82,7 @@ def upcycled_config(dense: Any, settings: dict[str, Any]) -> RagmoeBertConfig:
         config = RagmoeBertConfig(**{**inherited, **settings})
     except StrictDataclassError as error:
         raise ModelError(f"bad model settings: {error}") from None
-    if "expert_rank" in settings and not experts_class(config.expert_kind).has_rank:
+    if "expert_rank" in settings and not (experts_class(config.expert_kind).has_rank or config.moe_attention):
         raise ModelError(
             f"expert_rank is {config.expert_rank}, but {config.expert_kind!r} experts have no rank",
             hint="leave expert_rank out (an experiment's arm: model.expert_rank: null), or set expert_kind: lora",

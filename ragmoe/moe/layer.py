@@ -52,12 +52,34 @@ class MoELayer(nn.Module):
         if self.gate.leaves_empty:
             self.experts.allow_empty(drops=self.capacity is not None and self.capacity.overflow.drops)
 
+    def route(self, x_BTD: Tensor, neighbours: Neighbours | None = None, tokens: Tokens | None = None) -> Routing:
+        """Who serves the tokens; see ``forward`` for the arguments."""
+        if tokens is None:
+            tokens = Tokens(torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device))
+        routing = self.gate(x_BTD.reshape(-1, x_BTD.shape[-1]), neighbours, tokens)
+        if self.capacity is None:
+            return routing
+        mask_S, top_k = tokens.mask_BT.reshape(-1), self.gate.settings.top_k
+        served_SK = self.capacity.serve(routing, mask_S, top_k, training=self.training)
+        if self.capacity.overflow.passes_on:
+            weights_SK, _ = self.gate.weigh(routing.logits_SE, served_SK)
+            routing = routing._replace(weights_SK=weights_SK.to(routing.weights_SK.dtype))
+        return routing._replace(served_SK=served_SK)
+
+    def key_values(self, x_BTD: Tensor, routing: Routing) -> Tensor | None:
+        """What the experts add to the keys and values of the layer's attention, (B, T, 2 D); None where they do not."""
+        if self.experts.key_value is None or self.gate.none_available:
+            return None
+        added_S2D = self.experts.key_values(x_BTD.reshape(-1, x_BTD.shape[-1]), _served(routing))
+        return None if added_S2D is None else added_S2D.view(*x_BTD.shape[:2], -1)
+
     def forward(
         self,
         x_BTD: Tensor,
         dense: FeedForward | None,
         neighbours: Neighbours | None = None,
         tokens: Tokens | None = None,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, Routing]:
         """Route and mix.
 
@@ -65,29 +87,23 @@ class MoELayer(nn.Module):
             dense: the layer's own feed-forward network where it has kept one (LoRA experts, shared expert).
             neighbours: of as many questions as divide B; sequences of one question are consecutive.
             tokens: which of them are padding, and their types; None means no padding and no types.
+            routing: where the tokens were routed already, for the experts of attention.
 
         Returns:
             y_BTD and the routing of all S tokens, padding included. Where no expert is available, y_BTD is what the
             dense network answers, or zero without one.
         """
-        if tokens is None:
-            tokens = Tokens(torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device))
+        if routing is None:
+            routing = self.route(x_BTD, neighbours, tokens)
         x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        routing = self.gate(x_SD, neighbours, tokens)
-        if self.capacity is not None:
-            routing = self._limited(routing, self.capacity, tokens.mask_BT.reshape(-1))
         if self.gate.none_available:
             # Not through experts of weight zero: one that is held back may hold NaN, and zero times NaN is NaN.
             y_SD = dense(x_SD) if dense is not None else torch.zeros_like(x_SD)
         else:
-            served_SK = routing.experts_SK if routing.served_SK is None else routing.served_SK
-            y_SD = self.experts(x_SD, routing._replace(experts_SK=served_SK), dense)
+            y_SD = self.experts(x_SD, _served(routing), dense)
         return y_SD.view_as(x_BTD), routing
 
-    def _limited(self, routing: Routing, capacity: Capacity, mask_S: Tensor) -> Routing:
-        """The routing with who serves it, and the weights of those who do where choices were passed on."""
-        served_SK = capacity.serve(routing, mask_S, self.gate.settings.top_k, training=self.training)
-        if capacity.overflow.passes_on:
-            weights_SK, _ = self.gate.weigh(routing.logits_SE, served_SK)
-            routing = routing._replace(weights_SK=weights_SK.to(routing.weights_SK.dtype))
-        return routing._replace(served_SK=served_SK)
+
+def _served(routing: Routing) -> Routing:
+    """The routing as experts see it: those who serve in the place of those that were chosen."""
+    return routing if routing.served_SK is None else routing._replace(experts_SK=routing.served_SK)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ragmoe import ConfigError
 from ragmoe.experts import Experts, FeedForward, experts_class, experts_names
-from ragmoe.experts.base import dispatch, permute_rows
+from ragmoe.experts.rows import dispatch, permute_rows
 from ragmoe.gates import Routing
 
 D, H, E = 16, 32, 4
@@ -129,8 +129,8 @@ def test_beside_a_shared_expert_they_start_at_nothing() -> None:
 
 
 def test_what_cannot_be_built() -> None:
-    assert experts_names() == ["ffn", "lora"]
-    with pytest.raises(ConfigError, match="no expert kind 'moe'; there are: ffn, lora"):
+    assert experts_names() == ["ffn", "glu", "lora"]
+    with pytest.raises(ConfigError, match="no expert kind 'moe'; there are: ffn, glu, lora"):
         experts_class("moe")
     for rank in (0, 12):
         with pytest.raises(ConfigError, match=f"expert rank is {rank}: expected a positive multiple of 8"):

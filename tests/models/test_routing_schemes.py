@@ -26,6 +26,8 @@ SCHEMES: list[dict[str, Any]] = [
     {"gate": "token", "capacity_factor": 0.5, "overflow": "shared", "overflow_priority": "random"},
     {"gate": "token", "capacity_factor": 0.5, "overflow": "drop", "expert_kind": "ffn"},
     {"gate": "pooled", "selection": "expert_choice", "expert_kind": "ffn"},
+    {"gate": "retrieval", "moe_attention": True},
+    {"gate": "token", "moe_attention": True, "expert_kind": "ffn", "capacity_factor": 0.5, "expert_rank": 8},
 ]
 
 

@@ -205,9 +205,7 @@ def test_the_layer_against_one_pair_at_a_time(kind: str, changes: dict[str, obje
         found = torch.autograd.grad(value, [x, *parameters], allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, [x, *parameters], strict=True)]
 
-    again = module.gate(two.view(12, D), None, tokens)
-    if module.capacity is not None:
-        again = module._limited(again, module.capacity, real_S)
+    again = module.route(two, None, tokens)
     want_SD = one_by_one(module, two.view(12, D), again, network, module.experts.drops)
     assert torch.allclose(y_BTD.view(12, D)[real_S], want_SD[real_S], atol=1e-5)
     for got, want in zip(gradients(y_BTD.view(12, D), one), gradients(want_SD, two), strict=True):

@@ -1,0 +1,83 @@
+"""Gated feed-forward experts (SwiGLU and its kin) in the fused layout of Mixtral, Qwen3-MoE and OLMoE.
+
+E experts, D model width, H hidden width, S tokens, K experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from ragmoe._errors import ConfigError
+from ragmoe.experts.base import Experts, FeedForward, register_experts
+from ragmoe.gates.routing import Routing
+
+
+@use_experts_implementation
+class FusedGluExperts(nn.Module):
+    """``down(act(gate x) * up x)`` of each expert, with fused parameters; see ``FusedExperts`` for the kernels."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        E, D, H = config.experts, config.hidden_size, config.intermediate_size
+        self.num_experts = E
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * H, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, H))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """y_SD for hidden_states (S, D), top_k_index (S, K) int64 and top_k_weights (S, K); E in an empty slot."""
+        y_SD = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert == self.num_experts:
+                continue
+            token, choice = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            h = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            y_SD = y_SD.index_add(0, token, h * top_k_weights[token, choice, None])
+        return y_SD
+
+
+@register_experts("glu")
+class GluExperts(Experts):
+    """E gated networks, as decoders have them; they cannot start from a dense network without a gate of its own."""
+
+    needs_dense = False
+    has_rank = False
+    summary = "full gated networks (SwiGLU) through transformers' experts kernels, for decoders"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.std = float(config.initializer_range)
+        self.fused = FusedGluExperts(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init.normal_(self.fused.gate_up_proj, mean=0.0, std=self.std)
+        init.normal_(self.fused.down_proj, mean=0.0, std=self.std)
+
+    def copy_dense(self, up: nn.Linear, down: nn.Linear, *, noise: float, generator: torch.Generator) -> float:
+        raise ConfigError(
+            "expert_kind is 'glu', but the base's feed-forward networks have no gate to start from",
+            hint="model.expert_kind=lora or model.expert_kind=ffn",
+        )
+
+    def allow_empty(self, *, drops: bool) -> None:
+        super().allow_empty(drops=drops)
+        allow_sentinels(self.fused)
+
+    def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
+        y_SD = self.fused(x_SD, routing.experts_SK, self.kept_weights(routing))
+        return y_SD + dense(x_SD) if dense is not None else y_SD
+
+
+def allow_sentinels(fused: nn.Module) -> None:
+    """Let transformers' kernels expect E for nobody, which expert parallelism writes for other ranks' experts."""
+    fused._is_expert_parallel = True  # type: ignore[assignment]
