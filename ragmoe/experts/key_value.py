@@ -40,6 +40,6 @@ class KeyValueExperts(nn.Module):
         """What is added to keys and values, side by side: (S, 2 V)."""
         S, K = routing.experts_SK.shape
         move = pairs_of(routing.experts_SK, self.experts, partial=partial)
-        x_PD = move.to_experts(x_SD.unsqueeze(1).expand(-1, K, -1).reshape(S * K, -1))
+        x_PD = move.to_experts(x_SD.unsqueeze(1).expand(-1, K, -1).flatten(0, 1))
         delta_PV = low_rank(x_PD, self.a, self.b, move.offsets_E)
-        return (move.to_tokens(delta_PV).view(S, K, -1) * weights_SK.unsqueeze(-1)).sum(dim=1)
+        return (move.to_tokens(delta_PV).unflatten(0, (S, K)) * weights_SK.unsqueeze(-1)).sum(dim=1)

@@ -76,7 +76,7 @@ class LoraExperts(Experts):
 
         x_PD = move.to_experts(_repeat(x_SD, K))
         delta_PH = low_rank(x_PD, self.up_a, self.up_b, offsets_E)
-        delta_SKH = move.to_tokens(delta_PH).view(S, K, -1)
+        delta_SKH = move.to_tokens(delta_PH).view(S, K, up_SH.shape[1])
         act_SKH = dense.act(up_SH.unsqueeze(1) + delta_SKH)
 
         # Written as a difference, so that untrained experts leave the dense network's answer bit for bit.
@@ -84,9 +84,9 @@ class LoraExperts(Experts):
         weights_SK1 = weights_SK.unsqueeze(-1)
         mixed_SH = act_SH + ((act_SKH - act_SH.unsqueeze(1)) * weights_SK1).sum(dim=1)
 
-        act_PH = move.to_experts(act_SKH.view(S * K, -1))
+        act_PH = move.to_experts(act_SKH.flatten(0, 1))
         low_PD = low_rank(act_PH, self.down_a, self.down_b, offsets_E)
-        low_SKD = move.to_tokens(low_PD).view(S, K, -1)
+        low_SKD = move.to_tokens(low_PD).view(S, K, x_SD.shape[1])
         low_SD = (low_SKD * weights_SK1).sum(dim=1)
         if not self.drops:
             return dense.down(mixed_SH) + low_SD

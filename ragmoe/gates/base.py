@@ -85,6 +85,7 @@ class Gate(nn.Module, ABC):
         takes_groups: whether it knows groups of experts (``groups``).
         takes_types: whether it knows types of tokens (``expert_types``).
         normalises: what ``normalise`` None means to it.
+        is_causal: whether a token's logits depend on no later token.
         fixed_experts: why no expert can join or leave it; empty where one can.
     """
 
@@ -95,6 +96,7 @@ class Gate(nn.Module, ABC):
     takes_groups: ClassVar[bool] = False
     takes_types: ClassVar[bool] = False
     normalises: ClassVar[bool] = True
+    is_causal: ClassVar[bool] = True
     fixed_experts: ClassVar[str] = ""
     own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias",)
     summary: ClassVar[str] = ""

@@ -20,6 +20,7 @@ class TaskGate(TokenGate):
     Source: Kudugunta et al. 2021 (task-level mixture of experts), with the question in the place of a task's name.
     """
 
+    is_causal = False
     summary = "one routing a sequence, by the mean state of the question's tokens; whole experts can be left on disk"
 
     def placed_logits(self, x_SD: Tensor, neighbours: Neighbours | None, tokens: Tokens) -> Tensor:

@@ -146,10 +146,11 @@ def layer(**changes: object) -> MoELayer:
 
 def one_by_one(module: MoELayer, x_SD: Tensor, r: Routing, dense: FeedForward | None, drops: bool) -> Tensor:
     """Each pair through its expert alone; what is lost answers as the dense network, or not at all."""
+    experts = r.logits_SE.shape[1]
     served_SK = r.experts_SK if r.served_SK is None else r.served_SK
     rows = []
     for s in range(x_SD.shape[0]):
-        pairs = [(int(e), r.weights_SK[s, k]) for k, e in enumerate(served_SK[s]) if e < E]
+        pairs = [(int(e), r.weights_SK[s, k]) for k, e in enumerate(served_SK[s]) if e < experts]
         y_D = torch.zeros(D)
         for e, weight in pairs:
             y_D = y_D + weight * alone(module, x_SD[s : s + 1], e, dense)[0]
@@ -157,7 +158,7 @@ def one_by_one(module: MoELayer, x_SD: Tensor, r: Routing, dense: FeedForward | 
             rest = 1 - (r.weights_SK[s].sum() if drops else sum(weight for _, weight in pairs))
             y_D = y_D + rest * dense(x_SD[s : s + 1])[0]
         rows.append(y_D)
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.zeros(0, D)
 
 
 def alone(module: MoELayer, x_1D: Tensor, e: int, dense: FeedForward | None) -> Tensor:
@@ -210,6 +211,27 @@ def test_the_layer_against_one_pair_at_a_time(kind: str, changes: dict[str, obje
     assert torch.allclose(y_BTD.view(12, D)[real_S], want_SD[real_S], atol=1e-5)
     for got, want in zip(gradients(y_BTD.view(12, D), one), gradients(want_SD, two), strict=True):
         assert torch.allclose(got, want, atol=1e-4)
+
+
+@given(
+    st.integers(0, 9), st.integers(1, 6), st.integers(1, 6), st.sampled_from(["lora", "ffn"]),
+    st.sampled_from(["eager", "grouped_mm", "batched_mm"]), st.sampled_from([None, 0.6]), st.integers(0, 2**16),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_size_of_layer(
+    S: int, experts: int, top_k: int, kind: str, kernel: str, factor: float | None, seed: int
+) -> None:
+    """No token, one token, experts without tokens, more choices than tokens."""
+    torch.manual_seed(seed)
+    changes = {"experts": experts, "top_k": min(top_k, experts), "expert_kind": kind, "capacity_factor": factor}
+    module, dense = layer(**changes, _experts_implementation=kernel), Dense() if kind == "lora" else None
+    network = dense.network if dense else None
+    tokens = Tokens(torch.rand(1, S) < 0.8)
+    real_S, x_1SD = tokens.mask_BT[0], torch.randn(1, S, D)
+    y_1SD, found = module(x_1SD, network, None, tokens)
+    assert y_1SD.shape == (1, S, D)
+    want_SD = one_by_one(module, x_1SD[0], found, network, module.experts.drops)
+    assert torch.allclose(y_1SD[0, real_S], want_SD[real_S], atol=1e-5)
 
 
 def test_a_token_that_loses_everything_keeps_its_residual_alone() -> None:
