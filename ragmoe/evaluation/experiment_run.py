@@ -84,6 +84,7 @@ def _model(
 ) -> Reader:
     """An arm's model, trained first where it is not yet."""
     from ragmoe.models import load
+    from ragmoe.models.xlora import XLoraReader
     from ragmoe.training import train
     from ragmoe.training.build import build_model
 
@@ -99,4 +100,4 @@ def _model(
         folder.begin(arm, seed)
         done = train(config, out=bundle, resume=True, cache=folder.root / "cache", show=show)
         folder.end(arm, seed, done.seconds)
-    return load(bundle)
+    return XLoraReader.from_pretrained(bundle) if config.train.what == "xlora" else load(bundle)

@@ -15,6 +15,7 @@ from ragmoe.gates import selection_class
 from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering
 from ragmoe.models.exchange import GATE_FIELDS, exchange_gate
 from ragmoe.models.upcycling import base_path
+from ragmoe.models.xlora import XLoraReader
 from ragmoe.training.config import LoraConfig, TrainingConfig
 from ragmoe.training.trainer import freeze
 
@@ -57,6 +58,13 @@ def build_model(config: TrainingConfig, index: Any, *, on_cpu: bool) -> RagmoeBe
     settings |= {"neighbour_width": index.width, "neighbours": config.raft.neighbours}
     if is_bundle(config.base):
         model = _train_on(config, settings)
+        if config.train.what == "xlora":
+            model = XLoraReader(model, seed=config.seed)
+    elif config.train.what == "xlora":
+        raise ConfigError(
+            f"train.what is 'xlora', but the base {config.base} is no bundle: expected one with trained LoRA experts",
+            hint="train the experts first (train.what: gate+experts), and give their bundle as base",
+        )
     else:
         base = base_path(config.base)
         source: Any = base

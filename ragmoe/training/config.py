@@ -87,7 +87,8 @@ class OptimiserConfig(_Strict):
 
     Attributes:
         what: ``all``; ``gate``, ``experts`` or ``gate+experts`` (with the head); ``lora``: adapters on the frozen
-            base, with gate, experts and head; or ``new_expert``: one more expert of a bundle, and nothing else.
+            base, with gate, experts and head; ``new_expert``: one more expert of a bundle, and nothing else; or
+            ``xlora``: X-LoRA's classifier over the experts of a bundle (with the head), a baseline of experiments.
         steps: optimiser steps.
         batch_size: questions of a micro-batch; ``accumulation`` micro-batches make a step.
         learning_rate: of the base; the others where given, else the same.
@@ -98,7 +99,7 @@ class OptimiserConfig(_Strict):
         precision: ``auto`` takes bf16 where it is measured to be faster.
     """
 
-    what: Literal["all", "gate", "experts", "gate+experts", "lora", "new_expert"] = "all"
+    what: Literal["all", "gate", "experts", "gate+experts", "lora", "new_expert", "xlora"] = "all"
     steps: int = Field(450, ge=1)
     batch_size: int = Field(12, ge=1)
     accumulation: int = Field(1, ge=1)

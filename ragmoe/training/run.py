@@ -19,7 +19,7 @@ from ragmoe._errors import BundleError, DataError, ModelError
 from ragmoe.bundle import MAP_NAME
 from ragmoe.bundle.experts import LOAD
 from ragmoe.index import Index
-from ragmoe.models import RagmoeBertForQuestionAnswering, load
+from ragmoe.models import RagmoeBertForQuestionAnswering
 from ragmoe.training.build import build_model, make_trainable, trained_parameters, wants_bf16
 from ragmoe.training.calibration import calibrate
 from ragmoe.training.callbacks import HistoryCallback, Shows, last_load
@@ -83,10 +83,10 @@ class Run:
     @property
     def parameters(self) -> dict[str, int]:
         """Total and active as the model will be saved, and how many are trained."""
-        adapters = sum(p.numel() for name, p in self.model.named_parameters() if "lora_" in name)
-        copies = sum(p.numel() for name, p in self.model.named_parameters() if ".original_module." in name)
-        counts = self.model.parameter_counts()
-        extra = adapters + copies
+        counts, extra = self.model.parameter_counts(), 0
+        if self.adapted is not None:
+            merged = ("lora_", ".original_module.")
+            extra = sum(p.numel() for name, p in self.model.named_parameters() if any(mark in name for mark in merged))
         return {
             "total": counts["total"] - extra,
             "active": counts["active"] - extra,
@@ -299,7 +299,7 @@ def _save(run: Run, folder: Path) -> Path | None:
     recorded = dict(zip(model.config.expert_ids or range(len(loads)), loads, strict=True)) if loads else {}
     model.save_pretrained(folder, message="train", extra={LOAD: recorded} if recorded else None)
     batch = run.collator([run.dataset[at] for at in range(min(2, len(run.dataset)))])
-    difference = largest_difference(model, load(folder), batch)
+    difference = largest_difference(model, type(model).from_pretrained(folder), batch)
     if difference != 0.0:
         # Without its map it is no bundle, and nobody takes it for a finished run.
         (folder / MAP_NAME).unlink()

@@ -19,11 +19,13 @@ from ragmoe.training.config import OptimiserConfig
 _PARTS = (
     ("gate", ".moe.gate."),
     ("gate", ".summary."),
+    ("gate", ".internal_xlora_classifier."),
     ("experts", ".moe.experts."),
     ("head", "qa_outputs"),
     ("head", "special_outputs"),
 )
-
+# What is trained beside the head, where ``train.what`` does not say it itself.
+_TRAINED = {"lora": {"gate", "experts"}, "xlora": {"gate"}}
 
 GateLesson = Callable[[Any, int, Sequence[Routing], Tensor], Tensor]
 
@@ -37,7 +39,7 @@ def freeze(model: nn.Module, what: str) -> None:
     """Leave trainable what ``train.what`` says (for ``lora`` and ``new_expert`` what is new is trainable already)."""
     if what in ("all", "new_expert"):
         return
-    trained = {"head", *({"gate", "experts"} if what == "lora" else what.split("+"))}
+    trained = {"head", *_TRAINED.get(what, what.split("+"))}
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(part in trained or (what == "lora" and ("lora_" in name)))
