@@ -377,12 +377,6 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
         held = {places[e] for e in wanted}
         self.set_available_experts([at for at in range(self.config.experts) if at not in held])
 
-    @property
-    def held_back(self) -> list[int]:
-        """The places of the experts that no token goes to for now."""
-        gates = [layer.gate for layer in self.moe_layers]
-        return (~gates[0].available).nonzero().flatten().tolist() if gates else []
-
     def parameter_counts(self) -> dict[str, int]:
         """Total parameters, and active ones: every parameter used for one token, gates included."""
         total = sum(p.numel() for p in self.parameters())

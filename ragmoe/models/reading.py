@@ -85,7 +85,13 @@ class ReaderMixin(MemoryMixin):
         @property
         def gate_sees_neighbours(self) -> bool: ...
         @property
-        def held_back(self) -> list[int]: ...
+        def moe_layers(self) -> list[Any]: ...
+
+    @property
+    def held_back(self) -> list[int]:
+        """The places of the experts that no token goes to for now."""
+        gates = [layer.gate for layer in self.moe_layers]
+        return (~gates[0].available).nonzero().flatten().tolist() if gates else []
 
     @property
     def tokenizer(self) -> Any:
