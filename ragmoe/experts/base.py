@@ -9,12 +9,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ragmoe._errors import ConfigError
+from ragmoe._registry import Registry
 from ragmoe.experts.key_value import KeyValueExperts
 from ragmoe.experts.low_rank import mean_product
 from ragmoe.gates.routing import Routing
@@ -139,27 +139,5 @@ def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor
     return total
 
 
-ExpertsType = TypeVar("ExpertsType", bound=type[Experts])
-_EXPERTS: dict[str, type[Experts]] = {}
-
-
-def register_experts(name: str) -> Callable[[ExpertsType], ExpertsType]:
-    """Make a kind of expert known by name to configurations."""
-
-    def add(experts: ExpertsType) -> ExpertsType:
-        _EXPERTS[name] = experts
-        return experts
-
-    return add
-
-
-def experts_names() -> list[str]:
-    """The names of all kinds of expert."""
-    return sorted(_EXPERTS)
-
-
-def experts_class(name: str) -> type[Experts]:
-    """The kind of expert of that name; ConfigError lists what exists."""
-    if name not in _EXPERTS:
-        raise ConfigError(f"there is no expert kind {name!r}; there are: {', '.join(experts_names())}")
-    return _EXPERTS[name]
+_EXPERTS: Registry[type[Experts]] = Registry("expert kind")
+register_experts, experts_names, experts_class = _EXPERTS.register, _EXPERTS.names, _EXPERTS.find

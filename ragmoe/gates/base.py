@@ -7,14 +7,14 @@ A attention width of the gate.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ragmoe._errors import ConfigError, ModelError
+from ragmoe._registry import Registry
 from ragmoe.gates.routing import Routing, Tokens
 from ragmoe.gates.scores import scores_class
 from ragmoe.gates.selection import selection_class
@@ -241,27 +241,5 @@ class Gate(nn.Module, ABC):
         self.balance_bias += rate * torch.sign(load_E.mean() - load_E)
 
 
-GateType = TypeVar("GateType", bound=type[Gate])
-_GATES: dict[str, type[Gate]] = {}
-
-
-def register_gate(name: str) -> Callable[[GateType], GateType]:
-    """Make a gate known by name to configurations."""
-
-    def add(gate: GateType) -> GateType:
-        _GATES[name] = gate
-        return gate
-
-    return add
-
-
-def gate_names() -> list[str]:
-    """The names of all gates."""
-    return sorted(_GATES)
-
-
-def gate_class(name: str) -> type[Gate]:
-    """The gate of that name; ConfigError lists what exists."""
-    if name not in _GATES:
-        raise ConfigError(f"there is no gate {name!r}; there are: {', '.join(gate_names())}")
-    return _GATES[name]
+_GATES: Registry[type[Gate]] = Registry("gate")
+register_gate, gate_names, gate_class = _GATES.register, _GATES.names, _GATES.find

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ragmoe._errors import ConfigError
+from ragmoe._registry import Registry
 
 
 class Scores(ABC):
@@ -37,30 +36,8 @@ class Scores(ABC):
         """What experts are ranked by, to which the balance bias is added."""
 
 
-ScoresType = TypeVar("ScoresType", bound=type[Scores])
-_SCORES: dict[str, type[Scores]] = {}
-
-
-def register_scores(name: str) -> Callable[[ScoresType], ScoresType]:
-    """Make a kind of scores known by name to configurations."""
-
-    def add(scores: ScoresType) -> ScoresType:
-        _SCORES[name] = scores
-        return scores
-
-    return add
-
-
-def scores_names() -> list[str]:
-    """The names of all kinds of scores."""
-    return sorted(_SCORES)
-
-
-def scores_class(name: str) -> type[Scores]:
-    """The scores of that name; ConfigError lists what exists."""
-    if name not in _SCORES:
-        raise ConfigError(f"there are no scores {name!r}; there are: {', '.join(scores_names())}")
-    return _SCORES[name]
+_SCORES: Registry[type[Scores]] = Registry("kind of scores")
+register_scores, scores_names, scores_class = _SCORES.register, _SCORES.names, _SCORES.find
 
 
 @register_scores("softmax")

@@ -6,26 +6,18 @@ S flattened tokens (B sequences of T), D model width, E experts, K experts a tok
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from ragmoe._errors import ConfigError
+from ragmoe._registry import Registry
 from ragmoe.gates.routing import Tokens
 
 if TYPE_CHECKING:
     from ragmoe.gates.base import GateSettings
-
-
-class Chosen(NamedTuple):
-    """What a selection returns; see ``Routing`` for the fields."""
-
-    experts_SK: Tensor
-    load_SE: Tensor | None = None
 
 
 class Selection(nn.Module, ABC):
@@ -71,30 +63,8 @@ class Selection(nn.Module, ABC):
         return None
 
 
-SelectionType = TypeVar("SelectionType", bound=type[Selection])
-_SELECTIONS: dict[str, type[Selection]] = {}
-
-
-def register_selection(name: str) -> Callable[[SelectionType], SelectionType]:
-    """Make a selection known by name to configurations."""
-
-    def add(selection: SelectionType) -> SelectionType:
-        _SELECTIONS[name] = selection
-        return selection
-
-    return add
-
-
-def selection_names() -> list[str]:
-    """The names of all selections."""
-    return sorted(_SELECTIONS)
-
-
-def selection_class(name: str) -> type[Selection]:
-    """The selection of that name; ConfigError lists what exists."""
-    if name not in _SELECTIONS:
-        raise ConfigError(f"there is no selection {name!r}; there are: {', '.join(selection_names())}")
-    return _SELECTIONS[name]
+_SELECTIONS: Registry[type[Selection]] = Registry("selection")
+register_selection, selection_names, selection_class = _SELECTIONS.register, _SELECTIONS.names, _SELECTIONS.find
 
 
 @register_selection("top_k")

@@ -22,18 +22,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bert.modeling_bert import (
-    BertEmbeddings,
-    BertLayer,
-    BertPreTrainedModel,
-    BertSelfAttention,
-    eager_attention_forward,
-)
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPreTrainedModel
 
 from ragmoe._errors import ModelError
 from ragmoe.experts import Experts, FeedForward
 from ragmoe.gates import Gate, Routing, Selection, Tokens, gate_class
+from ragmoe.models.attention import RoutedSelfAttention
 from ragmoe.models.config import SPECIAL_CANDIDATES, RagmoeBertConfig
 from ragmoe.models.loss import answer_loss
 from ragmoe.models.reading import ReaderMixin
@@ -63,30 +57,6 @@ class QuestionAnsweringOutput(ModelOutput):
     end_logits: Tensor | None = None
     routings: tuple[Routing, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-
-
-class RoutedSelfAttention(BertSelfAttention):
-    """BERT's attention, with something added to keys and values."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        key_values: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attended states (Q, T, D); ``key_values`` (Q, T, 2 D) holds what is added, keys first."""
-        if key_values is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        heads = (*hidden_states.shape[:-1], self.num_attention_heads, self.attention_head_size)
-        for_keys, for_values = key_values.chunk(2, dim=-1)
-        query = self.query(hidden_states).view(heads).transpose(1, 2)
-        key = (self.key(hidden_states) + for_keys).view(heads).transpose(1, 2)
-        value = (self.value(hidden_states) + for_values).view(heads).transpose(1, 2)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.dropout.p if self.training else 0.0
-        found, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
-        return found.reshape(hidden_states.shape).contiguous(), weights
 
 
 class RagmoeBertLayer(BertLayer):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ragmoe._errors import ConfigError
+from ragmoe._registry import Registry
 from ragmoe.gates import Routing
 
 
@@ -49,30 +49,8 @@ class Overflow(ABC):
         """
 
 
-OverflowType = TypeVar("OverflowType", bound=type[Overflow])
-_OVERFLOWS: dict[str, type[Overflow]] = {}
-
-
-def register_overflow(name: str) -> Callable[[OverflowType], OverflowType]:
-    """Make a way to treat overflow known by name to configurations."""
-
-    def add(overflow: OverflowType) -> OverflowType:
-        _OVERFLOWS[name] = overflow
-        return overflow
-
-    return add
-
-
-def overflow_names() -> list[str]:
-    """The names of all ways to treat overflow."""
-    return sorted(_OVERFLOWS)
-
-
-def overflow_class(name: str) -> type[Overflow]:
-    """The way to treat overflow of that name; ConfigError lists what exists."""
-    if name not in _OVERFLOWS:
-        raise ConfigError(f"there is no overflow {name!r}; there are: {', '.join(overflow_names())}")
-    return _OVERFLOWS[name]
+_OVERFLOWS: Registry[type[Overflow]] = Registry("overflow")
+register_overflow, overflow_names, overflow_class = _OVERFLOWS.register, _OVERFLOWS.names, _OVERFLOWS.find
 
 
 @register_overflow("drop")
@@ -167,30 +145,8 @@ class Priority(ABC):
         """The tokens in that order, int64 (S,); where padding stands in it does not matter."""
 
 
-PriorityType = TypeVar("PriorityType", bound=type[Priority])
-_PRIORITIES: dict[str, type[Priority]] = {}
-
-
-def register_priority(name: str) -> Callable[[PriorityType], PriorityType]:
-    """Make an order in which tokens are served known by name to configurations."""
-
-    def add(priority: PriorityType) -> PriorityType:
-        _PRIORITIES[name] = priority
-        return priority
-
-    return add
-
-
-def priority_names() -> list[str]:
-    """The names of all orders."""
-    return sorted(_PRIORITIES)
-
-
-def priority_class(name: str) -> type[Priority]:
-    """The order of that name; ConfigError lists what exists."""
-    if name not in _PRIORITIES:
-        raise ConfigError(f"there is no overflow_priority {name!r}; there are: {', '.join(priority_names())}")
-    return _PRIORITIES[name]
+_PRIORITIES: Registry[type[Priority]] = Registry("overflow_priority")
+register_priority, priority_names, priority_class = _PRIORITIES.register, _PRIORITIES.names, _PRIORITIES.find
 
 
 @register_priority("position")

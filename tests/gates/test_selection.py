@@ -226,7 +226,7 @@ def test_any_size(S: int, experts: int, top_k: int, selection: str, seed: int) -
         assert load_E.sum() == mask_BT.sum() * top_k
 
 
-@pytest.mark.parametrize(("of", "what"), [(scores_class, "scores"), (selection_class, "selection")])
+@pytest.mark.parametrize(("of", "what"), [(scores_class, "kind of scores"), (selection_class, "selection")])
 def test_unknown_names_list_what_exists(of: object, what: str) -> None:
     with pytest.raises(ConfigError, match=f"no {what} 'topk'; there are: .*"):
         of("topk")  # type: ignore[operator]
