@@ -14,6 +14,7 @@ from ragmoe.bundle import is_bundle
 from ragmoe.gates import selection_class
 from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering
 from ragmoe.models.exchange import GATE_FIELDS, exchange_gate
+from ragmoe.models.starter import resolve_bundle
 from ragmoe.models.upcycling import base_path
 from ragmoe.models.xlora import XLoraReader
 from ragmoe.training.config import LoraConfig, TrainingConfig
@@ -70,7 +71,7 @@ def build_model(config: TrainingConfig, index: Any, *, on_cpu: bool) -> RagmoeBe
         source: Any = base
         if config.start is not None:
             source = RagmoeBertForQuestionAnswering.from_dense(base, sparse_layers=[], seed=config.seed)
-            source = apply_adapter(source, config.start)
+            source = apply_start(source, config.start)
         model = RagmoeBertForQuestionAnswering.from_dense(
             source, expert_noise=config.expert_noise, seed=config.seed, **settings
         )
@@ -112,16 +113,47 @@ def _train_on(config: TrainingConfig, settings: dict[str, Any]) -> RagmoeBertFor
     return exchange_gate(model, seed=config.seed, **exchanged) if exchanged else model
 
 
-def apply_adapter(model: RagmoeBertForQuestionAnswering, start: str) -> RagmoeBertForQuestionAnswering:
+def apply_start(model: RagmoeBertForQuestionAnswering, start: str) -> RagmoeBertForQuestionAnswering:
+    """A dense reader further on: with an adapter and its head merged, or with the dense network of a bundle.
+
+    Raises:
+        ConfigError: ``start`` is neither.
+        ModelError: the bundle has no dense network of that shape.
+    """
+    folder = WARM_START if start == "warm-start" else resolve_bundle(start)
+    if is_bundle(folder):
+        return take_dense(model, folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"start: {folder} holds no PEFT adapter (adapter_config.json), and is no bundle",
+            hint="use start: warm-start, start: starter, or the adapter folder of a run with train.what: lora",
+        )
+    return merge_adapter(model, folder)
+
+
+def take_dense(model: RagmoeBertForQuestionAnswering, bundle: Path) -> RagmoeBertForQuestionAnswering:
+    """A dense reader with the weights of a bundle that are no gate's and no expert's."""
+    trained = RagmoeBertForQuestionAnswering.from_pretrained(bundle)
+    state = {name: x for name, x in trained.state_dict().items() if ".moe." not in name and ".summary." not in name}
+    own = model.state_dict()
+    if missing := sorted(own.keys() - state.keys()):
+        raise ModelError(
+            f"start: the bundle {bundle} has no {missing[0]}: full experts stand in the place of its dense networks",
+            hint="start from a bundle with LoRA experts or a shared expert",
+        )
+    if wrong := [name for name in own if own[name].shape != state[name].shape]:
+        raise ModelError(
+            f"start: {wrong[0]} is {tuple(state[wrong[0]].shape)} in the bundle {bundle}, but "
+            f"{tuple(own[wrong[0]].shape)} in the base: expected the base that the bundle was made of"
+        )
+    model.load_state_dict({name: state[name] for name in own})
+    return model
+
+
+def merge_adapter(model: RagmoeBertForQuestionAnswering, folder: Path) -> RagmoeBertForQuestionAnswering:
     """Merge a PEFT adapter with its head into a dense reader."""
     from peft import PeftModel
 
-    folder = WARM_START if start == "warm-start" else Path(start)
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"start: {folder} holds no PEFT adapter (adapter_config.json)",
-            hint="use start: warm-start, or the adapter folder of a run with train.what: lora",
-        )
     merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     for parameter in merged.parameters():
         parameter.requires_grad_(True)

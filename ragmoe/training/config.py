@@ -155,7 +155,8 @@ class TrainingConfig(_Strict):
     Attributes:
         base: dense checkpoint to upcycle: ``minilm`` (the packaged default), a path or a Hub id; or a bundle, which is
             trained on (``starter`` is the packaged one).
-        start: PEFT adapter laid over the dense base first: ``warm-start`` (packaged), a folder, or None.
+        start: what the dense base has learned already: a PEFT adapter (``warm-start`` is the packaged one, else a
+            folder), or the dense network of a bundle with LoRA experts (``starter``, or a folder); None for nothing.
         model: fields of ``RagmoeBertConfig``.
         expert_noise: relative noise that tells copied full experts apart.
         new_expert: for ``train.what: new_expert``, and only there.
@@ -223,7 +224,7 @@ def load_config(
         from ragmoe.models.starter import resolve_bundle
 
         config.base = str(resolve_bundle(config.base).absolute())
-    if config.start not in (None, "warm-start"):
+    if config.start not in (None, "warm-start", "starter"):
         config.start = resolve(config.start, folder)
     return config
 
@@ -279,7 +280,7 @@ def _from_here(key: str, value: Any) -> Any:
     """A path of the command line, which counts from the working directory."""
     if isinstance(value, list):
         return [_from_here(key, entry) for entry in value]
-    if not isinstance(value, str) or value in ("minilm", "warm-start") or value.startswith("hub:"):
+    if not isinstance(value, str) or value in ("minilm", "warm-start", "starter") or value.startswith("hub:"):
         return value
     # A base that is no folder here is a Hub id.
     if key == "base" and not Path(value).expanduser().exists():

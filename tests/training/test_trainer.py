@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ragmoe import BundleError, ConfigError, RagmoeError, load
+from ragmoe import BundleError, ConfigError, ModelError, RagmoeError, load
 from ragmoe.training import RagmoeTrainer, TrainingConfig, load_config, prepare, train
 from ragmoe.training import run as run_module
 from ragmoe.training.trainer import part_of
@@ -312,6 +312,22 @@ def test_another_configuration_cannot_be_resumed(config: Config, tmp_path: Path)
     assert _until(config(checkpoint_every=2), tmp_path / "run", 2)
     with pytest.raises(ConfigError, match=r"in train\.steps \(4, now 9\), seed \(0, now 3\)"):
         train(config(**{"checkpoint_every": 2, "train.steps": 9, "seed": 3}), out=tmp_path / "run", resume=True)
+
+
+def test_an_arm_can_start_from_the_dense_network_of_a_bundle(config: Config, tmp_path: Path) -> None:
+    first = train(config(**{"train.steps": 2, "train.learning_rate": 1e-2, "model.gate": "token"}), out=tmp_path / "a")
+    own = load(first.bundle)
+    run = prepare(load_config(config(start=str(first.bundle), **{"model.gate": "retrieval", "model.experts": 2})))
+    for name, x in run.model.state_dict().items():
+        if ".moe." not in name:
+            assert torch.equal(x, own.state_dict()[name]), name
+    # Its experts and gates are new, and untrained LoRA experts change nothing.
+    assert not any(layer.experts.up_b.any() for layer in run.model.moe_layers)
+    full = train(
+        config(**{"train.steps": 1, "model.expert_kind": "ffn", "model.expert_rank": None}), out=tmp_path / "b"
+    )
+    with pytest.raises(ModelError, match="full experts stand in the place of its dense networks"):
+        prepare(load_config(config(start=str(full.bundle))))
 
 
 @pytest.mark.parametrize(
