@@ -9,13 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ragmoe._errors import ConfigError, ModelError
 from ragmoe.neighbours import Neighbours
+
+if TYPE_CHECKING:
+    from ragmoe.moe.probe import Probe
 
 
 class Routing(NamedTuple):
@@ -29,6 +32,7 @@ class Routing(NamedTuple):
             means that each choice is served as it was made.
         load_SE: float32, with a gradient: how likely each expert would be chosen again under other noise; None where
             the selection has no noise of its own.
+        probe: what some losses ask of a layer besides, put there by the layer; None where none asks.
     """
 
     weights_SK: Tensor
@@ -36,6 +40,7 @@ class Routing(NamedTuple):
     logits_SE: Tensor
     served_SK: Tensor | None = None
     load_SE: Tensor | None = None
+    probe: Probe | None = None
 
     def choices_SE(self) -> Tensor:
         """How often each token has chosen each expert, int64 (S, E), before any limit of capacity."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ragmoe.experts import FeedForward, experts_class
 from ragmoe.gates import GateSettings, Routing, gate_class
+from ragmoe.moe.probe import Asked, take_probe
 from ragmoe.neighbours import Neighbours
 
 
@@ -41,13 +42,18 @@ class MoELayer(nn.Module):
         self.experts = experts_class(config.expert_kind)(config)
 
     def forward(
-        self, x_BTD: Tensor, dense: FeedForward | None, neighbours: Neighbours | None = None
+        self,
+        x_BTD: Tensor,
+        dense: FeedForward | None,
+        neighbours: Neighbours | None = None,
+        asked: Asked | None = None,
     ) -> tuple[Tensor, Routing]:
         """Route and mix.
 
         Args:
             dense: the layer's own feed-forward network where it has kept one (LoRA experts, shared expert).
             neighbours: of as many questions as divide B; sequences of one question are consecutive.
+            asked: what the losses want to know besides, as ``probe`` of the routing.
 
         Returns:
             y_BTD and the routing of all S tokens, padding included. Where no expert is available, y_BTD is what the
@@ -60,4 +66,7 @@ class MoELayer(nn.Module):
             y_SD = dense(x_SD) if dense is not None else torch.zeros_like(x_SD)
         else:
             y_SD = self.experts(x_SD, routing, dense)
+        if asked is not None:
+            probe = take_probe(self.gate, self.experts, x_SD, routing, neighbours, dense, asked)
+            routing = routing._replace(probe=probe)
         return y_SD.view_as(x_BTD), routing

@@ -32,7 +32,8 @@ _ELSEWHERE = {
 }
 # What of a bundle may change when it is trained on: nothing that changes a shape.
 _CHANGEABLE = {
-    "balance_loss", "gate_noise", "max_answer_tokens", "max_length", "neighbours", "stride", "token_dropout", "z_loss",
+    "balance_loss", "gate_noise", "losses", "max_answer_tokens", "max_length", "neighbours", "stride", "token_dropout",
+    "z_loss",
 }  # fmt: skip
 
 
