@@ -17,7 +17,7 @@ import typer
 from ragmoe._errors import RagmoeError
 from ragmoe._memory import keep_freed_memory
 from ragmoe._version import __version__
-from ragmoe.cli import bundle, data, experts, gates, index
+from ragmoe.cli import bundle, data, experts, gates, index, losses
 from ragmoe.cli import eval as eval_
 from ragmoe.cli._stopped import WORDS
 from ragmoe.cli.annotate import annotate
@@ -77,6 +77,7 @@ app.add_typer(data.app, name="data", help="Check, remap and make question files.
 app.add_typer(eval_.app, name="eval", help="Run and compare evaluations and experiments.", rich_help_panel=_GROUPS)
 app.add_typer(experts.app, name="experts", help="Show, add, prune and merge single experts.", rich_help_panel=_GROUPS)
 app.add_typer(gates.app, name="gates", help="List gates and what else routes.", rich_help_panel=_GROUPS)
+app.add_typer(losses.app, name="losses", help="Show what a gate can be trained by.", rich_help_panel=_GROUPS)
 app.command("train", short_help="Fine-tune a model from a configuration file.", epilog=TRAIN_EXAMPLES)(train)
 app.command("ask", short_help="Answer a question, with the passage it comes from.", epilog=ASK_EXAMPLES)(ask)
 app.command("route", short_help="Draw which experts a question's tokens go to.", epilog=ROUTE_EXAMPLES)(route)

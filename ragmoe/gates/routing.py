@@ -5,10 +5,13 @@ S flattened tokens (B sequences of T), E experts, K experts a token.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ragmoe.moe.probe import Probe
 
 
 class Tokens(NamedTuple):
@@ -40,6 +43,7 @@ class Routing(NamedTuple):
             means that each choice is served as it was made.
         load_SE: float32, with a gradient: how likely each expert would be chosen again under other noise; None where
             the selection has no noise of its own.
+        probe: what some losses ask of a layer besides, put there by the layer; None where none asks.
     """
 
     weights_SK: Tensor
@@ -47,6 +51,7 @@ class Routing(NamedTuple):
     logits_SE: Tensor
     served_SK: Tensor | None = None
     load_SE: Tensor | None = None
+    probe: Probe | None = None
 
     def choices_SE(self) -> Tensor:
         """How often each token has chosen each expert, int64 (S, E), before any limit of capacity."""

@@ -28,12 +28,14 @@ from ragmoe._errors import ModelError
 from ragmoe.experts import Experts, FeedForward
 from ragmoe.gates import Gate, Routing, Selection, Tokens, gate_class
 from ragmoe.models.attention import RoutedSelfAttention
-from ragmoe.models.config import SPECIAL_CANDIDATES, RagmoeBertConfig
-from ragmoe.models.loss import answer_loss
+from ragmoe.models.config import OWN_WEIGHTS, SPECIAL_CANDIDATES, RagmoeBertConfig
+from ragmoe.models.loss import answer_loss, asked_of_layers, routing_losses
 from ragmoe.models.reading import ReaderMixin
 from ragmoe.models.saving import BundleMixin
 from ragmoe.models.upcycling import copy_dense, dense_source, upcycled_config
-from ragmoe.moe import MoELayer, NeighbourSummary, load_balance_loss, z_loss
+from ragmoe.moe import MoELayer, NeighbourSummary, StepTotals
+from ragmoe.moe.losses import LossInputs, loss_inputs
+from ragmoe.moe.probe import Asked
 from ragmoe.neighbours import Neighbours
 
 
@@ -44,6 +46,7 @@ class QuestionAnsweringOutput(ModelOutput):
     Attributes:
         loss: answer loss plus weighted routing losses, where labels were given.
         answer_loss, balance_loss, z_loss: its parts, unweighted; the routing losses are means over sparse layers.
+        further_losses: those of the configuration's ``losses`` by name, unweighted; while training, with labels.
         start_logits, end_logits: (Q, 4 + T), -inf-like where a token cannot be an answer.
         routings: one for each sparse layer.
         hidden_states: of the embeddings and each layer, (Q, T, D) each, where asked for.
@@ -53,6 +56,7 @@ class QuestionAnsweringOutput(ModelOutput):
     answer_loss: Tensor | None = None
     balance_loss: Tensor | None = None
     z_loss: Tensor | None = None
+    further_losses: dict[str, Tensor] | None = None
     start_logits: Tensor | None = None
     end_logits: Tensor | None = None
     routings: tuple[Routing, ...] | None = None
@@ -89,6 +93,7 @@ class RagmoeBertLayer(BertLayer):
         attention_mask: Tensor | None = None,
         neighbours: Neighbours | None = None,
         tokens: Tokens | None = None,
+        asked: Asked | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """One layer: states (Q, T, D), and its routing where it is sparse."""
         routing, added = None, {}
@@ -101,7 +106,7 @@ class RagmoeBertLayer(BertLayer):
         if self.moe is None:
             y_QTD = cast(FeedForward, self.dense)(attended_QTD)
         else:
-            y_QTD, routing = self.moe(attended_QTD, self.dense, neighbours, tokens, routing)
+            y_QTD, routing = self.moe(attended_QTD, self.dense, neighbours, tokens, routing, asked)
         return self.output.LayerNorm(self.output.dropout(y_QTD) + attended_QTD), routing
 
 
@@ -118,10 +123,11 @@ class RagmoeBertEncoder(nn.Module):
         attention_mask: Tensor | None,
         neighbours: Neighbours | None,
         tokens: Tokens | None = None,
+        asked: Asked | None = None,
     ) -> tuple[list[Tensor], tuple[Routing, ...]]:
         states, routings = [hidden_states], []
         for layer in self.layer:
-            hidden_states, routing = layer(hidden_states, attention_mask, neighbours, tokens)
+            hidden_states, routing = layer(hidden_states, attention_mask, neighbours, tokens, asked)
             states.append(hidden_states)
             if routing is not None:
                 routings.append(routing)
@@ -201,10 +207,11 @@ class RagmoeBertModel(RagmoeBertPreTrainedModel):
         neighbour_mask: Tensor | None = None,
         neighbour_votes: Tensor | None = None,
         question_domain: Tensor | None = None,
+        asked: Asked | None = None,
     ) -> tuple[list[Tensor], tuple[Routing, ...]]:
         """All hidden states (embeddings first, (Q, T, D) each) and the routings of the sparse layers.
 
-        The arguments are those of ``RagmoeBertForQuestionAnswering.forward``.
+        The arguments are those of ``RagmoeBertForQuestionAnswering.forward``; ``asked``: what losses ask of the layers.
         """
         neighbours = None
         if self.gate_sees_neighbours:
@@ -223,7 +230,7 @@ class RagmoeBertModel(RagmoeBertPreTrainedModel):
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x_QTD, attention_mask=attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones(x_QTD.shape[:2], device=x_QTD.device)
-        return self.encoder(x_QTD, mask, neighbours, Tokens(attention_mask.bool(), token_type_ids))
+        return self.encoder(x_QTD, mask, neighbours, Tokens(attention_mask.bool(), token_type_ids), asked)
 
 
 class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
@@ -251,6 +258,7 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         output_hidden_states: bool = False,
+        step_totals: StepTotals | None = None,
     ) -> QuestionAnsweringOutput:
         """Read Q sequences.
 
@@ -259,10 +267,11 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
             neighbour_embeddings, neighbour_scores, neighbour_mask: (B, N, R), (B, N), (B, N); B divides Q and the
                 sequences of one question are consecutive. All or none.
             neighbour_votes: (B, N, L, E), for gates with expert memory.
-            question_domain: (B,) int64, for the oracle gate.
+            question_domain: (B,) int64, for the oracle gate and for losses that need it.
             context_mask: (Q, T) bool, the tokens that may be answers; without it, those of the second segment.
             start_positions, end_positions: (B, M) int64, the candidate that is right in each of a question's M
                 sequences: 0 no answer here, 1 yes, 2 no, 3 maybe, 4 + t token t.
+            step_totals: what the routing losses are told of the optimiser step, where this batch is a part of it.
         """
         states, routings = self.bert(
             input_ids,
@@ -274,6 +283,7 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
             neighbour_mask,
             neighbour_votes,
             question_domain,
+            asked_of_layers(self.config) if self.training and start_positions is not None else None,
         )
         x_QTD = states[-1]
         if attention_mask is None:
@@ -285,24 +295,26 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             answer = answer_loss(start_QC, end_QC, start_positions, end_positions)
         return QuestionAnsweringOutput(
-            **self._losses(answer, routings, attention_mask.reshape(-1).bool()),
+            **self._losses(answer, loss_inputs(routings, attention_mask, question_domain), step_totals),
             start_logits=start_QC,
             end_logits=end_QC,
             routings=routings,
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
-    def _losses(self, answer: Tensor | None, routings: Sequence[Routing], mask_S: Tensor) -> dict[str, Tensor]:
-        """The losses by name, as far as they can be told."""
-        losses: dict[str, Tensor] = {}
-        if routings:
-            losses["balance_loss"] = torch.stack([load_balance_loss(r, mask_S) for r in routings]).mean()
-            losses["z_loss"] = torch.stack([z_loss(r, mask_S) for r in routings]).mean()
+    def _losses(self, answer: Tensor | None, inputs: Sequence[LossInputs], step: StepTotals | None) -> dict[str, Any]:
+        """The losses by name, as far as they can be told; ``inputs`` are of the sparse layers."""
+        config = self.config
+        own = routing_losses(OWN_WEIGHTS, inputs, step)
+        losses: dict[str, Any] = {OWN_WEIGHTS[name]: value for name, value in own.items()}
         if answer is None:
             return losses
         loss = answer
-        if routings and self.config.experts > 1:
-            loss = loss + self.config.balance_loss * losses["balance_loss"] + self.config.z_loss * losses["z_loss"]
+        if losses and config.experts > 1:
+            loss = loss + config.balance_loss * losses["balance_loss"] + config.z_loss * losses["z_loss"]
+            if config.losses and self.training:
+                losses["further_losses"] = further = routing_losses(config.losses, inputs, step)
+                loss = loss + sum(config.losses[name] * x for name, x in further.items() if config.losses[name])
         return {"loss": loss, "answer_loss": answer, **losses}
 
     def _candidates(self, x_QTD: Tensor, context_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,10 +11,13 @@ from transformers import BertConfig
 from ragmoe._errors import ModelError
 from ragmoe.experts import experts_class
 from ragmoe.gates import gate_class
+from ragmoe.moe import RoutingLoss, routing_loss
 from ragmoe.moe.capacity import overflow_class
 
 # What a sequence can answer besides a span of its tokens, in the order of the logits; the first is "no answer here".
 SPECIAL_CANDIDATES = ("", "yes", "no", "maybe")
+# The routing losses whose weights are fields of their own.
+OWN_WEIGHTS = {"load_balance": "balance_loss", "z": "z_loss"}
 
 
 @strict
@@ -44,7 +48,9 @@ class RagmoeBertConfig(BertConfig):
             some domain; a few units make that so from the first step.
         neighbour_summary: add what a token's attention finds among the neighbours to its state before each sparse
             layer, whatever the gate sees: the control that separates routing from extra input.
-        balance_loss, z_loss: weights of the routing losses.
+        balance_loss, z_loss: weights of the routing losses ``load_balance`` and ``z``.
+        losses: weights of further routing losses by name (see ``ragmoe.moe.loss_names()``), which are computed while
+            training alone; with the weight 0 a loss is only shown.
         max_length, stride: tokens of a sequence, and how far the windows of a longer passage overlap.
         max_answer_tokens: longest answer read.
         no_answer_threshold: a question is left unanswered where "no answer here" beats the best answer by more
@@ -83,6 +89,7 @@ class RagmoeBertConfig(BertConfig):
     neighbour_summary: bool = False
     balance_loss: float = 0.01
     z_loss: float = 0.001
+    losses: dict[str, float | int] | None = None
     max_length: int = 384
     stride: int = 96
     max_answer_tokens: int = 128
@@ -119,9 +126,33 @@ class RagmoeBertConfig(BertConfig):
         ):
             if (value := getattr(self, name)) != getattr(type(self), name) and not knows:
                 raise ModelError(f"{name} is {value}, but the gate {self.gate!r} {what}")
+        self._check_losses()
         names = self.expert_names
         if names is not None and not len(names) == len(set(names)) == self.experts:
             raise ModelError(f"expert_names is {names}: expected {self.experts} different names, one for each expert")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of every routing loss that is computed, by name."""
+        own = {name: getattr(self, field) for name, field in OWN_WEIGHTS.items()}
+        return {**own, **(self.losses or {})}
+
+    def further_losses(self) -> dict[str, RoutingLoss]:
+        """The routing losses of ``losses``, by name; ConfigError lists what exists where one does not."""
+        return {name: routing_loss(name) for name in self.losses or {}}
+
+    def _check_losses(self) -> None:
+        if self.losses and not self.resolved_sparse_layers():
+            raise ModelError(
+                f"losses is {self.losses}, but the model has no sparse layer whose routing they could judge"
+            )
+        for name, loss in self.further_losses().items():
+            if field := OWN_WEIGHTS.get(name):
+                raise ModelError(f"losses has {name!r}, whose weight is {field}", hint=f"model.{field}=WEIGHT")
+            weight = self.loss_weights[name]
+            if not 0 <= weight < math.inf:
+                raise ModelError(f"the weight of the loss {name!r} is {weight}: expected 0 or more")
+            loss.check(self)
 
     def _check_capacity(self) -> None:
         if self.capacity_factor is None:

@@ -1,9 +1,19 @@
-"""The reader's loss. B questions, M sequences a question, Q = B*M, C = 4 + T candidates a sequence."""
+"""The reader's losses: of its answers, and of its routings.
+
+B questions, M sequences a question, Q = B*M, C = 4 + T candidates a sequence.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ragmoe.models.config import RagmoeBertConfig
+from ragmoe.moe import LossInputs, StepTotals, routing_loss
+from ragmoe.moe.probe import Asked
 
 
 def answer_loss(start_QC: Tensor, end_QC: Tensor, start_BM: Tensor, end_BM: Tensor) -> Tensor:
@@ -33,3 +43,25 @@ def _shared(logits_QC: Tensor, target_BM: Tensor) -> Tensor:
     right_BM = log_BMC.gather(2, (target_BM - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
     # Every question weighs the same, so that the mean does not depend on how a batch is cut into micro-batches.
     return -(right_BM * answered_BM).sum() / B
+
+
+def routing_losses(names: Iterable[str], inputs: Sequence[LossInputs], step: StepTotals | None) -> dict[str, Tensor]:
+    """Routing losses by name, each the mean over the sparse layers that ``inputs`` are of; none where there are none.
+
+    Args:
+        step: what they are told of the optimiser step, where the batch is a part of it.
+    """
+
+    def of_layer(name: str, at: int) -> Tensor:
+        return routing_loss(name)(inputs[at], step.of(name, at) if step is not None else None)
+
+    if not inputs:
+        return {}
+    return {name: torch.stack([of_layer(name, at) for at in range(len(inputs))]).mean() for name in names}
+
+
+def asked_of_layers(config: RagmoeBertConfig) -> Asked | None:
+    """What the further losses of a configuration ask of a layer besides its routing; None where that is nothing."""
+    losses = config.further_losses().values() if config.experts > 1 else ()
+    asked = Asked(any(loss.needs_swapped for loss in losses), any(loss.needs_outputs for loss in losses))
+    return asked if asked.swapped or asked.outputs else None

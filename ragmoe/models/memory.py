@@ -51,7 +51,7 @@ class MemoryMixin(nn.Module):
         """The neighbours with what the gates want beside their embeddings; as they are where that is nothing.
 
         Args:
-            domains: of the questions, for the oracle gate, which only an evaluation can know.
+            domains: of the questions: for the oracle gate, where only an evaluation knows them, and for losses.
 
         Raises:
             ModelError: the oracle gate was given no domains.
@@ -59,9 +59,11 @@ class MemoryMixin(nn.Module):
         memory = self.memory(index)
         if memory is not None:
             neighbours = memory.recall(neighbours, index)
-        if self.sparse_layers and gate_class(self.config.gate).uses_domain:
-            if domains is None:
-                raise ModelError("the oracle gate routes by the questions' domains, which only an evaluation knows")
+        routed = bool(self.sparse_layers) and gate_class(self.config.gate).uses_domain
+        if routed and domains is None:
+            raise ModelError("the oracle gate routes by the questions' domains, which only an evaluation knows")
+        learned = any(loss.needs_domain for loss in self.config.further_losses().values())
+        if domains is not None and (routed or learned):
             names = self.expert_names
             at = [names.index(domain) if domain in names else -1 for domain in domains]
             neighbours = replace(neighbours, domain_B=torch.tensor(at, dtype=torch.long))

@@ -1,8 +1,23 @@
 """The MoE layer, its losses and its statistics."""
 
+from ragmoe.moe.balance import load_balance_loss
 from ragmoe.moe.layer import MoELayer
-from ragmoe.moe.losses import load_balance_loss, z_loss
+from ragmoe.moe.losses import LossInputs, RoutingLoss, StepTotals, loss_names, register_loss, routing_loss
 from ragmoe.moe.statistics import RoutingStatistics
 from ragmoe.moe.summary import NeighbourSummary
+from ragmoe.moe.token_losses import TokenLoss, z_loss
 
-__all__ = ["MoELayer", "NeighbourSummary", "RoutingStatistics", "load_balance_loss", "z_loss"]
+__all__ = [
+    "LossInputs",
+    "MoELayer",
+    "NeighbourSummary",
+    "RoutingLoss",
+    "RoutingStatistics",
+    "StepTotals",
+    "TokenLoss",
+    "load_balance_loss",
+    "loss_names",
+    "register_loss",
+    "routing_loss",
+    "z_loss",
+]

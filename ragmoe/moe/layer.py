@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ragmoe.experts import FeedForward, experts_class
 from ragmoe.gates import GateSettings, Routing, Tokens, gate_class
 from ragmoe.moe.capacity import Capacity
+from ragmoe.moe.probe import Asked, take_probe
 from ragmoe.neighbours import Neighbours
 
 
@@ -80,6 +81,7 @@ class MoELayer(nn.Module):
         neighbours: Neighbours | None = None,
         tokens: Tokens | None = None,
         routing: Routing | None = None,
+        asked: Asked | None = None,
     ) -> tuple[Tensor, Routing]:
         """Route and mix.
 
@@ -88,6 +90,7 @@ class MoELayer(nn.Module):
             neighbours: of as many questions as divide B; sequences of one question are consecutive.
             tokens: which of them are padding, and their types; None means no padding and no types.
             routing: where the tokens were routed already, for the experts of attention.
+            asked: what the losses want to know besides, as ``probe`` of the routing.
 
         Returns:
             y_BTD and the routing of all S tokens, padding included. Where no expert is available, y_BTD is what the
@@ -101,6 +104,9 @@ class MoELayer(nn.Module):
             y_SD = dense(x_SD) if dense is not None else torch.zeros_like(x_SD)
         else:
             y_SD = self.experts(x_SD, _served(routing), dense)
+        if asked is not None:
+            probe = take_probe(self.gate, self.experts, x_SD, routing, neighbours, tokens, dense, asked)
+            routing = routing._replace(probe=probe)
         return y_SD.view_as(x_BTD), routing
 
 

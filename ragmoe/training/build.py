@@ -35,8 +35,8 @@ _ELSEWHERE = {
 }
 # What of a bundle may change when it is trained on: nothing that changes a shape.
 _CHANGEABLE = {
-    "balance_loss", "capacity_factor", "gate_jitter", "gate_noise", "max_answer_tokens", "max_length", "neighbours",
-    "overflow", "overflow_priority", "stride", "token_dropout", "z_loss",
+    "balance_loss", "capacity_factor", "gate_jitter", "gate_noise", "losses", "max_answer_tokens", "max_length",
+    "neighbours", "overflow", "overflow_priority", "stride", "token_dropout", "z_loss",
 }  # fmt: skip
 
 

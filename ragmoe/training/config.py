@@ -97,6 +97,9 @@ class OptimiserConfig(_Strict):
         attention_dropout: of the attention's weights; None means as ``dropout``. Zero keeps attention on a CPU on its
             fast path.
         precision: ``auto`` takes bf16 where it is measured to be faster.
+        loss_scope: what the losses of a batch's statistics (`ragmoe losses ls`) judge: ``micro``, each micro-batch by
+            itself; or ``global``, all micro-batches of a step together, so that the step is the same however it is
+            cut. That costs another forward pass without gradients, and nothing where ``accumulation`` is 1.
     """
 
     what: Literal["all", "gate", "experts", "gate+experts", "lora", "new_expert", "xlora"] = "all"
@@ -115,6 +118,7 @@ class OptimiserConfig(_Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
     balance_bias_rate: float = Field(0.0, ge=0)
+    loss_scope: Literal["micro", "global"] = "micro"
     lora: LoraConfig = LoraConfig()
 
 
@@ -296,7 +300,7 @@ def _is_about(error: ValidationError, keys: set[str]) -> bool:
 
 def _check_model_keys(keys: set[str]) -> None:
     """UsageError for an unknown ``model.KEY``: what is below ``model`` is otherwise checked as the model is built."""
-    if names := [key.removeprefix("model.") for key in keys if key.startswith("model.")]:
+    if names := [key.split(".")[1] for key in keys if key.startswith("model.")]:
         from ragmoe.models.upcycling import check_settings
 
         check_settings(names, UsageError)

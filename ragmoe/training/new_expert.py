@@ -244,6 +244,7 @@ def _joined(
     model.check_index(index)
     # The other experts are frozen and cannot answer to them.
     model.config.balance_loss = model.config.z_loss = 0.0
+    model.config.losses = None
     return map_.next_expert_id
 
 

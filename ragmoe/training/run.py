@@ -37,6 +37,7 @@ from ragmoe.training.documents import made_questions
 from ragmoe.training.fitting import fit_gates
 from ragmoe.training.folder import CHECKPOINTS, HISTORY_NAME, check_out, is_started, last_checkpoint, start
 from ragmoe.training.new_expert import NewExpert, begin_new_expert
+from ragmoe.training.totals import check_losses
 from ragmoe.training.trainer import RagmoeTrainer
 
 CACHE_NAME = ".neighbours"
@@ -101,6 +102,7 @@ def prepare(config: TrainingConfig, *, cache: Path | None = None, show: Shows | 
         cache: folder where neighbours of questions are kept between runs; None means in the index's own folder.
         show: told how far retrieving is, which takes minutes for many questions.
     """
+    train = config.train
     index = Index.open(config.data.index)
     if config.data.questions or not config.new_expert:
         questions = training_questions(config.data)
@@ -116,6 +118,7 @@ def prepare(config: TrainingConfig, *, cache: Path | None = None, show: Shows | 
     new_expert = begin_new_expert(model, config, index, fit, held, cache, show)
     if new_expert is not None:
         model = new_expert.model
+    check_losses(model.config, fit, train.batch_size)
     adapted = make_trainable(model, config)
 
     raw = config.data.question_field == "question_raw"
@@ -131,7 +134,6 @@ def prepare(config: TrainingConfig, *, cache: Path | None = None, show: Shows | 
     )
     of_fit = Retrieved(index, retrieved.rows_QN[: len(fit)], retrieved.scores_QN[: len(fit)])
     of_held = Retrieved(index, retrieved.rows_QN[len(fit) :], retrieved.scores_QN[len(fit) :])
-    train = config.train
     dataset = RaftDataset(
         fit,
         index,

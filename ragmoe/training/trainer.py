@@ -12,8 +12,9 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from ragmoe.gates import Routing
-from ragmoe.moe import MoELayer, RoutingStatistics
+from ragmoe.moe import MoELayer, RoutingStatistics, StepTotals
 from ragmoe.training.config import OptimiserConfig
+from ragmoe.training.totals import step_sums, step_tokens
 
 # What a parameter belongs to, by its name; the first that matches.
 _PARTS = (
@@ -70,6 +71,8 @@ class RagmoeTrainer(Trainer):
         self._step_routing = self._new_statistics()
         self._parts: dict[str, Tensor] = {}
         self._micro_batches = 0
+        self._step_batches: list[dict[str, Any]] = []
+        self._step_totals: StepTotals | None = None
 
     def _new_statistics(self) -> RoutingStatistics:
         model: Any = self.model
@@ -103,10 +106,33 @@ class RagmoeTrainer(Trainer):
             )
         return self.optimizer
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self._step_batches, self._step_totals = batches, None
+        return batches, items
+
+    def _totals(self, model: Any) -> StepTotals | None:
+        """What the routing losses are told of the optimiser step; None where the micro-batch is the whole of it."""
+        parts = len(self._step_batches) * self.args.world_size
+        if parts <= 1 or not self.routing.layers:
+            return None
+        if self._step_totals is None:
+            sums: dict[str, Tensor] = {}
+            if self.optimiser_config.loss_scope == "global":
+                batches = (self._prepare_inputs(batch) for batch in self._step_batches)
+                sums = step_sums(model, self.model.config, batches, self.args.device)
+            tokens = step_tokens(self._step_batches).to(self.args.device)
+            tokens, sums = self.accelerator.reduce((tokens, sums), reduction="sum")
+            self._step_totals = StepTotals(tokens, parts, sums)
+        return self._step_totals
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        output = model(**inputs)
-        for name in ("answer_loss", "balance_loss", "z_loss"):
-            if (value := output.get(name)) is not None:
+        totals = self._totals(model)
+        output = model(**inputs) if totals is None else model(**inputs, step_totals=totals)
+        losses = {name: output.get(name) for name in ("answer_loss", "balance_loss", "z_loss")}
+        losses |= {f"{name}_loss": value for name, value in (output.get("further_losses") or {}).items()}
+        for name, value in losses.items():
+            if value is not None:
                 self._parts[name] = self._parts.get(name, torch.zeros(())) + value.detach().float()
         self._micro_batches += 1
         if output.get("routings"):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from layer_config import layer_config
 from torch import Tensor, nn
 from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
@@ -17,13 +16,7 @@ from ragmoe.moe import MoELayer
 
 D, H, E, K = 16, 24, 6, 2
 SIZES = {"hidden_size": D, "num_experts_per_tok": K, "num_hidden_layers": 1, "num_attention_heads": 2}
-OURS = {
-    "hidden_size": D, "intermediate_size": H, "experts": E, "top_k": K, "gate": "token", "expert_kind": "glu",
-    "neighbour_width": 8, "gate_width": 8, "gate_noise": 0.0, "gate_jitter": 0.0, "token_dropout": 0.0,
-    "normalise_weights": None, "scores": "softmax", "selection": "top_k", "weight_scale": 1.0, "expert_groups": 1,
-    "expert_types": None, "capacity_factor": None, "overflow": "drop", "overflow_priority": "position",
-    "hidden_act": "silu", "initializer_range": 0.02, "shared_expert": False, "common_experts": 0, "vote_start": 0.0,
-}  # fmt: skip
+OURS = {"hidden_size": D, "intermediate_size": H, "experts": E, "top_k": K, "expert_kind": "glu", "hidden_act": "silu"}
 
 
 def mixtral(kernel: str) -> nn.Module:
@@ -69,7 +62,7 @@ def answers(module: nn.Module, y_BTD: Tensor, x_BTD: Tensor, of: list[nn.Paramet
 def test_outputs_and_gradients(name: str, kernel: str) -> None:
     build, changes = CASES[name]
     theirs = shaken(build(kernel))
-    ours = MoELayer(SimpleNamespace(**{**OURS, **changes, "_experts_implementation": kernel}))
+    ours = MoELayer(layer_config(**{**OURS, **changes, "_experts_implementation": kernel}))
     pairs = [
         (ours.gate.token.weight, theirs.gate.weight),
         (ours.experts.fused.gate_up_proj, theirs.experts.gate_up_proj),
@@ -93,7 +86,7 @@ def test_sigmoid_scores_with_a_bias_and_a_shared_expert_as_deepseek_has_them() -
     )  # fmt: skip
     theirs = shaken(DeepseekV3MoE(config))
     changes = {"scores": "sigmoid", "weight_scale": 2.5, "_experts_implementation": "eager"}
-    ours = MoELayer(SimpleNamespace(**{**OURS, **changes}))
+    ours = MoELayer(layer_config(**{**OURS, **changes}))
     bias_E = torch.randn(E) * 0.2
     theirs.gate.e_score_correction_bias.copy_(bias_E)
     ours.gate.balance_bias.copy_(bias_E)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_config import layer_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,14 +19,6 @@ from ragmoe.moe import MoELayer
 from ragmoe.moe.capacity import Capacity, expert_capacity, overflow_names, priority_names
 
 D, H, E, K = 16, 32, 4, 2
-CONFIG = {
-    "hidden_size": D, "intermediate_size": H, "experts": E, "top_k": K, "gate": "token", "expert_kind": "lora",
-    "neighbour_width": 8, "gate_width": 8, "gate_noise": 0.0, "gate_jitter": 0.0, "token_dropout": 0.0,
-    "normalise_weights": None, "scores": "softmax", "selection": "top_k", "weight_scale": 1.0, "expert_groups": 1,
-    "expert_types": None, "capacity_factor": None, "overflow": "drop", "overflow_priority": "position",
-    "expert_rank": 8, "hidden_act": "gelu", "initializer_range": 0.02, "shared_expert": False, "common_experts": 0,
-    "vote_start": 0.0, "_experts_implementation": "eager",
-}  # fmt: skip
 
 
 def routing(logits_SE: Tensor, top_k: int = K) -> Routing:
@@ -137,7 +129,7 @@ class Dense(nn.Module):
 
 
 def layer(**changes: object) -> MoELayer:
-    made = MoELayer(SimpleNamespace(**{**CONFIG, **changes}))
+    made = MoELayer(layer_config(**{"expert_kind": "lora", **changes}))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from layer_config import layer_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,36 +18,9 @@ D, H, E, B, T, N, R = 16, 32, 4, 2, 5, 3, 12
 
 
 def build(kind: str, gate: str = "retrieval", **changes: Any) -> MoELayer:
-    settings = {
-        "gate": gate,
-        "expert_kind": kind,
-        "hidden_size": D,
-        "intermediate_size": H,
-        "experts": E,
-        "top_k": 2,
-        "neighbour_width": R,
-        "gate_width": 8,
-        "gate_noise": 0.0,
-        "gate_jitter": 0.0,
-        "scores": "softmax",
-        "selection": "top_k",
-        "weight_scale": 1.0,
-        "expert_groups": 1,
-        "expert_types": None,
-        "capacity_factor": None,
-        "overflow": "drop",
-        "overflow_priority": "position",
-        "token_dropout": 0.0,
-        "normalise_weights": None,
-        "expert_rank": 8,
-        "hidden_act": "gelu",
-        "initializer_range": 0.02,
-        "shared_expert": False,
-        "common_experts": 0,
-        "vote_start": 0.0,
-        "_experts_implementation": "grouped_mm",
-    }
-    layer = MoELayer(SimpleNamespace(**{**settings, **changes}))
+    sizes = {"hidden_size": D, "intermediate_size": H, "experts": E, "neighbour_width": R}
+    settings = {**sizes, "gate": gate, "expert_kind": kind, "_experts_implementation": "grouped_mm", **changes}
+    layer = MoELayer(layer_config(**settings))
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)

@@ -69,7 +69,7 @@ def _stub_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config(world: Path) -> Callable[..., dict[str, Any]]:
     """``config(**{"train.steps": 4})``: a configuration with some keys changed."""
 

@@ -1,0 +1,76 @@
+"""What routing losses are told of an optimiser step that is cut into micro-batches, and what they need of the data.
+
+A mean over tokens only needs the number of tokens. For the losses of a batch's statistics a pass without gradients over
+the step's micro-batches comes first (``train.loss_scope: global``). Statistics of the step before would cost nothing,
+but they are of other questions and of other weights, and would have to be kept over a resume; this way the step is
+exactly the one of a batch that was never cut. The price is one more forward pass for each micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ragmoe._errors import ConfigError, ModelError
+from ragmoe.corpus.types import Question
+from ragmoe.moe import routing_loss
+from ragmoe.moe.losses import loss_inputs
+
+
+def step_tokens(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """How many tokens of some micro-batches are no padding, float32 ()."""
+    return torch.stack([batch["attention_mask"].sum().float() for batch in batches]).sum()
+
+
+@torch.no_grad()
+def step_sums(
+    model: Any, config: Any, batches: Iterable[Mapping[str, Tensor]], device: torch.device
+) -> dict[str, Tensor]:
+    """The sums of ``RoutingLoss.sums`` over some micro-batches, for each loss that is learned by and is no token mean.
+
+    Whatever is drawn at random while training (dropout, noise of the gates) is drawn again as the first micro-batch is
+    learned from, so that both passes see the same routings.
+
+    Args:
+        model: in training mode, as it is called for the loss.
+        config: the model's.
+        batches: on the device, in the order in which they will be learned from.
+
+    Returns:
+        By loss a row for each sparse layer.
+    """
+    losses = {name: routing_loss(name) for name, weight in config.loss_weights.items() if weight}
+    losses = {name: loss for name, loss in losses.items() if not loss.per_token}
+    found: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[device] if losses and device.type == "cuda" else []):
+        for batch in batches if losses else ():
+            output = model(**{name: x for name, x in batch.items() if not name.endswith("_positions")})
+            inputs = loss_inputs(output["routings"], batch["attention_mask"], batch.get("question_domain"))
+            for name, loss in losses.items():
+                sums = torch.stack([loss.sums(of_layer) for of_layer in inputs])
+                found[name] = found[name] + sums if name in found else sums
+    return found
+
+
+def check_losses(config: Any, questions: Sequence[Question], batch_size: int) -> None:
+    """Refuse losses that these questions, or micro-batches of this size, would teach nothing.
+
+    Raises:
+        ModelError: no question belongs to a domain that an expert is named after.
+        ConfigError: a micro-batch holds no second question.
+    """
+    for name, loss in config.further_losses().items():
+        if loss.needs_domain and not {question.domain for question in questions} & set(config.expert_names or ()):
+            raise ModelError(
+                f"the loss {name!r} learns from domains, and none of the questions belongs to one that an expert is "
+                f"named after; the experts are {', '.join(config.expert_names or ())}",
+                hint="name the experts after the domains: model.expert_names=[...]",
+            )
+        if loss.needs_swapped and batch_size < 2:
+            raise ConfigError(
+                f"train.batch_size is {batch_size}, but the loss {name!r} compares two questions of a micro-batch",
+                hint="set train.batch_size to 2 or more, and train.accumulation to as much less",
+            )
