@@ -6,7 +6,6 @@ to the reader, but neither put among the neighbours nor taken from them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -288,12 +287,8 @@ def _require_some(samples: Sequence[Sample]) -> None:
 
 def model_digest(model: Reader) -> str:
     """16 hexadecimal digits over a model's weights and configuration, wherever it was loaded from."""
-    import torch
+    from ragmoe.models.digest import weights_digest
 
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     config = model.config.to_dict()
     local = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
-    return digest_of(digest.hexdigest(), {key: value for key, value in config.items() if key not in local})
+    return digest_of(weights_digest(model), {key: value for key, value in config.items() if key not in local})

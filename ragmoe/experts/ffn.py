@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from ragmoe.experts.base import Experts, FeedForward, register_experts
+from ragmoe.experts.base import Experts, FeedForward, held_experts, register_experts
 from ragmoe.gates.base import Routing
 
 
@@ -28,7 +28,7 @@ class FusedExperts(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        E, D, H = config.experts, config.hidden_size, config.intermediate_size
+        E, D, H = held_experts(config), config.hidden_size, config.intermediate_size
         self.num_experts = E
         self.up_proj = nn.Parameter(torch.empty(E, H, D))
         self.up_proj_bias = nn.Parameter(torch.empty(E, H))
@@ -38,13 +38,18 @@ class FusedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """y_SD for hidden_states (S, D), top_k_index (S, K) int64 and top_k_weights (S, K)."""
-        y_SD = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            token, choice = torch.where(top_k_index == expert)
-            h = self.act_fn(F.linear(hidden_states[token], self.up_proj[expert], self.up_proj_bias[expert]))
+        S, K = top_k_index.shape
+        experts_P, weights_P = top_k_index.reshape(-1), top_k_weights.reshape(-1)
+        pairs, answers = [experts_P[:0]], [hidden_states[:0]]
+        for expert in experts_P.unique().tolist():
+            pairs_p = (experts_P == expert).nonzero().flatten()
+            h = self.act_fn(F.linear(hidden_states[pairs_p // K], self.up_proj[expert], self.up_proj_bias[expert]))
             h = F.linear(h, self.down_proj[expert], self.down_proj_bias[expert])
-            y_SD = y_SD.index_add(0, token, h * top_k_weights[token, choice, None])
-        return y_SD
+            pairs.append(pairs_p)
+            answers.append(h * weights_P[pairs_p].unsqueeze(1))
+        # Summed in the order of the choices, as in the other kernels: the numbers that experts have change nothing.
+        y_PD = hidden_states.new_zeros(S * K, hidden_states.shape[1])
+        return y_PD.index_copy(0, torch.cat(pairs), torch.cat(answers)).view(S, K, -1).sum(dim=1)
 
 
 @register_experts("ffn")

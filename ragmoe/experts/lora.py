@@ -9,7 +9,7 @@ where no expert is available. S tokens, D model width, H hidden width, E experts
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,20 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ragmoe._errors import ConfigError
-from ragmoe.experts.base import Experts, FeedForward, MergedExpert, dispatch, permute_rows, register_experts
+from ragmoe.experts.base import (
+    Dispatch,
+    Experts,
+    FeedForward,
+    MergedExpert,
+    dispatch,
+    held_experts,
+    permute_rows,
+    register_experts,
+)
 from ragmoe.gates.base import Routing
+
+# (x_PD, a_EDr, b_ErH): the rows of all pairs times the two matrices of the expert of each.
+_RowProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @register_experts("lora")
@@ -41,7 +53,7 @@ class LoraExperts(Experts):
         width, hidden, experts, rank = (
             config.hidden_size,
             config.intermediate_size,
-            config.experts,
+            held_experts(config),
             config.expert_rank,
         )
         if rank < 8 or rank % 8:
@@ -65,24 +77,36 @@ class LoraExperts(Experts):
         return 0.0
 
     def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
+        def product(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor) -> Tensor:
+            return _low_rank(x_PD, a_EDr, b_ErH, at)
+
+        at = dispatch(routing.experts_SK, self.experts)
+        return self._mix(x_SD, routing.weights_SK, dense, product)
+
+    def in_passes(
+        self, x_SD: Tensor, routing: Routing, dense: FeedForward | None, passes: Iterable[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        def product(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor) -> Tensor:
+            y_PH = x_PD.new_zeros(len(x_PD), b_ErH.shape[-1])
+            for pairs_p, experts_p in passes:
+                y_PH[pairs_p] = _low_rank(x_PD[pairs_p], a_EDr, b_ErH, dispatch(experts_p, self.experts))
+            return y_PH
+
+        return self._mix(x_SD, routing.weights_SK, dense, product)
+
+    def _mix(self, x_SD: Tensor, weights_SK: Tensor, dense: FeedForward | None, product: _RowProduct) -> Tensor:
+        """The dense network with what the experts add before the activation and after it."""
         assert dense is not None
-        S, K = routing.experts_SK.shape
-        order_P, back_P, offsets_E = dispatch(routing.experts_SK, self.experts)
+        S, K = weights_SK.shape
         up_SH = dense.up(x_SD)
         act_SH = dense.act(up_SH)
-
-        x_PD = permute_rows(_repeat(x_SD, K), order_P, back_P)
-        delta_PH = _low_rank(x_PD, self.up_a, self.up_b, offsets_E)
-        delta_SKH = permute_rows(delta_PH, back_P, order_P).view(S, K, -1)
+        delta_SKH = product(_repeat(x_SD, K), self.up_a, self.up_b).view(S, K, -1)
         act_SKH = dense.act(up_SH.unsqueeze(1) + delta_SKH)
 
         # Written as a difference, so that untrained experts leave the dense network's answer bit for bit.
-        weights_SK1 = routing.weights_SK.unsqueeze(-1)
+        weights_SK1 = weights_SK.unsqueeze(-1)
         mixed_SH = act_SH + ((act_SKH - act_SH.unsqueeze(1)) * weights_SK1).sum(dim=1)
-
-        act_PH = permute_rows(act_SKH.view(S * K, -1), order_P, back_P)
-        low_PD = _low_rank(act_PH, self.down_a, self.down_b, offsets_E)
-        low_SKD = permute_rows(low_PD, back_P, order_P).view(S, K, -1)
+        low_SKD = product(act_SKH.view(S * K, -1), self.down_a, self.down_b).view(S, K, -1)
         return dense.down(mixed_SH) + (low_SKD * weights_SK1).sum(dim=1)
 
     @classmethod
@@ -131,6 +155,9 @@ def _repeat(x_SD: Tensor, K: int) -> Tensor:
     return x_SD.unsqueeze(1).expand(-1, K, -1).reshape(-1, x_SD.shape[1])
 
 
-def _low_rank(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor, offsets_E: Tensor) -> Tensor:
-    inner_Pr = F.grouped_mm(x_PD, a_EDr.to(x_PD.dtype), offs=offsets_E)
-    return F.grouped_mm(inner_Pr, b_ErH.to(x_PD.dtype), offs=offsets_E)
+def _low_rank(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor, at: Dispatch) -> Tensor:
+    """``x A B``, each row with the matrices of its own expert."""
+    x_PD = permute_rows(x_PD, at.order_P, at.back_P)
+    inner_Pr = F.grouped_mm(x_PD, a_EDr.to(x_PD.dtype), offs=at.offsets_E)
+    outer_PH = F.grouped_mm(inner_Pr, b_ErH.to(x_PD.dtype), offs=at.offsets_E)
+    return permute_rows(outer_PH, at.back_P, at.order_P)

@@ -10,12 +10,17 @@ from ragmoe._errors import BundleError
 from ragmoe.bundle import is_bundle
 from ragmoe.models.bert import QuestionAnsweringOutput, RagmoeBertForQuestionAnswering, RagmoeBertModel
 from ragmoe.models.config import RagmoeBertConfig
+from ragmoe.models.output_cache import OutputCache
 from ragmoe.models.reading import Answer
 from ragmoe.models.starter import resolve_bundle
 
 
 def load(
-    bundle: str | os.PathLike[str], *, version: int | None = None, experts: Sequence[int | str] | None = None
+    bundle: str | os.PathLike[str],
+    *,
+    version: int | None = None,
+    experts: Sequence[int | str] | None = None,
+    resident_experts: int | None = None,
 ) -> RagmoeBertForQuestionAnswering:
     """Open a saved model, ready to read, with its tokenizer.
 
@@ -23,12 +28,18 @@ def load(
         bundle: the folder that ``ragmoe train`` or ``save_pretrained`` wrote, or ``starter``, the packaged reader.
         version: an earlier version of it, by the number of its map; None opens the current one.
         experts: ids or names of the experts to open, in their order; None opens all.
+        resident_experts: how many experts each layer keeps in memory; the others stay in their files until a token is
+            routed to them. The answers are the same, and the model can only answer: it can be neither trained nor
+            saved. None keeps all in memory.
 
     Raises:
         BundleError: when it is missing or damaged, or has no such version or expert.
+        ModelError: ``resident_experts`` is less than one, or there are no experts.
     """
-    folder = check_bundle(bundle)
-    return RagmoeBertForQuestionAnswering.from_pretrained(folder, version=version, experts=experts).eval()
+    model = RagmoeBertForQuestionAnswering.from_pretrained(
+        check_bundle(bundle), version=version, experts=experts, resident_experts=resident_experts
+    )
+    return model.eval()
 
 
 def check_bundle(bundle: str | os.PathLike[str]) -> Path:
@@ -46,6 +57,7 @@ def check_bundle(bundle: str | os.PathLike[str]) -> Path:
 
 __all__ = [
     "Answer",
+    "OutputCache",
     "QuestionAnsweringOutput",
     "RagmoeBertConfig",
     "RagmoeBertForQuestionAnswering",

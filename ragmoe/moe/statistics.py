@@ -6,13 +6,46 @@ L sparse layers, E experts, D domains here (not the model's width), S tokens, K 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ragmoe.gates.base import Routing
+
+
+class SequenceRouting(NamedTuple):
+    """What routing did with one sequence.
+
+    Attributes:
+        tokens: how many, without padding.
+        entropy_L: the sum of their gates' entropies (nats), by layer.
+        chosen_LE: how many choices fell on each expert.
+    """
+
+    tokens: float
+    entropy_L: np.ndarray
+    chosen_LE: np.ndarray
+
+
+@torch.no_grad()
+def count_routing(routings: Sequence[Routing], mask_S: Tensor, sequences: int) -> list[SequenceRouting]:
+    """Count each of the B sequences of a batch; see ``RoutingStatistics.update``."""
+    mask_BT = mask_S.view(sequences, -1)
+    parts = [mask_BT.sum(dim=1, keepdim=True, dtype=torch.float32)]
+    for routing in routings:
+        log_SE = routing.logits_SE.log_softmax(dim=-1)
+        # An expert that is not available has the logarithm -inf, and NaN where none is: neither adds anything.
+        log_SE = log_SE.masked_fill(routing.logits_SE.isneginf(), 0.0)
+        entropy_BT = -(log_SE.exp() * log_SE).sum(dim=-1).view(mask_BT.shape)
+        chosen_SE = routing.choices_SE() * mask_S.unsqueeze(1)
+        parts.append((entropy_BT * mask_BT).sum(dim=1, keepdim=True))
+        parts.append(chosen_SE.view(*mask_BT.shape, -1).sum(dim=1))
+    # Fetched from the device at once: each fetch waits until everything before it is computed.
+    found = torch.cat(parts, dim=1).cpu().numpy().astype(float)
+    of_layer_BLX = found[:, 1:].reshape(sequences, len(routings), -1)
+    return [SequenceRouting(row[0], one[:, 0], one[:, 1:]) for row, one in zip(found, of_layer_BLX, strict=True)]
 
 
 class RoutingStatistics:
@@ -31,7 +64,6 @@ class RoutingStatistics:
         self._entropy_L = np.zeros(len(self.layers))
         self._tokens = 0.0
 
-    @torch.no_grad()
     def update(self, routings: Sequence[Routing], mask_S: Tensor, domains: Sequence[str]) -> None:
         """Count one batch.
 
@@ -42,24 +74,14 @@ class RoutingStatistics:
         """
         if len(routings) != len(self.layers):
             raise ValueError(f"{len(routings)} routings for {len(self.layers)} sparse layers")
-        mask_BT = mask_S.view(len(domains), -1)
-        entropies, choices = [], []
-        for routing in routings:
-            log_SE = routing.logits_SE.log_softmax(dim=-1)
-            # An expert that is not available has the logarithm -inf, and NaN where none is: neither adds anything.
-            log_SE = log_SE.masked_fill(routing.logits_SE.isneginf(), 0.0)
-            entropy_S = -(log_SE.exp() * log_SE).sum(dim=-1)
-            entropies.append((entropy_S * mask_S).sum().view(1))
-            chosen_SE = routing.choices_SE() * mask_S.unsqueeze(1)
-            choices.append(chosen_SE.view(*mask_BT.shape, self.experts).sum(dim=1).flatten())
-        # Fetched from the device at once: each fetch waits until everything before it is computed.
-        found = torch.cat([mask_S.sum(dtype=torch.float32).view(1), *entropies, *choices]).cpu().numpy().astype(float)
-        tokens, entropy_L, chosen = np.split(found, [1, 1 + len(self.layers)])
-        self._tokens += tokens.item()
-        self._entropy_L += entropy_L
-        chosen_LBE = chosen.reshape(len(self.layers), len(domains), self.experts)
-        for domain, chosen_LE in zip(domains, chosen_LBE.swapaxes(0, 1), strict=True):
-            self._of(domain)[:] += chosen_LE
+        for counted, domain in zip(count_routing(routings, mask_S, len(domains)), domains, strict=True):
+            self.add(counted, domain)
+
+    def add(self, counted: SequenceRouting, domain: str) -> None:
+        """Count one sequence of a domain."""
+        self._tokens += counted.tokens
+        self._entropy_L += counted.entropy_L
+        self._of(domain)[:] += counted.chosen_LE
 
     def _of(self, domain: str) -> np.ndarray:
         if domain not in self._counts:
