@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ragmoe.evaluation import evaluate
     from ragmoe.gates import Routing
     from ragmoe.index import Hit, Index
-    from ragmoe.models import Answer, load
+    from ragmoe.models import Answer, OutputCache, load
     from ragmoe.moe import RoutingStatistics
     from ragmoe.neighbours import Neighbours
     from ragmoe.training import train
@@ -40,6 +40,7 @@ _LAZY = {
     "Hit": "ragmoe.index",
     "Index": "ragmoe.index",
     "Neighbours": "ragmoe.neighbours",
+    "OutputCache": "ragmoe.models",
     "Passage": "ragmoe.corpus.types",
     "Question": "ragmoe.corpus.types",
     "Routing": "ragmoe.gates",
@@ -61,6 +62,7 @@ __all__ = [
     "IndexLockedError",
     "ModelError",
     "Neighbours",
+    "OutputCache",
     "Passage",
     "Question",
     "RagmoeError",

@@ -21,6 +21,7 @@ NAMES = [
     "IndexLockedError",
     "ModelError",
     "Neighbours",
+    "OutputCache",
     "Passage",
     "Question",
     "RagmoeError",

@@ -18,7 +18,7 @@ from __future__ import annotations
 from ragmoe.bundle._map import MAP_NAME, BundleMap, EncoderRef, ExpertEntry, LineageStep
 from ragmoe.bundle.experts import ExpertInfo, list_experts, prune_experts, rename_expert, show_expert
 from ragmoe.bundle.merging import Merge, merge_experts
-from ragmoe.bundle.read import is_bundle, read_bundle, read_map
+from ragmoe.bundle.read import ExpertFiles, is_bundle, read_bundle, read_map
 from ragmoe.bundle.write import write_bundle
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "BundleMap",
     "EncoderRef",
     "ExpertEntry",
+    "ExpertFiles",
     "ExpertInfo",
     "LineageStep",
     "Merge",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,12 +59,29 @@ def load_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         BundleError: the file is missing or damaged, or holds other tensors.
     """
     wanted = set(names)
+    with _mapped(path) as file:
+        found = set(file.keys())
+        if found != wanted:
+            raise BundleError(_difference(path, wanted, found))
+        return {name: file.get_tensor(name) for name in sorted(wanted)}
+
+
+def pick_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Memory-map some tensors of a file; the rest of it is not looked at.
+
+    Raises:
+        BundleError: the file is missing or damaged, or lacks one of them.
+    """
+    with _mapped(path) as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[Any]:
+    """A file that the map lists, open for reading; what goes wrong becomes a ``BundleError``."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = set(file.keys())
-            if found != wanted:
-                raise BundleError(_difference(path, wanted, found))
-            return {name: file.get_tensor(name) for name in sorted(wanted)}
+            yield file
     except FileNotFoundError as error:
         raise BundleError(f"{path} is missing, although the map lists it") from error
     except (SafetensorError, OSError) as error:

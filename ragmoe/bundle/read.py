@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ragmoe._errors import BundleError
-from ragmoe.bundle._files import file_digest, load_tensors
+from ragmoe.bundle._files import file_digest, load_tensors, pick_tensors
 from ragmoe.bundle._map import MAP_NAME, BundleMap, expert_file, expert_tensor
 
 
@@ -50,6 +50,7 @@ def read_bundle(
     version: int | None = None,
     experts: Sequence[int | str] | None = None,
     verify: bool = False,
+    leave: Callable[[str], bool] | None = None,
 ) -> tuple[dict[str, Tensor], BundleMap]:
     """Read the tensors of a bundle, bit for bit as they were given to ``write_bundle``.
 
@@ -62,6 +63,7 @@ def read_bundle(
         experts: ids or names of the experts to read, in the order in which they are stacked; the map that is returned
             knows of no others. None reads all.
         verify: also compare the sha256 of each file.
+        leave: which fused tensors, by their names, stay in the files, for ``ExpertFiles`` to read.
 
     Raises:
         BundleError: the map or a file is missing or damaged, or does not hold what the map says, or an expert that was
@@ -82,14 +84,45 @@ def read_bundle(
         for file, digest in map_.digests.items():
             if (found := file_digest(folder / file)) != digest:
                 raise BundleError(f"{folder / file} was changed: its sha256 is {found}, the map says {digest}")
+    fused = [name for name in map_.fused if leave is None or not leave(name)]
+    left = {expert_tensor(name, id) for name in set(map_.fused) - set(fused) for id in map_.expert_ids}
     state: dict[str, Tensor] = {}
     for file, names in files.items():
-        state.update(load_tensors(folder / file, names))
-    for name in map_.fused:
+        state.update((name, x) for name, x in load_tensors(folder / file, names).items() if name not in left)
+    for name in fused:
         state[name] = _stack(name, state, map_)
     for alias, name in map_.aliases.items():
-        state[alias] = state[name]
+        if name in state:
+            state[alias] = state[name]
     return state, map_
+
+
+class ExpertFiles:
+    """Single experts of a bundle, read from their files when they are asked for, through a memory map.
+
+    Files that a map lists never change: whoever publishes or rolls back meanwhile does not disturb.
+    """
+
+    def __init__(self, folder: str | Path, map_: BundleMap) -> None:
+        """Read what a map lists; ``read_bundle`` returns one that may know of some experts only."""
+        # Wherever the process goes later.
+        self._folder, self._experts = Path(folder).resolve(), map_.experts
+
+    def read(self, expert: int, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors of one expert by the names of the fused ones, without the dimension E.
+
+        They are mapped, not copied: the file is let go with the last of them.
+
+        Args:
+            expert: its place among the map's experts, not its id.
+
+        Raises:
+            BundleError: the file is missing or damaged, or lacks one of them.
+        """
+        entry = self._experts[expert]
+        path = self._folder / expert_file(entry.id, entry.version)
+        found = pick_tensors(path, [expert_tensor(name, entry.id) for name in names])
+        return dict(zip(names, found.values(), strict=True))
 
 
 def _with_experts(map_: BundleMap, experts: Sequence[int | str]) -> BundleMap:

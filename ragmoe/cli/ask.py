@@ -11,6 +11,7 @@ import typer
 from ragmoe._errors import UsageError
 from ragmoe.cli._bundles import BundleArgument, WithoutOption
 from ragmoe.cli._output import JsonOption, print_json
+from ragmoe.cli._thrift import ResidentOption, Thrift
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Passage
@@ -29,21 +30,22 @@ def ask(
     index: Annotated[Path, typer.Option(metavar="DIR", help="The index to look it up in.", show_default=False)],
     passages: Annotated[int, typer.Option("-m", "--passages", min=1, help="How many retrieved passages are read.")] = 5,
     without: WithoutOption = None,
+    resident_experts: ResidentOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question from an index, with the passage it comes from, or say that nothing answers it."""
     if not question.strip():
         raise UsageError("the question is empty")
     from ragmoe.index import Index
-    from ragmoe.models import load
 
-    opened = Index.open(index)
-    answer = load(bundle, without=without or ()).answer([question], opened, passages=passages)[0]
+    opened, thrift = Index.open(index), Thrift(resident_experts, without=without or ())
+    answer = thrift.load(bundle).answer([question], opened, passages=passages)[0]
     passage = opened.passage(answer.passage_id) if answer.passage_id is not None else None
     if as_json:
-        print_json(_record(question, answer, passage))
+        print_json(_record(question, answer, passage) | thrift.found())
     else:
         print_answer(answer, passage)
+        thrift.tell()
 
 
 def _record(question: str, answer: Answer, passage: Passage | None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +12,7 @@ from ragmoe._folders import expect_folder
 from ragmoe.cli._bundles import WithoutOption, to_read
 from ragmoe.cli._output import DataOption, JsonOption, complain, print_json, print_tables, set_data
 from ragmoe.cli._stopped import again, on_stop
+from ragmoe.cli._thrift import CacheOption, ResidentOption, Thrift
 from ragmoe.cli.experiment import EXPERIMENT_EXAMPLES, REPORT_EXAMPLES, experiment, report
 from ragmoe.cli.progress import Show, progress
 
@@ -55,6 +55,8 @@ def run(
     without: WithoutOption = None,
     data: DataOption = None,
     resume: Annotated[bool, typer.Option(help="Take over questions that were read already.")] = True,
+    resident_experts: ResidentOption = None,
+    output_cache: CacheOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate a model on tasks; a run that was stopped goes on where it was."""
@@ -67,15 +69,19 @@ def run(
     other += ["without", *sorted(without)] if without else []
     folders = [base / (task.name if out else "-".join([task.name, *other])) for task in loaded]
     kept = f"the answers recorded so far are kept in {base}"
+    thrift = Thrift(resident_experts, output_cache, without or ())
     with on_stop(lambda: f"{kept}; go on with: {again(without=['--no-resume'])}"), progress() as show:
-        results = _evaluate(model, index, list(zip(loaded, folders, strict=True)), resume, show, without or ())
+        results = _evaluate(model, index, list(zip(loaded, folders, strict=True)), resume, show, thrift)
     from ragmoe.evaluation.results import to_lm_eval
 
     if as_json:
-        print_json(to_lm_eval(results))
+        shape = to_lm_eval(results)
+        shape["ragmoe"] |= thrift.found()
+        print_json(shape)
     else:
         for result in results:
             print_tables(_tables(result))
+        thrift.tell()
         typer.echo(f"samples and results: {base}", err=True)
     complain(results, base)
 
@@ -188,22 +194,17 @@ def _load_tasks(names: list[str], limit: int | None) -> list[Task]:
 
 
 def _evaluate(
-    model: Path,
-    index: Path | None,
-    tasks: list[tuple[Task, Path]],
-    resume: bool,
-    show: Show,
-    without: Sequence[str] = (),
+    model: Path, index: Path | None, tasks: list[tuple[Task, Path]], resume: bool, show: Show, thrift: Thrift
 ) -> list[Results]:
     """Evaluate the model on tasks, each with its folder; whatever may be missing is looked for before it is loaded."""
     from ragmoe.evaluation import Retrieval, evaluate
     from ragmoe.evaluation.opening import index_of_task
-    from ragmoe.models import check_bundle, load
+    from ragmoe.models import check_bundle
 
     check_bundle(model)
     shared: dict[Path, Retrieval] = {}
     opened = [index_of_task(task, given=index, progress=show.stage) for task, _ in tasks]
-    reader = load(model, without=without)
+    reader = thrift.load(model)
     results = []
     for (task, folder), its_index in zip(tasks, opened, strict=True):
         retrieval = shared.setdefault(its_index.folder, Retrieval(its_index))

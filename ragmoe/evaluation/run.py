@@ -6,7 +6,6 @@ to the reader, but neither put among the neighbours nor taken from them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -288,14 +287,11 @@ def _require_some(samples: Sequence[Sample]) -> None:
 
 def model_digest(model: Reader) -> str:
     """16 hexadecimal digits over a model's weights, configuration and held-back experts, wherever it came from."""
-    import torch
+    from ragmoe.models.digest import weights_digest
 
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    if held := list(model.held_back):
-        digest.update(f"without {held}".encode())
     config = model.config.to_dict()
     local = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
-    return digest_of(digest.hexdigest(), {key: value for key, value in config.items() if key not in local})
+    parts: list[object] = [{key: value for key, value in config.items() if key not in local}]
+    if held := list(model.held_back):
+        parts.append(held)
+    return digest_of(weights_digest(model), *parts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,6 +33,11 @@ class FeedForward:
 
     def __call__(self, x_SD: Tensor) -> Tensor:
         return self.down(self.act(self.up(x_SD)))
+
+
+def held_experts(config: Any) -> int:
+    """How many experts a layer holds in memory: all E, or the slots of a model that brings them in on demand."""
+    return int(getattr(config, "resident_experts", None) or config.experts)
 
 
 class Experts(nn.Module, ABC):
@@ -68,6 +73,26 @@ class Experts(nn.Module, ABC):
         Args:
             dense: the layer's own feed-forward network, where it has kept one.
         """
+
+    def in_passes(
+        self, x_SD: Tensor, routing: Routing, dense: FeedForward | None, passes: Iterable[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """The same where not all chosen experts are here at once; here for kinds that add up single answers.
+
+        Args:
+            routing: its weights count, its experts do not.
+            passes: pairs (int64, ascending; pair s*K + k is the k-th choice of token s) and for each the expert that
+                answers it for as long as this pass lasts. A pair in no pass adds nothing. May be gone through again.
+        """
+        S, K = routing.weights_SK.shape
+        weights_P1 = routing.weights_SK.reshape(-1, 1)
+        y_PD = x_SD.new_zeros(S * K, x_SD.shape[1])
+        for pairs_p, experts_p in passes:
+            token_p = pairs_p // K
+            alone = Routing(weights_P1[pairs_p], experts_p.unsqueeze(1), routing.logits_SE[token_p])
+            y_PD[pairs_p] = self(x_SD[token_p], alone, None)
+        y_SD = y_PD.view(S, K, -1).sum(dim=1)
+        return y_SD + dense(x_SD) if dense is not None else y_SD
 
     def reset_parameters(self) -> None:
         """Start as untrained experts."""

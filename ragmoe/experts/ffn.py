@@ -14,7 +14,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from ragmoe.experts.base import Experts, FeedForward, register_experts
+from ragmoe.experts.base import Experts, FeedForward, held_experts, register_experts
+from ragmoe.experts.eager import one_by_one
 from ragmoe.experts.glu import allow_sentinels
 from ragmoe.gates.routing import Routing
 
@@ -29,7 +30,7 @@ class FusedExperts(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        E, D, H = config.experts, config.hidden_size, config.intermediate_size
+        E, D, H = held_experts(config), config.hidden_size, config.intermediate_size
         self.num_experts = E
         self.up_proj = nn.Parameter(torch.empty(E, H, D))
         self.up_proj_bias = nn.Parameter(torch.empty(E, H))
@@ -39,15 +40,12 @@ class FusedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """y_SD for hidden_states (S, D), top_k_index (S, K) int64 and top_k_weights (S, K); E in an empty slot."""
-        y_SD = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert == self.num_experts:
-                continue
-            token, choice = torch.where(top_k_index == expert)
-            h = self.act_fn(F.linear(hidden_states[token], self.up_proj[expert], self.up_proj_bias[expert]))
-            h = F.linear(h, self.down_proj[expert], self.down_proj_bias[expert])
-            y_SD = y_SD.index_add(0, token, h * top_k_weights[token, choice, None])
-        return y_SD
+
+        def answer(x_pD: Tensor, expert: int) -> Tensor:
+            h_pH = self.act_fn(F.linear(x_pD, self.up_proj[expert], self.up_proj_bias[expert]))
+            return F.linear(h_pH, self.down_proj[expert], self.down_proj_bias[expert])
+
+        return one_by_one(hidden_states, top_k_index, top_k_weights, self.num_experts, answer)
 
 
 @register_experts("ffn")

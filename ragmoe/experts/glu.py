@@ -15,7 +15,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from ragmoe._errors import ConfigError
-from ragmoe.experts.base import Experts, FeedForward, register_experts
+from ragmoe.experts.base import Experts, FeedForward, held_experts, register_experts
+from ragmoe.experts.eager import one_by_one
 from ragmoe.gates.routing import Routing
 
 
@@ -25,7 +26,7 @@ class FusedGluExperts(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        E, D, H = config.experts, config.hidden_size, config.intermediate_size
+        E, D, H = held_experts(config), config.hidden_size, config.intermediate_size
         self.num_experts = E
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * H, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, H))
@@ -33,15 +34,12 @@ class FusedGluExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """y_SD for hidden_states (S, D), top_k_index (S, K) int64 and top_k_weights (S, K); E in an empty slot."""
-        y_SD = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert == self.num_experts:
-                continue
-            token, choice = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            h = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            y_SD = y_SD.index_add(0, token, h * top_k_weights[token, choice, None])
-        return y_SD
+
+        def answer(x_pD: Tensor, expert: int) -> Tensor:
+            gate_pH, up_pH = F.linear(x_pD, self.gate_up_proj[expert]).chunk(2, dim=-1)
+            return F.linear(self.act_fn(gate_pH) * up_pH, self.down_proj[expert])
+
+        return one_by_one(hidden_states, top_k_index, top_k_weights, self.num_experts, answer)
 
 
 @register_experts("glu")

@@ -9,7 +9,7 @@ where no expert is available. S tokens, D model width, H hidden width, E experts
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ragmoe._errors import ConfigError
-from ragmoe.experts.base import Experts, FeedForward, MergedExpert, register_experts
+from ragmoe.experts.base import Experts, FeedForward, MergedExpert, held_experts, register_experts
 from ragmoe.experts.low_rank import low_rank, mean_product
 from ragmoe.experts.rows import pairs_of
 from ragmoe.gates.routing import Routing
+
+# (x_PD, a_EDr, b_ErH): the rows of all pairs times the two matrices of the expert of each.
+_RowProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @register_experts("lora")
@@ -42,7 +45,7 @@ class LoraExperts(Experts):
         width, hidden, experts, rank = (
             config.hidden_size,
             config.intermediate_size,
-            config.experts,
+            held_experts(config),
             config.expert_rank,
         )
         if rank < 8 or rank % 8:
@@ -67,27 +70,40 @@ class LoraExperts(Experts):
         return 0.0
 
     def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
+        move = pairs_of(routing.experts_SK, self.experts, partial=self.partial)
+
+        def product(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor) -> Tensor:
+            return move.to_tokens(low_rank(move.to_experts(x_PD), a_EDr, b_ErH, move.offsets_E))
+
+        return self._mix(x_SD, routing, dense, product)
+
+    def in_passes(
+        self, x_SD: Tensor, routing: Routing, dense: FeedForward | None, passes: Iterable[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        def product(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor) -> Tensor:
+            y_PH = x_PD.new_zeros(len(x_PD), b_ErH.shape[-1])
+            for pairs_p, experts_p in passes:
+                move = pairs_of(experts_p, self.experts, partial=False)
+                y_PH[pairs_p] = move.to_tokens(low_rank(move.to_experts(x_PD[pairs_p]), a_EDr, b_ErH, move.offsets_E))
+            return y_PH
+
+        return self._mix(x_SD, routing, dense, product)
+
+    def _mix(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None, product: _RowProduct) -> Tensor:
+        """The dense network with what the experts add before the activation and after it."""
         assert dense is not None
         S, K = routing.experts_SK.shape
-        move = pairs_of(routing.experts_SK, self.experts, partial=self.partial)
-        offsets_E = move.offsets_E
         up_SH = dense.up(x_SD)
         act_SH = dense.act(up_SH)
-
-        x_PD = move.to_experts(_repeat(x_SD, K))
-        delta_PH = low_rank(x_PD, self.up_a, self.up_b, offsets_E)
-        delta_SKH = move.to_tokens(delta_PH).view(S, K, up_SH.shape[1])
-        act_SKH = dense.act(up_SH.unsqueeze(1) + delta_SKH)
+        delta_PH = product(_repeat(x_SD, K), self.up_a, self.up_b)
+        act_SKH = dense.act(up_SH.unsqueeze(1) + delta_PH.view(S, K, up_SH.shape[1]))
 
         # Written as a difference, so that untrained experts leave the dense network's answer bit for bit.
         weights_SK = self.kept_weights(routing)
         weights_SK1 = weights_SK.unsqueeze(-1)
         mixed_SH = act_SH + ((act_SKH - act_SH.unsqueeze(1)) * weights_SK1).sum(dim=1)
-
-        act_PH = move.to_experts(act_SKH.flatten(0, 1))
-        low_PD = low_rank(act_PH, self.down_a, self.down_b, offsets_E)
-        low_SKD = move.to_tokens(low_PD).view(S, K, x_SD.shape[1])
-        low_SD = (low_SKD * weights_SK1).sum(dim=1)
+        low_PD = product(act_SKH.flatten(0, 1), self.down_a, self.down_b)
+        low_SD = (low_PD.view(S, K, x_SD.shape[1]) * weights_SK1).sum(dim=1)
         if not self.drops:
             return dense.down(mixed_SH) + low_SD
         # What is lost leaves the dense network's share of it too; its bias is what it answers to nothing.

@@ -215,6 +215,27 @@ class Gate(nn.Module, ABC):
             x_SD = x_SD * (1 + settings.jitter * (2 * torch.rand_like(x_SD) - 1))
         return x_SD
 
+    @torch.no_grad()
+    def foresee(self, neighbours: Neighbours, state_D: Tensor | None = None) -> Tensor | None:
+        """What the gate will make of neighbours, before any token state is known: logits_BE, float32.
+
+        These are its logits for one token a question, with the balance bias, and -inf for an expert that is not
+        available. None where the gate sees no neighbours, or there are none: then they tell it nothing.
+
+        Args:
+            state_D: the state that token is taken to have, best the mean of such states; None is zero, which leaves
+                what the neighbours alone say.
+        """
+        if not self.uses_neighbours or not neighbours.mask_BN.any():
+            return None
+        like = next(self.parameters(), self.balance_bias)
+        x_BD = like.new_zeros(len(neighbours), self.settings.width)
+        if state_D is not None:
+            x_BD += state_D
+        self._check(x_BD, neighbours)
+        logits_BE = self.logits(x_BD, neighbours).float() + self.balance_bias
+        return logits_BE.masked_fill(~self.available, -torch.inf)
+
     def _check(self, x_SD: Tensor, neighbours: Neighbours) -> None:
         """Refuse neighbours that do not fit, where a matrix product would only name two sizes."""
         B, _, R = neighbours.embeddings_BNR.shape

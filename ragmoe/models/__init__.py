@@ -11,6 +11,7 @@ from ragmoe.bundle import is_bundle
 from ragmoe.models.bert import QuestionAnsweringOutput, RagmoeBertForQuestionAnswering, RagmoeBertModel
 from ragmoe.models.config import RagmoeBertConfig
 from ragmoe.models.health import BrokenExpert, broken_experts
+from ragmoe.models.output_cache import OutputCache
 from ragmoe.models.reading import Answer
 from ragmoe.models.starter import resolve_bundle
 
@@ -21,6 +22,7 @@ def load(
     version: int | None = None,
     experts: Sequence[int | str] | None = None,
     without: Sequence[int | str] = (),
+    resident_experts: int | None = None,
 ) -> RagmoeBertForQuestionAnswering:
     """Open a saved model, ready to read, with its tokenizer.
 
@@ -29,13 +31,18 @@ def load(
         version: an earlier version of it, by the number of its map; None opens the current one.
         experts: ids or names of the experts to open, in their order; None opens all.
         without: ids or names of experts that are opened but held back: no token goes to them.
+        resident_experts: how many experts each layer keeps in memory; the others stay in their files until a token is
+            routed to them. The answers are the same, and the model can only answer: it can be neither trained nor
+            saved. None keeps all in memory.
 
     Raises:
         ModelError: there is no expert to be held back of that name.
         BundleError: when it is missing or damaged, or has no such version or expert.
+        ModelError: ``resident_experts`` is less than one, or there are no experts.
     """
-    folder = check_bundle(bundle)
-    model = RagmoeBertForQuestionAnswering.from_pretrained(folder, version=version, experts=experts).eval()
+    model = RagmoeBertForQuestionAnswering.from_pretrained(
+        check_bundle(bundle), version=version, experts=experts, resident_experts=resident_experts
+    ).eval()
     if without:
         model.hold_back(without)
     return model
@@ -57,6 +64,7 @@ def check_bundle(bundle: str | os.PathLike[str]) -> Path:
 __all__ = [
     "Answer",
     "BrokenExpert",
+    "OutputCache",
     "QuestionAnsweringOutput",
     "RagmoeBertConfig",
     "RagmoeBertForQuestionAnswering",

@@ -363,6 +363,9 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
         """Total parameters, and active ones: every parameter used for one token, gates included."""
         total = sum(p.numel() for p in self.parameters())
         experts = sum(p.numel() for layer in self.moe_layers for p in layer.experts.parameters())
+        if (store := self.expert_store) is not None:
+            whole = experts * store.experts // store.resident
+            total, experts = total + whole - experts, whole
         active = total - experts + experts * self.config.top_k // self.config.experts
         return {"total": total, "active": active}
 

@@ -20,8 +20,9 @@ from ragmoe.corpus.types import Passage
 from ragmoe.models.config import SPECIAL_CANDIDATES
 from ragmoe.models.health import broken_experts
 from ragmoe.models.memory import MemoryMixin
+from ragmoe.models.output_cache import OutputCache, sequence_keys
 from ragmoe.models.windows import Window, collate, tokenize_passages, tokenize_questions, windows
-from ragmoe.moe import RoutingStatistics
+from ragmoe.moe import RoutingStatistics, SequenceRouting, count_routing
 from ragmoe.neighbours import Neighbours
 
 if TYPE_CHECKING:
@@ -75,8 +76,22 @@ class _Candidate:
     last: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """What reading one sequence gave; ``routing`` where it was to be counted."""
+
+    candidate: _Candidate
+    routing: SequenceRouting | None
+
+
 class ReaderMixin(MemoryMixin):
-    """``read``, ``answer`` and ``route`` for a question-answering model."""
+    """``read``, ``answer`` and ``route`` for a question-answering model.
+
+    Attributes:
+        output_cache: where ``read`` keeps what it found, for the same question and passage again; None keeps nothing.
+    """
+
+    output_cache: OutputCache | None = None
 
     if TYPE_CHECKING:
 
@@ -162,19 +177,13 @@ class ReaderMixin(MemoryMixin):
             if given is not None and len(given) != len(questions):
                 raise ValueError(f"{len(questions)} questions, but {name} for {len(given)}")
         sequences = self._sequences(questions, passages)
-        found: list[_Candidate | None] = [None] * len(sequences)
-        for at, inputs, batch in self._batches(sequences, neighbours, batch_tokens):
-            output = self(**inputs)
-            self._require_numbers(output.start_logits)
-            for i, candidate in zip(at, self._decode(output.start_logits, output.end_logits), strict=True):
-                found[i] = candidate
-            if statistics is not None and output.routings:
-                labels = [domains[s.question] if domains else "" for s in batch]
-                statistics.update(output.routings, inputs["attention_mask"].reshape(-1).bool(), labels)
-        of_question: list[list[int]] = [[] for _ in questions]
-        for i, sequence in enumerate(sequences):
-            of_question[sequence.question].append(i)
-        return [self._choose([(sequences[i], found[i]) for i in own]) for own in of_question]  # type: ignore[misc]
+        found = self._outputs(sequences, neighbours, batch_tokens, counted=statistics is not None)
+        of_question: list[list[tuple[_Sequence, _Candidate]]] = [[] for _ in questions]
+        for sequence, output in zip(sequences, found, strict=True):
+            of_question[sequence.question].append((sequence, output.candidate))
+            if statistics is not None and output.routing is not None:
+                statistics.add(output.routing, domains[sequence.question] if domains else "")
+        return [self._choose(own) for own in of_question]
 
     @torch.no_grad()
     def route(self, question: str, passages: Sequence[Passage], neighbours: Neighbours | None = None) -> np.ndarray:
@@ -234,14 +243,47 @@ class ReaderMixin(MemoryMixin):
             for w in windows(tokenizer, asked[b], text, max_length=config.max_length, stride=config.stride)
         ]
 
+    def _outputs(
+        self, sequences: Sequence[_Sequence], neighbours: Neighbours | None, batch_tokens: int, *, counted: bool
+    ) -> list[_Output]:
+        """Read all sequences, or with a cache those that it does not know."""
+        if self.output_cache is None:
+            return self._forward_all(sequences, neighbours, batch_tokens, counted)
+
+        def read(places: list[int]) -> list[_Output]:
+            # Counted in any case, for whoever asks for the same and wants to know.
+            return self._forward_all([sequences[i] for i in places], neighbours, batch_tokens, True)
+
+        seen = neighbours if self.gate_sees_neighbours else None
+        keys = sequence_keys(self, [(s.question, s.window) for s in sequences], seen, self._device())
+        return self.output_cache.values(keys, read)
+
+    def _forward_all(
+        self, sequences: Sequence[_Sequence], neighbours: Neighbours | None, batch_tokens: int, counted: bool
+    ) -> list[_Output]:
+        found: dict[int, _Output] = {}
+        for at, inputs, batch in self._batches(sequences, neighbours, batch_tokens):
+            output = self(**inputs)
+            self._require_numbers(output.start_logits)
+            candidates = self._decode(output.start_logits, output.end_logits)
+            routings: Sequence[SequenceRouting | None] = [None] * len(batch)
+            if counted and output.routings:
+                mask_S = inputs["attention_mask"].reshape(-1).bool()
+                routings = count_routing(output.routings, mask_S, len(batch))
+            found.update(zip(at, map(_Output, candidates, routings), strict=True))
+        return [found[i] for i in range(len(sequences))]
+
+    def _device(self) -> torch.device:
+        # Weights that were offloaded to the disk are on no device; accelerate brings them to the inputs.
+        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
+
     def _batches(
         self, sequences: Sequence[_Sequence], neighbours: Neighbours | None, batch_tokens: int
     ) -> Iterator[tuple[list[int], dict[str, Tensor], list[_Sequence]]]:
         """Batches of sequences of like length, within the token budget, on the model's device."""
         if neighbours is not None and not self.gate_sees_neighbours:
             neighbours = None
-        # Weights that were offloaded to the disk are on no device; accelerate brings them to the inputs.
-        device = next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
+        device = self._device()
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].window), reverse=True)
         while order:
             size = max(1, batch_tokens // len(sequences[order[0]].window))

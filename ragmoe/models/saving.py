@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ragmoe._errors import BundleError
+from ragmoe._errors import BundleError, ModelError
 from ragmoe._quiet import quiet_loading
 from ragmoe.bundle import BundleMap, is_bundle, read_bundle, read_map, write_bundle
+from ragmoe.experts.on_demand import ExpertStore
 from ragmoe.gates import Gate
+from ragmoe.models.on_demand import Slots, is_expert_weight
 from ragmoe.moe import MoELayer
 
 # What the map says of itself, and lays over any configuration.
@@ -22,9 +24,14 @@ _IN_MAP = ("expert_ids", "expert_names", "encoder", "index_digest")
 
 
 class BundleMixin(PreTrainedModel):
-    """``save_pretrained`` and ``from_pretrained`` in the bundle format (see ragmoe.bundle)."""
+    """``save_pretrained`` and ``from_pretrained`` in the bundle format (see ragmoe.bundle).
+
+    Attributes:
+        expert_store: where experts are brought in from their files as they are needed; None where all are in memory.
+    """
 
     bundle_digests: Sequence[str]
+    expert_store: ExpertStore | None = None
 
     def expert_tensors(self) -> set[str]:
         """Names of the tensors whose first dimension is the expert."""
@@ -61,6 +68,7 @@ class BundleMixin(PreTrainedModel):
         """
         if not is_main_process:
             return
+        self._must_be_whole("saved")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self.state_dict() if state_dict is None else dict(state_dict)
@@ -97,6 +105,7 @@ class BundleMixin(PreTrainedModel):
         *args: Any,
         version: int | None = None,
         experts: Sequence[int | str] | None = None,
+        resident_experts: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Open a bundle; anything else goes to transformers' own loader.
@@ -107,39 +116,59 @@ class BundleMixin(PreTrainedModel):
         Args:
             version: of a bundle, an earlier version of its map instead of the current one.
             experts: of a bundle, ids or names of the experts to open, in their order; None opens all.
+            resident_experts: of a bundle, how many experts a layer keeps in memory; the others stay in their files
+                until a token is routed to them (``expert_store``). Answers are the same; for inference only. None
+                keeps all.
         """
         path = pretrained_model_name_or_path
         if path is None or kwargs.get("state_dict") is not None or not is_bundle(path):
+            if resident_experts is not None:
+                raise ModelError(f"resident_experts needs a bundle, where each expert is a file; {path} is none")
             return super().from_pretrained(path, *args, **kwargs)
-        tensors, bundle = read_bundle(path, version=version, experts=experts)
+        leave = None if resident_experts is None else is_expert_weight
+        tensors, bundle = read_bundle(path, version=version, experts=experts, leave=leave)
         if "config" not in bundle.extra:
             raise BundleError(f"the map of {path} holds no configuration", hint="was it written by save_pretrained?")
         config = kwargs.pop("config", None) or cls.config_class.from_dict(dict(bundle.extra["config"]))
         _apply_map(config, bundle)
+        slots = None if resident_experts is None else Slots(path, bundle, resident_experts)
+        if slots is not None:
+            config, empty = slots.reserve(config)
+            tensors |= empty
         wanted_info = kwargs.pop("output_loading_info", False)
         with quiet_loading():
             model, info = super().from_pretrained(
                 None, *args, config=config, state_dict=tensors, output_loading_info=True, **kwargs
             )
-        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-        unexpected = sorted(info["unexpected_keys"])
         prefix = f"{model.base_model_prefix}."
-        if model.base_model is model and any(name.startswith(prefix) for name in tensors):
-            # The encoder alone, out of a bundle with a head: what is left over is the head.
-            unexpected = [name for name in unexpected if name.startswith(prefix)]
-        if missing or unexpected:
-            raise BundleError(
-                f"{path} does not fit {cls.__name__}: missing {missing[:5]}, unexpected {unexpected[:5]}",
-                hint="was it written by another version, or for another model class?",
-            )
+        # The encoder alone, out of a bundle with a head: what is left over is the head.
+        alone = model.base_model is model and any(name.startswith(prefix) for name in tensors)
+        _check_fit(f"{path} does not fit {cls.__name__}", info, prefix if alone else "")
+        if slots is not None:
+            model.expert_store = slots.hand_over(model, prefix if alone else "")
         model.name_or_path = model.config._name_or_path = str(path)
         # Of the whole map, also where only some of its experts were opened.
         model.bundle_digests = _digests(bundle if experts is None else read_map(path, version=bundle.version))
         return (model, info) if wanted_info else model
 
+    def train(self, mode: bool = True) -> Any:
+        """As in torch, but ModelError for a model that holds only some of its experts."""
+        if mode:
+            self._must_be_whole("trained")
+        return super().train(mode)
+
+    def _must_be_whole(self, done: str) -> None:
+        if (store := self.expert_store) is not None:
+            raise ModelError(
+                f"the model has {store.resident} of its {store.experts} experts in memory and brings in the others as "
+                f"they are needed: it cannot be {done}",
+                hint="load it without resident_experts",
+            )
+
     @torch.no_grad()
     def load_bundle(self, folder: str | os.PathLike[str]) -> None:
         """Load a bundle's tensors into this model in place, strictly (as resuming a training run needs)."""
+        self._must_be_whole("loaded into")
         tensors, bundle = read_bundle(Path(folder))
         _apply_map(self.config, bundle)
         self.load_state_dict(tensors, strict=True)
@@ -149,6 +178,17 @@ class BundleMixin(PreTrainedModel):
 def _digests(bundle: BundleMap) -> list[str]:
     """Of this version and of all before it, newest first."""
     return [bundle.digest, *(step.parent for step in reversed(bundle.lineage) if step.parent)]
+
+
+def _check_fit(what: str, info: Mapping[str, Any], prefix: str) -> None:
+    """Raise BundleError unless the model took all tensors that begin with the prefix, and needed no others."""
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    unexpected = sorted(name for name in info["unexpected_keys"] if name.startswith(prefix))
+    if missing or unexpected:
+        raise BundleError(
+            f"{what}: missing {missing[:5]}, unexpected {unexpected[:5]}",
+            hint="was it written by another version, or for another model class?",
+        )
 
 
 def _apply_map(config: Any, bundle: BundleMap) -> None:

@@ -3,7 +3,7 @@
 from ragmoe.moe.balance import load_balance_loss
 from ragmoe.moe.layer import MoELayer
 from ragmoe.moe.losses import LossInputs, RoutingLoss, StepTotals, loss_names, register_loss, routing_loss
-from ragmoe.moe.statistics import RoutingStatistics
+from ragmoe.moe.statistics import RoutingStatistics, SequenceRouting, count_routing
 from ragmoe.moe.summary import NeighbourSummary
 from ragmoe.moe.token_losses import TokenLoss, z_loss
 
@@ -13,8 +13,10 @@ __all__ = [
     "NeighbourSummary",
     "RoutingLoss",
     "RoutingStatistics",
+    "SequenceRouting",
     "StepTotals",
     "TokenLoss",
+    "count_routing",
     "load_balance_loss",
     "loss_names",
     "register_loss",

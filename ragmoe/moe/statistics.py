@@ -6,13 +6,52 @@ L sparse layers, E experts, D domains here (not the model's width), S tokens, K 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ragmoe.gates.routing import Routing
+
+
+class SequenceRouting(NamedTuple):
+    """What routing did with one sequence.
+
+    Attributes:
+        tokens: how many, without padding.
+        entropy_L: the sum of their gates' entropies (nats), by layer.
+        lost_L2: how many choices found no room with their expert, and how many tokens no expert served.
+        chosen_LE: how many choices fell on each expert.
+    """
+
+    tokens: float
+    entropy_L: np.ndarray
+    lost_L2: np.ndarray
+    chosen_LE: np.ndarray
+
+
+@torch.no_grad()
+def count_routing(routings: Sequence[Routing], mask_S: Tensor, sequences: int) -> list[SequenceRouting]:
+    """Count each of the B sequences of a batch; see ``RoutingStatistics.update``."""
+    mask_BT = mask_S.view(sequences, -1)
+    parts = [mask_BT.sum(dim=1, keepdim=True, dtype=torch.float32)]
+    for routing in routings:
+        log_SE = routing.logits_SE.log_softmax(dim=-1)
+        # An expert that is not available has the logarithm -inf, and NaN where none is: neither adds anything.
+        log_SE = log_SE.masked_fill(routing.logits_SE.isneginf(), 0.0)
+        entropy_BT = -(log_SE.exp() * log_SE).sum(dim=-1).view(mask_BT.shape)
+        chosen_SE = routing.choices_SE() * mask_S.unsqueeze(1)
+        parts.append((entropy_BT * mask_BT).sum(dim=1, keepdim=True))
+        parts += [lost_S.view(mask_BT.shape).sum(dim=1, keepdim=True) for lost_S in _lost(routing, mask_S)]
+        parts.append(chosen_SE.view(*mask_BT.shape, -1).sum(dim=1))
+    # Fetched from the device at once: each fetch waits until everything before it is computed.
+    found = torch.cat(parts, dim=1).cpu().numpy().astype(float)
+    of_layer_BLX = found[:, 1:].reshape(sequences, len(routings), -1)
+    return [
+        SequenceRouting(row[0], one[:, 0], one[:, 1:3], one[:, 3:])
+        for row, one in zip(found, of_layer_BLX, strict=True)
+    ]
 
 
 class RoutingStatistics:
@@ -29,11 +68,9 @@ class RoutingStatistics:
         self.domains: list[str] = []
         self._counts: dict[str, np.ndarray] = {}
         self._entropy_L = np.zeros(len(self.layers))
-        self._overflow_L = np.zeros(len(self.layers))
-        self._unserved_L = np.zeros(len(self.layers))
+        self._lost_L2 = np.zeros((len(self.layers), 2))
         self._tokens = 0.0
 
-    @torch.no_grad()
     def update(self, routings: Sequence[Routing], mask_S: Tensor, domains: Sequence[str]) -> None:
         """Count one batch.
 
@@ -44,29 +81,15 @@ class RoutingStatistics:
         """
         if len(routings) != len(self.layers):
             raise ValueError(f"{len(routings)} routings for {len(self.layers)} sparse layers")
-        mask_BT = mask_S.view(len(domains), -1)
-        entropies, losses, choices = [], [], []
-        for routing in routings:
-            log_SE = routing.logits_SE.log_softmax(dim=-1)
-            # An expert that is not available has the logarithm -inf, and NaN where none is: neither adds anything.
-            log_SE = log_SE.masked_fill(routing.logits_SE.isneginf(), 0.0)
-            entropy_S = -(log_SE.exp() * log_SE).sum(dim=-1)
-            entropies.append((entropy_S * mask_S).sum().view(1))
-            losses.append(torch.stack(_lost(routing, mask_S)))
-            chosen_SE = routing.choices_SE() * mask_S.unsqueeze(1)
-            choices.append(chosen_SE.view(*mask_BT.shape, self.experts).sum(dim=1).flatten())
-        # Fetched from the device at once: each fetch waits until everything before it is computed.
-        counted = mask_S.sum(dtype=torch.float32).view(1)
-        found = torch.cat([counted, *entropies, *losses, *choices]).cpu().numpy().astype(float)
-        L = len(self.layers)
-        tokens, entropy_L, lost, chosen = np.split(found, [1, 1 + L, 1 + 3 * L])
-        self._tokens += tokens.item()
-        self._entropy_L += entropy_L
-        self._overflow_L += lost[0::2]
-        self._unserved_L += lost[1::2]
-        chosen_LBE = chosen.reshape(L, len(domains), self.experts)
-        for domain, chosen_LE in zip(domains, chosen_LBE.swapaxes(0, 1), strict=True):
-            self._of(domain)[:] += chosen_LE
+        for counted, domain in zip(count_routing(routings, mask_S, len(domains)), domains, strict=True):
+            self.add(counted, domain)
+
+    def add(self, counted: SequenceRouting, domain: str) -> None:
+        """Count one sequence of a domain."""
+        self._tokens += counted.tokens
+        self._entropy_L += counted.entropy_L
+        self._lost_L2 += counted.lost_L2
+        self._of(domain)[:] += counted.chosen_LE
 
     def _of(self, domain: str) -> np.ndarray:
         if domain not in self._counts:
@@ -106,8 +129,8 @@ class RoutingStatistics:
                 "entropy": float(self._entropy_L[at] / self._tokens) if self._tokens else 0.0,
                 "normalised_mi": normalised_mutual_information(counts_DLE[:, at]),
                 "max_load": float(load_LE[at].max()),
-                "overflow": float(self._overflow_L[at] / max(choices_L[at], 1)),
-                "unserved": float(self._unserved_L[at] / max(self._tokens, 1)),
+                "overflow": float(self._lost_L2[at, 0] / max(choices_L[at], 1)),
+                "unserved": float(self._lost_L2[at, 1] / max(self._tokens, 1)),
             }
             for at, layer in enumerate(self.layers)
         ]
@@ -124,12 +147,12 @@ class RoutingStatistics:
 
 
 def _lost(routing: Routing, mask_S: Tensor) -> tuple[Tensor, Tensor]:
-    """How many choices found no room with their expert, and how many tokens no expert serves."""
+    """Of each token how many choices found no room with their expert, and whether no expert serves it; float32 (S,)."""
     E = routing.logits_SE.shape[1]
     served_SK = routing.experts_SK if routing.served_SK is None else routing.served_SK
-    overflow = ((served_SK != routing.experts_SK) & mask_S.unsqueeze(1)).sum()
-    unserved_S = (served_SK == E).all(dim=1) | routing.logits_SE.isneginf().all(dim=1)
-    return overflow, (unserved_S & mask_S).sum()
+    overflow_S = (served_SK != routing.experts_SK).sum(dim=1) * mask_S
+    unserved_S = ((served_SK == E).all(dim=1) | routing.logits_SE.isneginf().all(dim=1)) & mask_S
+    return overflow_S.float(), unserved_S.float()
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:

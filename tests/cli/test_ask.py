@@ -71,3 +71,18 @@ def test_an_expert_can_be_held_back(ragmoe: Any, small_city: Path, make_bundle: 
     code, _, err = ragmoe("ask", *asked, "--without", "sports")
     assert code == 1
     assert "there is no expert 'sports'; there are: expert 0, " in err
+
+
+def test_with_experts_on_demand(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    words = ("ask", make_bundle("sure", no_answer_threshold=1e9), BRIDGE, "--index", small_city / "index")
+    want = json.loads(ragmoe(*words, "--json")[1])
+    code, out, err = ragmoe(*words, "--resident-experts", 1, "--json")
+    found = json.loads(out)
+    counted = found.pop("experts_on_demand")
+    assert (code, found) == (0, want)
+    assert (counted["resident"], counted["experts"]) == (1, 4) and counted["misses"] > 0
+    code, out, err = ragmoe(*words, "--resident-experts", 1)
+    assert code == 0
+    assert out.startswith(want["answer"])
+    assert "experts on demand: 1 of 4 a layer in memory, " in err and " MB read\n" in err
+    assert ragmoe(*words, "--resident-experts", 0)[0] == 2

@@ -46,6 +46,33 @@ def test_run_json_is_all_of_stdout(ragmoe: Any, small_city: Path, bundle: Path, 
     assert shape["ragmoe"]["tasks"]["small"]["retrieval"]["n"] == 2
 
 
+def test_run_with_experts_on_demand_and_an_output_cache(
+    ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path
+) -> None:
+    """Two tasks over the same questions: the second finds what the first has read, and all is as without."""
+    text = (small_city / "task.yaml").read_text().replace("perturbations: [null]\n", "")
+    for name in ("one", "two"):
+        (small_city / f"{name}.yaml").write_text(text.replace("small", name))
+    tasks = [small_city / "one.yaml", small_city / "two.yaml"]
+    run = ("eval", "run", *tasks, "--model", bundle, "--json", "--out")
+    plain = json.loads(ragmoe(*run, tmp_path / "plain")[1])
+    code, out, _ = ragmoe(*run, tmp_path / "thrifty", "--resident-experts", 2, "--output-cache", 50)
+    shape = json.loads(out)
+    assert code == 0 and shape["results"] == plain["results"]
+    store, cache = (shape["ragmoe"].pop(name) for name in ("experts_on_demand", "output_cache"))
+    assert shape["ragmoe"] == plain["ragmoe"]
+    assert (store["resident"], store["experts"]) == (2, 4) and store["hits"] + store["misses"] > 0
+    assert (cache["hits"], cache["misses"], cache["entries"], cache["hit_rate"]) == (4, 4, 4, 0.5)
+    # A run without either goes on with what was recorded: it is the same model.
+    code, _, err = ragmoe(
+        *("eval", "run", *tasks, "--model", bundle, "--out", tmp_path / "plain"), "--resident-experts", 2,
+        *("--output-cache", 50),
+    )  # fmt: skip
+    assert code == 0
+    assert "experts on demand: 2 of 4 a layer in memory, 0 hits of 0, 0 read ahead" in err
+    assert "output cache: 0 hits of 0, 0 of 50 places taken" in err
+
+
 def test_runs_are_compared(ragmoe: Any, small_city: Path, bundle: Path, make_bundle: Any, tmp_path: Path) -> None:
     token = make_bundle("token", gate="token", sparse_layers=[1])
     for name, model in (("a", bundle), ("b", token)):

@@ -67,6 +67,17 @@ def test_kernels_of_ffn_experts_agree(implementation: str, S: int, K: int, exper
         assert torch.allclose(got_gradients[name], gradient, atol=1e-5), name
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_the_numbers_that_experts_have_change_nothing(implementation: str) -> None:
+    """To the last bit: each token's choices are summed in their own order."""
+    module, x_SD, r = trained("ffn", _experts_implementation=implementation), torch.randn(30, D), routing(30, 4)
+    want, order = module(x_SD, r, None), torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(parameter[order])
+    assert torch.equal(module(x_SD, r._replace(experts_SK=order.argsort()[r.experts_SK]), None), want)
+
+
 def test_dispatch_by_hand() -> None:
     found = dispatch(torch.tensor([[2, 0], [2, 3], [0, 2]]), experts=5)
     assert found.order_P.tolist() == [1, 4, 0, 2, 5, 3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import LABELS, Make, some_neighbours, tokens
 
-from ragmoe import ConfigError
+from ragmoe import ConfigError, ModelError
 from ragmoe.bundle import merge_experts, prune_experts
 from ragmoe.models import RagmoeBertForQuestionAnswering, load
 
@@ -80,3 +80,9 @@ def test_they_belong_to_the_experts_file(make: Make, tmp_path: Path) -> None:
 def test_gated_experts_cannot_start_from_bert(make: Make) -> None:
     with pytest.raises(ConfigError, match="expert_kind is 'glu', but the base's feed-forward networks have no gate"):
         make(expert_kind="glu")
+
+
+def test_they_cannot_be_brought_in_on_demand(make: Make, tmp_path: Path) -> None:
+    make(gate="token", moe_attention=True).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"add to keys and values of attention \(moe_attention\)"):
+        load(tmp_path, resident_experts=2)
