@@ -7,7 +7,8 @@ The first is synthetic: a reader of random weights with E full experts in each o
 that the neighbours of each of 16 domains speak, by so many logits, for E/16 experts of its own, beside token states
 that speak for any. Each question is of a domain drawn at random. Every measurement is a process of its own; all of them
 must give the same outputs to the last bit, or the program fails. The second asks a real reader from an index, one
-question after the other in a random order, and counts hits alone. What it does not do: say how well anything is answered.
+question after the other in a random order, and counts hits alone. What it does not do: say how well anything is
+answered.
 """
 
 from __future__ import annotations
