@@ -112,15 +112,22 @@ class XLoraReader(ReaderMixin, RagmoeBertPreTrainedModel):
         raise ModelError("X-LoRA would lose its scalings in backward: set train.gradient_checkpointing=false")
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, extra: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        message: str = "save",
+        extra: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write the bundle; see ``BundleMixin.save_pretrained``."""
-        super().save_pretrained(save_directory, *args, extra={**(extra or {}), _ADAPTERS: self.expert_names}, **kwargs)
+        extra = {**(extra or {}), _ADAPTERS: self.expert_names}
+        super().save_pretrained(save_directory, is_main_process, state_dict, message, extra, **kwargs)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> XLoraReader:  # type: ignore[override]
         """Open what ``save_pretrained`` wrote; BundleError where it is something else."""
-        bundle = read_map(folder)
+        bundle = read_map(Path(folder))
         if _ADAPTERS not in bundle.extra:
             raise BundleError(f"{folder} holds no X-LoRA reader", hint="ragmoe.load opens every other bundle")
         config = RagmoeBertConfig.from_dict(dict(bundle.extra["config"]))
@@ -128,7 +135,7 @@ class XLoraReader(ReaderMixin, RagmoeBertPreTrainedModel):
         # Its weights are chance and all replaced; it is there for its shapes.
         reader = cls(RagmoeBertForQuestionAnswering(config))
         reader.load_bundle(folder)
-        reader.name_or_path = reader.config._name_or_path = str(folder)
+        reader.config._name_or_path = str(folder)
         return reader.eval()
 
 
