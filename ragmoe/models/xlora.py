@@ -135,7 +135,7 @@ class XLoraReader(ReaderMixin, RagmoeBertPreTrainedModel):
         # Its weights are chance and all replaced; it is there for its shapes.
         reader: Any = cls(RagmoeBertForQuestionAnswering(config))
         reader.load_bundle(folder)
-        reader.name_or_path = reader.config._name_or_path = str(folder)
+        reader.config._name_or_path = str(folder)
         return reader.eval()
 
 

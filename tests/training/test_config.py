@@ -29,7 +29,7 @@ def test_overrides_are_read_as_yaml(config: Config) -> None:
         ("raft.gold_probability=often", "raft.gold_probability"),
         (
             "train.what=some",
-            "train.what: Input should be 'all', 'gate', 'experts', 'gate+experts', 'lora' or 'new",
+            "train.what: Input should be 'all', 'gate', 'experts', 'gate+experts', 'lora', 'new",
         ),
         ("steps", "expected key.key=value"),
         ("base.x=1", "'base' is not a section"),
