@@ -9,8 +9,8 @@ B sequences, T positions, D width, V words of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,9 @@ from transformers.activations import ACT2FN
 from ragmoe._errors import ConfigError
 from ragmoe.experts import Experts, FeedForward
 from ragmoe.gates import Gate, Routing, Selection, Tokens, gate_class, selection_class
-from ragmoe.moe import MoELayer, load_balance_loss, z_loss
+from ragmoe.models.loss import routing_losses
+from ragmoe.moe import MoELayer, routing_loss
+from ragmoe.moe.losses import loss_inputs
 from ragmoe.neighbours import Neighbours
 
 
@@ -36,6 +38,7 @@ class DecoderConfig:
         norm: ``layer`` or ``rms``.
         rotary: positions by rotating queries and keys; else by a learned embedding of each position.
         positions: T at most.
+        losses: routing losses by name, with their weights (``ragmoe losses ls`` shows the names).
     """
 
     vocab_size: int
@@ -72,8 +75,7 @@ class DecoderConfig:
     overflow: str = "drop"
     overflow_priority: str = "position"
     moe_attention: bool = False
-    balance_loss: float = 0.01
-    z_loss: float = 0.0
+    losses: Mapping[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
     _experts_implementation: str = "grouped_mm"
 
     @property
@@ -104,6 +106,8 @@ def gshard_style(*, vocab_size: int, width: int, layers: int, experts: int, **ch
     style = DecoderConfig(
         vocab_size, width, layers, max(1, width // 32), 4 * width, experts=experts, top_k=2, hidden_act="relu",
         capacity_factor=2.0, overflow="drop",
+        # Its loss is 1/E**2 where all is balanced, and Switch's is one.
+        losses={"gshard": 0.01 * experts**2},
     )  # fmt: skip
     return replace(style, **changes)
 
@@ -125,7 +129,7 @@ class DecoderOutput:
     routings: tuple[Routing, ...]
     loss: Tensor | None = None
     language_loss: Tensor | None = None
-    balance_loss: Tensor | None = None
+    routing_losses: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class CausalSelfAttention(nn.Module):
@@ -212,7 +216,8 @@ class MoEDecoder(nn.Module):
     """A causal language model of ``MoEBlock``s, with its embedding as its head.
 
     Raises:
-        ConfigError: for a gate or a selection that lets a token's experts depend on later tokens.
+        ConfigError: for a gate or a selection that lets a token's experts depend on later tokens, or a loss that needs
+            more than the routing.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -227,6 +232,10 @@ class MoEDecoder(nn.Module):
                     f"the {kind} {name!r} lets a token's experts depend on tokens after it: not for a causal decoder",
                     hint="selection=top_k, or gate=token",
                 )
+        for name in config.losses:
+            loss = routing_loss(name)
+            if loss.needs_domain or loss.needs_swapped or loss.needs_outputs:
+                raise ConfigError(f"the loss {name!r} needs more than the routing, which is all that a decoder has")
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = None if config.rotary else nn.Embedding(config.positions, config.hidden_size)
         self.blocks = nn.ModuleList(MoEBlock(config, layer) for layer in range(config.num_hidden_layers))
@@ -276,11 +285,7 @@ class MoEDecoder(nn.Module):
         predicted = output.logits[:, :-1].float().flatten(0, 1)
         output.loss = output.language_loss = F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=-100)
         if output.routings:
-            output.balance_loss = _mean([load_balance_loss(r, mask_S) for r in output.routings])
-            output.loss = output.loss + self.config.balance_loss * output.balance_loss
-            if self.config.z_loss:
-                output.loss = output.loss + self.config.z_loss * _mean([z_loss(r, mask_S) for r in output.routings])
-
-
-def _mean(losses: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(losses)).mean()
+            inputs = loss_inputs(output.routings, mask_S, None)
+            output.routing_losses = routing_losses(self.config.losses, inputs, None)
+            for name, value in output.routing_losses.items():
+                output.loss = output.loss + self.config.losses[name] * value

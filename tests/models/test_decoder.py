@@ -87,7 +87,9 @@ def test_padding_changes_nothing(style: Callable[..., DecoderConfig], side: str)
     padded, mask = (torch.nn.functional.pad(x, pad) for x in (ids, torch.ones_like(ids)))
     want, got = model(ids, labels=ids), model(padded, attention_mask=mask, labels=padded)
     assert torch.allclose(got.logits[mask.bool()], want.logits.flatten(0, 1), atol=1e-5)
-    assert torch.allclose(got.balance_loss, want.balance_loss)
+    assert list(got.routing_losses) == (["gshard"] if style is gshard_style else ["load_balance"])
+    for name, value in got.routing_losses.items():
+        assert torch.allclose(value, want.routing_losses[name])
     assert torch.allclose(got.language_loss, want.language_loss, atol=1e-5)
 
 
@@ -108,6 +110,8 @@ def test_what_a_causal_decoder_refuses() -> None:
         MoEDecoder(gshard_style(**SIZES, selection="expert_choice"))
     with pytest.raises(ConfigError, match="the gate 'task' lets a token's experts depend on tokens after"):
         MoEDecoder(gshard_style(**SIZES, gate="task"))
+    with pytest.raises(ConfigError, match="the loss 'context' needs more than the routing"):
+        MoEDecoder(gshard_style(**SIZES, losses={"context": 1.0}))
     with pytest.raises(ConfigError, match="there is no norm 'batch'; there are: layer, rms"):
         MoEDecoder(gshard_style(**SIZES, norm="batch"))
     with pytest.raises(ConfigError, match="17 positions, but the model knows 16"):
