@@ -24,6 +24,7 @@ from ragmoe.cli.annotate import annotate
 from ragmoe.cli.ask import ASK_EXAMPLES, ask
 from ragmoe.cli.demo import demo
 from ragmoe.cli.doctor import doctor
+from ragmoe.cli.plan import PLAN_EXAMPLES, plan
 from ragmoe.cli.route import ROUTE_EXAMPLES, route
 from ragmoe.cli.train import TRAIN_EXAMPLES, train
 
@@ -81,6 +82,7 @@ app.add_typer(losses.app, name="losses", help="Show what a gate can be trained b
 app.command("train", short_help="Fine-tune a model from a configuration file.", epilog=TRAIN_EXAMPLES)(train)
 app.command("ask", short_help="Answer a question, with the passage it comes from.", epilog=ASK_EXAMPLES)(ask)
 app.command("route", short_help="Draw which experts a question's tokens go to.", epilog=ROUTE_EXAMPLES)(route)
+app.command("plan", short_help="Count what a model would cost, without making it.", epilog=PLAN_EXAMPLES)(plan)
 app.command("doctor", short_help="Check this machine and this installation.")(doctor)
 app.command("demo", short_help="Index, train, evaluate and ask on the packaged data.")(demo)
 

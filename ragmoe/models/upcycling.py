@@ -52,12 +52,7 @@ def dense_source(base: Any) -> tuple[Any, nn.Module]:
             raise ModelError(f"layers {reader.sparse_layers} of the base are sparse already; expected a dense reader")
         return reader.config, reader.bert
     path: str | Path = base
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
-    if config.model_type != "bert":
-        raise ModelError(f"{path} is a {config.model_type!r} model; expected a model of type 'bert'")
+    config = dense_config(path)
     with quiet_loading():
         dense, info = BertModel.from_pretrained(
             path, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
@@ -65,6 +60,17 @@ def dense_source(base: Any) -> tuple[Any, nn.Module]:
     if lacking := sorted(info["missing_keys"]):
         raise ModelError(f"the checkpoint {path} lacks {len(lacking)} weights of its encoder: {lacking[:5]}")
     return config, dense
+
+
+def dense_config(path: str | Path) -> Any:
+    """The configuration of a dense checkpoint; ModelError where there is none, or it is of another model type."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+    if config.model_type != "bert":
+        raise ModelError(f"{path} is a {config.model_type!r} model; expected a model of type 'bert'")
+    return config
 
 
 def upcycled_config(dense: Any, settings: dict[str, Any]) -> RagmoeBertConfig:

@@ -46,17 +46,8 @@ def build_model(config: TrainingConfig, index: Any, *, on_cpu: bool) -> RagmoeBe
     Raises:
         ModelError, ConfigError: for settings that do not fit the base.
     """
-    settings = dict(config.model)
-    for name, instead in _ELSEWHERE.items():
-        if name in settings:
-            raise ConfigError(f"model.{name} is set by {instead}: set that", hint=f"ragmoe train ... {instead}=VALUE")
-    dropout = config.train.dropout if config.train.dropout is not None else (0.0 if on_cpu else None)
-    if dropout is not None:
-        settings |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    if config.train.attention_dropout is not None:
-        settings["attention_probs_dropout_prob"] = config.train.attention_dropout
+    settings = model_settings(config, index.width, on_cpu=on_cpu)
     encoder = index.manifest.encoder
-    settings |= {"neighbour_width": index.width, "neighbours": config.raft.neighbours}
     if is_bundle(config.base):
         model = _train_on(config, settings)
         if config.train.what == "xlora":
@@ -80,15 +71,46 @@ def build_model(config: TrainingConfig, index: Any, *, on_cpu: bool) -> RagmoeBe
         model.tokenizer = AutoTokenizer.from_pretrained(base)
         # The tokenizer of an encoder is told to cut at the encoder's length; reading has its own windows.
         model.tokenizer.model_max_length = model.config.max_position_embeddings
-    longest = max(model.config.max_length, config.raft.max_length)
-    if longest > model.config.max_position_embeddings:
-        raise ConfigError(f"max_length is {longest}, but the base has {model.config.max_position_embeddings} positions")
+    check_length(config, model.config)
     model.config.encoder = {"id": encoder.id, "digest": encoder.digest}
     model.config.index_digest = index.digest
     return model
 
 
+def model_settings(config: TrainingConfig, neighbour_width: int, *, on_cpu: bool) -> dict[str, Any]:
+    """The fields of ``RagmoeBertConfig`` that a configuration and its index set; ConfigError for one that has a place
+    of its own."""
+    settings = dict(config.model)
+    for name, instead in _ELSEWHERE.items():
+        if name in settings:
+            raise ConfigError(f"model.{name} is set by {instead}: set that", hint=f"ragmoe train ... {instead}=VALUE")
+    dropout = config.train.dropout if config.train.dropout is not None else (0.0 if on_cpu else None)
+    if dropout is not None:
+        settings |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    if config.train.attention_dropout is not None:
+        settings["attention_probs_dropout_prob"] = config.train.attention_dropout
+    return settings | {"neighbour_width": neighbour_width, "neighbours": config.raft.neighbours}
+
+
+def check_length(config: TrainingConfig, model: RagmoeBertConfig) -> None:
+    """ConfigError where sequences would be longer than the model has positions."""
+    longest = max(model.max_length, config.raft.max_length)
+    if longest > model.max_position_embeddings:
+        raise ConfigError(f"max_length is {longest}, but the base has {model.max_position_embeddings} positions")
+
+
 def _train_on(config: TrainingConfig, settings: dict[str, Any]) -> RagmoeBertForQuestionAnswering:
+    opened, exchanged = opened_config(config, settings)
+    model = RagmoeBertForQuestionAnswering.from_pretrained(config.base, config=opened)
+    return exchange_gate(model, seed=config.seed, **exchanged) if exchanged else model
+
+
+def opened_config(config: TrainingConfig, settings: dict[str, Any]) -> tuple[RagmoeBertConfig, dict[str, Any]]:
+    """The configuration of the bundle that is trained on, and the settings by which its gate is exchanged.
+
+    Raises:
+        ModelError, ConfigError: for settings that cannot be changed.
+    """
     if config.start is not None:
         raise ConfigError(f"start is {config.start!r}, but the base {config.base} is a bundle: expected no start")
     opened = RagmoeBertConfig.from_pretrained(config.base)
@@ -104,13 +126,12 @@ def _train_on(config: TrainingConfig, settings: dict[str, Any]) -> RagmoeBertFor
             raise ModelError(
                 f"model.{name} is {value!r}, but the bundle {config.base} has {getattr(opened, name, None)!r}"
             )
-    model = RagmoeBertForQuestionAnswering.from_pretrained(config.base, config=opened)
     if exchanged and config.train.what not in ("all", "gate", "gate+experts", "lora"):
         raise ConfigError(
             f"model.{next(iter(exchanged))} is changed, but train.what is {config.train.what!r}, which trains no gate",
             hint="set train.what: gate to train it alone, or gate+experts",
         )
-    return exchange_gate(model, seed=config.seed, **exchanged) if exchanged else model
+    return opened, exchanged
 
 
 def apply_start(model: RagmoeBertForQuestionAnswering, start: str) -> RagmoeBertForQuestionAnswering:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ragmoe.models.config import SPECIAL_CANDIDATES
+from ragmoe.models.plan import activation_bytes, read_layout
 from ragmoe.training.run import Run
 
 _GIB = 2**30
@@ -17,7 +18,7 @@ def describe(run: Run) -> dict[str, Any]:
     """Figures of a prepared run, with ``text`` for people.
 
     Memory is an estimate: weights, gradients and two moments in fp32, and the activations that backward needs in the
-    longest batch of the run.
+    longest batch of the run, as ``ragmoe plan`` counts them.
     """
     config, train = run.config, run.config.train
     batch = _batch(run, 0)
@@ -26,7 +27,9 @@ def describe(run: Run) -> dict[str, Any]:
     tokens = int(batch["attention_mask"].sum())
     parameters = run.parameters
     weights = 4 * parameters["total"] + 12 * parameters["trained"]
-    activations = _activation_bytes(run, math.prod(longest))
+    activations = activation_bytes(
+        read_layout(run.model), math.prod(longest), checkpointing=train.gradient_checkpointing
+    )
     report: dict[str, Any] = {
         "parameters": parameters,
         "sparse_layers": run.model.sparse_layers,
@@ -56,15 +59,6 @@ def _longest(run: Run) -> int:
     dataset, size = run.dataset, run.config.train.batch_size
     begins = range(0, len(dataset), size)
     return max(begins, key=lambda at: max(dataset.lengths[i] for i in dataset.order[at : at + size]))
-
-
-def _activation_bytes(run: Run, tokens: int) -> int:
-    """About sixteen values of width D a token and layer, six of width H, and those of K experts in sparse layers."""
-    config = run.model.config
-    D, H, K = config.hidden_size, config.intermediate_size, config.top_k
-    layer = 16 * D + 6 * H
-    sparse = K * (2 * D + 4 * H)
-    return 4 * tokens * (config.num_hidden_layers * layer + len(run.model.sparse_layers) * sparse)
 
 
 def _decoded(run: Run, batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -94,13 +94,7 @@ def begin_new_expert(
     Raises:
         ConfigError, ModelError, BundleError, DataError: where the bundle takes no such expert.
     """
-    wanted = config.new_expert
-    if (wanted is None) != (config.train.what != "new_expert"):
-        raise ConfigError(
-            f"train.what is {config.train.what!r}, and the section new_expert is "
-            f"{'missing' if wanted is None else 'there'}: they go together",
-            hint="ragmoe experts add BUNDLE --name NAME --index DIR --questions FILE",
-        )
+    wanted = wanted_expert(config)
     if wanted is None:
         return None
     id = _joined(model, config, wanted, index)
@@ -115,6 +109,18 @@ def begin_new_expert(
             if part_of(name) == "gate":
                 parameter.requires_grad_(False)
     return NewExpert(grown, wanted, index, documents, sorted(questions, key=lambda q: digest(q.id)), lesson)
+
+
+def wanted_expert(config: TrainingConfig) -> NewExpertConfig | None:
+    """The section about a new expert; ConfigError where it and ``train.what`` are not both there or both absent."""
+    wanted = config.new_expert
+    if (wanted is None) != (config.train.what != "new_expert"):
+        raise ConfigError(
+            f"train.what is {config.train.what!r}, and the section new_expert is "
+            f"{'missing' if wanted is None else 'there'}: they go together",
+            hint="ragmoe experts add BUNDLE --name NAME --index DIR --questions FILE",
+        )
+    return wanted
 
 
 @torch.no_grad()

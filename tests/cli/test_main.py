@@ -18,7 +18,9 @@ from ragmoe.cli import main as program
 from ragmoe.cli.main import main
 
 HEAVY = {"torch", "faiss", "transformers", "datasets", "pyarrow", "numpy", "pandas", "sentence_transformers", "scipy"}
-COMMANDS = ["index", "bundle", "data", "eval", "experts", "losses", "train", "ask", "route", "doctor", "demo"]
+COMMANDS = [
+    "index", "bundle", "data", "eval", "experts", "gates", "losses", "train", "ask", "route", "plan", "doctor", "demo",
+]  # fmt: skip
 IN_CHILD = """
 import json, sys
 from ragmoe.cli.main import main

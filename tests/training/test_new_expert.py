@@ -23,6 +23,7 @@ from ragmoe.evaluation.task import Task, parse_task
 from ragmoe.gates import Routing
 from ragmoe.index import BuildOptions, build_index
 from ragmoe.models.growth import grow, settle
+from ragmoe.models.plan import plan
 from ragmoe.training import RagmoeTrainer, TrainingConfig, prepare, train
 from ragmoe.training import adding as add_module
 from ragmoe.training.adding import Judges, add_expert, new_expert_config
@@ -522,3 +523,9 @@ def test_the_oracle_gate_takes_no_new_expert(bundle: Callable[..., Path]) -> Non
     model.config.gate = "oracle"
     with pytest.raises(ModelError, match="the gate 'oracle' knows its experts by the domains"):
         grow(model, {}, id=3, name="market")
+
+
+@pytest.mark.parametrize("settings", [(), ("new_expert.train_gate=false",)])
+def test_a_plan_counts_the_new_expert(bundle: Callable[..., Path], market: Any, settings: tuple[str, ...]) -> None:
+    asked = market(bundle(), *settings)
+    assert plan(asked.model_dump()).parameters == prepare(asked).parameters

@@ -1,0 +1,71 @@
+"""A training run as ``ragmoe plan`` counts it: its model's configuration, its batch, and what of it is trained.
+
+Neither weights nor questions are read, and the index only for the width of its embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ragmoe.bundle import is_bundle
+from ragmoe.index.manifest import NAME as MANIFEST
+from ragmoe.index.manifest import read_manifest
+from ragmoe.models.config import RagmoeBertConfig
+from ragmoe.models.plan.source import Planned
+from ragmoe.models.upcycling import base_path, dense_config, upcycled_config
+from ragmoe.training.build import check_length, make_trainable, model_settings, opened_config, trained_parameters
+from ragmoe.training.config import TrainingConfig, load_config
+from ragmoe.training.new_expert import wanted_expert
+from ragmoe.training.trainer import part_of
+
+
+def planned_training(name: str, source: Path | Mapping[str, Any], overrides: Sequence[str]) -> Planned:
+    """What a training file asks for.
+
+    Raises:
+        ConfigError, ModelError, UsageError: as ``ragmoe train`` would, as far as no weights are needed to tell.
+    """
+    training = load_config(source, overrides)
+    notes = ["Ragmoe train keeps weights in fp32, also where it computes in bf16: then activations are smaller."]
+    width = RagmoeBertConfig.neighbour_width
+    index = Path(training.data.index)
+    if (index / MANIFEST).is_file():
+        width = read_manifest(index).encoder.width
+    else:
+        notes.append(f"There is no index at {index} yet; its embeddings are taken to be {width} wide.")
+    settings = model_settings(training, width, on_cpu=True)
+    if is_bundle(training.base):
+        config, exchanged = opened_config(training, settings)
+        for key, value in exchanged.items():
+            setattr(config, key, value)
+    else:
+        config = upcycled_config(dense_config(base_path(training.base)), settings)
+    if wanted_expert(training) is not None:
+        config.experts += 1
+        config.expert_ids = config.expert_names = None
+    check_length(training, config)
+    return Planned(
+        name,
+        config,
+        batch=training.train.batch_size * training.raft.passages,
+        length=training.raft.max_length,
+        counts=partial(_counts, training),
+        notes=notes,
+    )
+
+
+def _counts(training: TrainingConfig, model: Any) -> tuple[int, int]:
+    """Parameters that are held while training, adapters included, and those that are trained."""
+    wanted = training.new_expert
+    if wanted is None:
+        with torch.device("meta"):
+            adapted = make_trainable(model, training)
+        return sum(p.numel() for p in (adapted or model).parameters()), trained_parameters(model)
+    rows = model.expert_tensors()
+    own = [p for name, p in model.named_parameters() if name in rows and (wanted.train_gate or part_of(name) != "gate")]
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in own) // model.config.experts
