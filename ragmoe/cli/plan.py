@@ -73,13 +73,14 @@ def _parameters(plan: Plan) -> Table:
     rows = [[kind, f"{counts[kind]:,}" if kind in counts else NONE, _amount(flops.by_kind.get(kind))] for kind in kinds]
     rows.append(["all", f"{plan.parameters['total']:,}", _amount(flops.forward)])
     rows.append(["active for a token", f"{plan.parameters['active']:,}", ""])
-    rows.append(["trained", f"{plan.parameters['trained']:,}", _amount(flops.forward + flops.backward)])
+    rows.append(["trained", f"{plan.parameters['trained']:,}", ""])
+    rows.append(["forward and backward", "", _amount(flops.forward + flops.backward)])
     sparse = f", {plan.sparse_layers} of them with {plan.experts} experts, {plan.top_k} a token" if plan.experts else ""
-    note = f"FLOPs of one token among {plan.length:,}; the last line is forward and backward."
+    note = f"FLOPs of one token among {plan.length:,}."
     if flops.per_question:
         note += f" Once a question, for its neighbours: {_amount(flops.per_question)}."
     title = f"{plan.source}: {plan.model_type}, {plan.layers} layers of width {plan.width:,}{sparse}"
-    return Table(title, ["", "parameters", "a token's forward"], rows, note=" ".join([note, *plan.notes]))
+    return Table(title, ["", "parameters", "FLOPs of a token"], rows, note=" ".join([note, *plan.notes]))
 
 
 def _memory(plan: Plan) -> Table:

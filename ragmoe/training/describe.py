@@ -27,9 +27,8 @@ def describe(run: Run) -> dict[str, Any]:
     tokens = int(batch["attention_mask"].sum())
     parameters = run.parameters
     weights = 4 * parameters["total"] + 12 * parameters["trained"]
-    activations = activation_bytes(
-        read_layout(run.model), math.prod(longest), checkpointing=train.gradient_checkpointing
-    )
+    layout = read_layout(run.model, run_gates=False)
+    activations = activation_bytes(layout, math.prod(longest), checkpointing=train.gradient_checkpointing)
     report: dict[str, Any] = {
         "parameters": parameters,
         "sparse_layers": run.model.sparse_layers,

@@ -32,8 +32,11 @@ _ONCE = {"pooler", "classifier", "score", "special_outputs", "seq_relationship"}
 _ATTENDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def read_layout(model: nn.Module) -> Layout:
+def read_layout(model: nn.Module, *, run_gates: bool = True) -> Layout:
     """Read a model, wherever its weights are.
+
+    Args:
+        run_gates: False leaves out the FLOPs of gates that see neighbours, for which one of them has to be run.
 
     Raises:
         ModelError: its layers or experts cannot be told from its modules, or K is not between 1 and E.
@@ -59,7 +62,7 @@ def read_layout(model: nn.Module) -> Layout:
             layer.matrices.setdefault(found.kind, []).append(found.tensor.numel())
         if found.kind == "head":
             outputs += found.tensor.shape[0]
-    read = tuple(_complete(model.get_submodule(path), layer, config) for path, layer in layers.items())
+    read = tuple(_complete(model.get_submodule(path), layer, config, run_gates) for path, layer in layers.items())
     layout = Layout(config.hidden_size, read, outside, outputs, per_sequence)
     return replace(layout, notes=tuple(_notes(layout, config)))
 
@@ -129,7 +132,7 @@ def _add(layer: Layer, found: _Found, *, shared: bool) -> None:
         layer.norms.append((found.tensor.numel(), isinstance(found.module, nn.LayerNorm)))
 
 
-def _complete(inside: nn.Module, layer: Layer, config: Any) -> Layer:
+def _complete(inside: nn.Module, layer: Layer, config: Any, run_gates: bool) -> Layer:
     """The layer with what its modules say beyond their parameters."""
     modules = {name: module for name, module in inside.named_modules() if name}
     _check_known(modules, config)
@@ -140,7 +143,7 @@ def _complete(inside: nn.Module, layer: Layer, config: Any) -> Layer:
         layer.matrices["experts"] = [size // routed.experts for size in layer.matrices["experts"]]
     once = 0
     for module in modules.values():
-        if isinstance(module, SeesNeighbours):
+        if run_gates and isinstance(module, SeesNeighbours):
             token, question = neighbour_flops(module, config)
             layer.flops["gate"] += token
             once += question
