@@ -42,11 +42,14 @@ def step_sums(
     Returns:
         By loss a row for each sparse layer.
     """
-    losses = {name: routing_loss(name) for name, weight in config.loss_weights.items() if weight}
+    weights = config.loss_weights if config.experts > 1 else {}
+    losses = {name: routing_loss(name) for name, weight in weights.items() if weight}
     losses = {name: loss for name, loss in losses.items() if not loss.per_token}
     found: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[device] if losses and device.type == "cuda" else []):
-        for batch in batches if losses else ():
+    if not losses:
+        return found
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for batch in batches:
             output = model(**{name: x for name, x in batch.items() if not name.endswith("_positions")})
             inputs = loss_inputs(output["routings"], batch["attention_mask"], batch.get("question_domain"))
             for name, loss in losses.items():

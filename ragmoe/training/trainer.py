@@ -114,7 +114,7 @@ class RagmoeTrainer(Trainer):
     def _totals(self, model: Any) -> StepTotals | None:
         """What the routing losses are told of the optimiser step; None where the micro-batch is the whole of it."""
         parts = len(self._step_batches) * self.args.world_size
-        if parts <= 1 or not self.routing.layers:
+        if parts <= 1 or not (self.routing.layers and model.training):
             return None
         if self._step_totals is None:
             sums: dict[str, Tensor] = {}

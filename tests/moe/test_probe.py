@@ -92,6 +92,20 @@ def test_untrained_lora_experts_add_nothing() -> None:
             assert own_outputs(moe.experts, x_SD, moe.gate(x_SD), dense).abs().max() < 1e-6
 
 
+def test_small_additions_are_exact_in_half_precision() -> None:
+    """They are differences of outputs a thousand times their size."""
+    moe, dense = layer(expert_kind="lora")
+    with torch.no_grad():
+        for b in (moe.experts.up_b, moe.experts.down_b):
+            b.mul_(1e-3)
+    x_SD = torch.randn(6, D)
+    routing = moe.gate(x_SD)
+    want = own_outputs(moe.experts, x_SD, routing, dense)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = own_outputs(moe.experts, x_SD, routing, dense)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-2)
+
+
 def test_an_expert_that_is_held_back_is_not_asked() -> None:
     moe, _ = layer()
     with torch.no_grad():

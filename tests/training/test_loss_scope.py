@@ -4,113 +4,32 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import one_step
 import pytest
 import torch
-from stub_encoder import StubEncoder
-from torch import Tensor, nn
-from transformers import TrainerCallback
+from one_step import BATCH, CHANGES, NAMES, TOKENS, Step, disturb, ready
 
 from ragmoe import ConfigError, ModelError
-from ragmoe.moe import StepTotals, routing_loss
-from ragmoe.moe.losses import loss_inputs
-from ragmoe.training import RagmoeTrainer, load_config, prepare, train
-from ragmoe.training import run as run_module
+from ragmoe.training import train
 from ragmoe.training.run import Run
 from ragmoe.training.totals import step_sums
 
 Config = Callable[..., dict[str, Any]]
-NAMES = ["river", "market", "harbour", "mill"]
-# Weights under which a routing loss is most of the gradient.
-BATCH = {"load_balance": 5.0, "gshard": 20.0, "importance": 5.0, "uniform": 20.0, "domain": 5.0}
-TOKENS = {"z": 5.0, "diversity": 5.0}
 CUTS = [(2, 2), (1, 4)]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def made(config: Config) -> Iterator[Run]:
-    """A run that is ready to train; its gates heed the neighbours already, and its experts differ."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ragmoe.index.folder.load_encoder", lambda name: StubEncoder())
-        changes = {"model.expert_names": NAMES, "model.losses": {"domain": 1.0}, "raft.gold_probability": 0.5}
-        run = prepare(load_config(config(**changes, **{"train.steps": 1, "train.clip": 1e6})))
-        torch.manual_seed(11)
-        with torch.no_grad():
-            for layer in run.model.moe_layers:
-                for parameter in layer.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
-        yield run
-
-
-class Recording(RagmoeTrainer):
-    """Notes what the model is told of the step, and the sums of each micro-batch as it is learned from."""
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        loss, output = super().compute_loss(model, inputs, return_outputs=True)
-        step: Step = self.step
-        step.told.append(self._step_totals)
-        mask_S = inputs["attention_mask"].reshape(-1).bool()
-        step.tokens += int(mask_S.sum())
-        of_layers = loss_inputs(output["routings"], mask_S, inputs["question_domain"])
-        step.sums.append({name: torch.stack([routing_loss(name).sums(x) for x in of_layers]) for name in BATCH})
-        return (loss, output) if return_outputs else loss
-
-    step: Any = None
-
-
-class Step(TrainerCallback):
-    """One optimiser step on the same four questions: its gradients, its losses, and what was told of it."""
-
-    def __init__(
-        self,
-        made: Run,
-        out: Path,
-        batch_size: int,
-        accumulation: int,
-        weights: dict[str, float],
-        *,
-        noisy: bool = False,
-        **train: Any,
-    ) -> None:
-        model = copy.deepcopy(made.model)
-        model.config.balance_loss, model.config.z_loss = weights.get("load_balance", 0.0), weights.get("z", 0.0)
-        model.config.losses = {name: x for name, x in weights.items() if name not in ("load_balance", "z")}
-        if noisy:
-            for layer in model.moe_layers:
-                layer.gate.settings = replace(layer.gate.settings, noise=2.0, token_dropout=0.5)
-            for module in model.modules():
-                module.p = 0.2 if isinstance(module, nn.Dropout) else getattr(module, "p", None)
-        sizes = {"batch_size": batch_size, "accumulation": accumulation, **train}
-        settings = made.config.model_copy(update={"train": made.config.train.model_copy(update=sizes)})
-        self.gradients: dict[str, Tensor] = {}
-        self.told: list[StepTotals | None] = []
-        self.sums: list[dict[str, Tensor]] = []
-        self.tokens = 0
-        trainer = Recording(
-            model=model,
-            args=run_module._arguments(settings, out, bf16=settings.train.precision == "bf16"),
-            train_dataset=[made.dataset[at] for at in range(4)],
-            data_collator=made.collator,
-            callbacks=[self],
-            optimiser=settings.train,
-        )
-        trainer.step = self
-        trainer.train()
-        self.log = trainer.drain()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    def assert_equals(self, other: Step, *losses: str) -> None:
-        assert self.gradients.keys() == other.gradients.keys()
-        for name, gradient in self.gradients.items():
-            torch.testing.assert_close(other.gradients[name], gradient, atol=5e-6, rtol=1e-3, msg=name)
-        for name in ("answer", *losses):
-            assert other.log[f"{name}_loss"] == pytest.approx(self.log[f"{name}_loss"], rel=1e-4), name
+def made(config: Config) -> Run:
+    return ready(config(**CHANGES))
 
 
 def test_with_the_scope_global_a_step_is_the_same_however_it_is_cut(made: Run, tmp_path: Path) -> None:
@@ -161,16 +80,45 @@ def test_in_bf16_the_pass_before_takes_no_gradient_away(made: Run, tmp_path: Pat
     assert [name for name, x in plain.gradients.items() if x.any() and not told.gradients[name].any()] == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_step_of_two_ranks_is_the_same_too(config: Config, made: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config(**CHANGES)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = Path(one_step.__file__)
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        paths = os.pathsep.join([str(here.parents[1]), *sys.path])
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, str(here), str(tmp_path / "config.json"), str(tmp_path / rank / "step.pt")],
+                env={**os.environ, **world, "PYTHONPATH": paths, "RANK": rank, "LOCAL_RANK": rank},
+            )
+        )
+    assert [rank.wait(timeout=900) for rank in ranks] == [0, 0]
+    whole = Step(made, tmp_path, 4, 1, {**BATCH, **TOKENS}, loss_scope="global")
+    for rank in ("0", "1"):
+        found = torch.load(tmp_path / rank / "step.pt")
+        assert (found["parts"], found["tokens"].item()) == (2, whole.tokens)
+        assert found["gradients"].keys() == whole.gradients.keys()
+        for name, gradient in whole.gradients.items():
+            torch.testing.assert_close(found["gradients"][name], gradient, atol=5e-6, rtol=1e-3, msg=name)
+
+
 def test_a_pass_leaves_the_random_numbers_as_they_were(made: Run) -> None:
     model = copy.deepcopy(made.model).train()
+    disturb(model)
     batch = made.collator([made.dataset[0], made.dataset[1]])
     before = torch.get_rng_state()
-    sums = step_sums(model, model.config, [batch, batch], torch.device("cpu"))
+    sums = step_sums(model, model.config, [batch, batch], CPU)
     assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.allclose(sums["domain"], 2 * step_sums(model, model.config, [batch], CPU)["domain"], rtol=1e-3)
     assert sorted(sums) == ["domain", "load_balance"]
     assert sums["domain"].shape == (2, 4, 4) and not any(x.requires_grad for x in sums.values())
-    once = step_sums(model, model.config, [batch], torch.device("cpu"))
-    torch.testing.assert_close(sums["domain"], 2 * once["domain"])
 
 
 def test_further_losses_are_learned_by_and_written_down(config: Config, tmp_path: Path) -> None:
