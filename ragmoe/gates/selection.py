@@ -27,6 +27,7 @@ class Selection(nn.Module, ABC):
         leaves_empty: whether a token may get fewer than K experts.
         is_causal: whether a token's experts depend on no other token's.
         takes_bias: whether a balance bias changes anything.
+        estimates_load: whether it tells how likely each expert would be chosen under other noise (``load``).
         compares_tokens: whether scores of different tokens are compared, and must be shares of the same whole.
         expert_parameters: names of its parameters whose first dimension is the expert.
         summary: one line on when to use it.
@@ -35,6 +36,7 @@ class Selection(nn.Module, ABC):
     leaves_empty: ClassVar[bool] = False
     is_causal: ClassVar[bool] = True
     takes_bias: ClassVar[bool] = True
+    estimates_load: ClassVar[bool] = False
     compares_tokens: ClassVar[bool] = False
     expert_parameters: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = ""
@@ -89,6 +91,7 @@ class NoisyTopK(TopK):
     Source: Shazeer et al. 2017, equations 3 to 5 and appendix A.
     """
 
+    estimates_load = True
     expert_parameters = ("noise.weight",)
     summary = "top-k under learned noise, with the smooth estimate that the `load` loss needs; explores while training"
 

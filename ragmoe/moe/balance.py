@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ragmoe._errors import ModelError
 from ragmoe.gates.routing import Routing
+from ragmoe.gates.selection import selection_class
 from ragmoe.moe.losses import LossInputs, RoutingLoss, register_loss, token_sum
 
 
@@ -92,12 +93,20 @@ class Load(RoutingLoss):
     summary = "equal numbers of choices with a gradient of their own; for noisy top-k alone, beside importance"
     source = "Shazeer et al. 2017, appendix A"
 
+    def check(self, config: Any) -> None:
+        if not selection_class(config.selection).estimates_load:
+            raise ModelError(
+                f"the loss 'load' counts how likely each expert would be chosen under other noise, but the selection "
+                f"{config.selection!r} has no noise of its own",
+                hint="model.selection=noisy_top_k, or balance by model.losses.importance or model.balance_loss",
+            )
+
     def sums(self, inputs: LossInputs) -> Tensor:
         if inputs.routing.load_SE is None:
             raise ModelError(
                 "the loss 'load' counts how likely each expert would be chosen under other noise, but the gate's "
                 "selection has no noise of its own: expected noisy top-k",
-                hint="balance this gate by importance or load_balance: ragmoe losses ls",
+                hint="model.selection=noisy_top_k; it makes its estimate while training",
             )
         return token_sum(inputs.routing.load_SE, inputs.mask_S)
 

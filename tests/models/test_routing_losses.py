@@ -138,6 +138,7 @@ def test_the_totals_of_a_step_reach_every_layer(make: Make) -> None:
         ({"losses": {"domain": 1.0}}, "name the experts after the domains: model.expert_names"),
         ({"losses": {"diversity": 1.0}, "top_k": 1}, "top_k is 1: expected 2 or more"),
         ({"losses": {"context": 1.0}, "gate": "token"}, "the gate 'token' sees none"),
+        ({"losses": {"load": 1.0}}, "the selection 'top_k' has no noise of its own"),
     ],
 )
 def test_what_cannot_work_is_refused(make: Make, settings: dict[str, Any], said: str) -> None:
@@ -151,7 +152,6 @@ def test_a_batch_that_lacks_what_a_loss_needs_is_refused(make: Make) -> None:
     missing = {
         "domain": (("question_domain",), "the batch has no question_domain"),
         "context": (tuple(name for name in inputs if name.startswith("neighbour_")), "compares two questions' neighb"),
-        "load": ((), "expected noisy top-k"),
     }
     for name, (left_out, said) in missing.items():
         model = make(losses={name: 1.0}, expert_names=NAMES).train()
@@ -168,8 +168,9 @@ def test_weights_are_kept_in_a_bundle(make: Make, tmp_path: Any) -> None:
 
 def test_the_gates_of_all_layers_learn_by_each_loss(make: Make) -> None:
     inputs = batch()
-    for name in ALL:
-        model = make(losses={name: 1.0}, expert_names=NAMES).train()
+    for name in (*ALL, "load"):
+        selection = "noisy_top_k" if name == "load" else "top_k"
+        model = make(losses={name: 1.0}, expert_names=NAMES, selection=selection).train()
         found = gradients(model, model(**inputs).further_losses[name])
         parts = "experts" if name == "diversity" else "gate"
         for layer in (1, 3):
