@@ -81,7 +81,7 @@ def test_load_by_hand() -> None:
     assert load_SE.grad.tolist() == [pytest.approx([0.24, -0.56])] * 2
     with pytest.raises(ModelError, match="no noise of its own: expected noisy top-k") as caught:
         by_name("load", routing(torch.zeros(2, 2), 1))
-    assert caught.value.hint and "ragmoe losses ls" in caught.value.hint
+    assert "model.selection=noisy_top_k" in caught.value.hint
 
 
 def test_domain_by_hand() -> None:
