@@ -19,7 +19,7 @@ from transformers import initialization as init
 from ragmoe._errors import ConfigError
 from ragmoe.experts.base import Experts, FeedForward, MergedExpert, register_experts
 from ragmoe.experts.low_rank import low_rank, mean_product
-from ragmoe.experts.rows import pairs_of
+from ragmoe.experts.rows import Pairs
 from ragmoe.gates.routing import Routing
 
 
@@ -68,26 +68,16 @@ class LoraExperts(Experts):
 
     def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
         assert dense is not None
-        S, K = routing.experts_SK.shape
-        move = pairs_of(routing.experts_SK, self.experts, partial=self.partial)
-        offsets_E = move.offsets_E
+        pairs = Pairs(routing.experts_SK, self.experts, partial=self.partial)
+        weights_SK = self.kept_weights(routing)
         up_SH = dense.up(x_SD)
         act_SH = dense.act(up_SH)
-
-        x_PD = move.to_experts(_repeat(x_SD, K))
-        delta_PH = low_rank(x_PD, self.up_a, self.up_b, offsets_E)
-        delta_SKH = move.to_tokens(delta_PH).view(S, K, up_SH.shape[1])
-        act_SKH = dense.act(up_SH.unsqueeze(1) + delta_SKH)
-
+        delta_PH = low_rank(pairs.gather(x_SD), self.up_a, self.up_b, pairs.offsets_E)
+        act_PH = dense.act(delta_PH.add_(pairs.gather(up_SH)))
         # Written as a difference, so that untrained experts leave the dense network's answer bit for bit.
-        weights_SK = self.kept_weights(routing)
-        weights_SK1 = weights_SK.unsqueeze(-1)
-        mixed_SH = act_SH + ((act_SKH - act_SH.unsqueeze(1)) * weights_SK1).sum(dim=1)
-
-        act_PH = move.to_experts(act_SKH.flatten(0, 1))
-        low_PD = low_rank(act_PH, self.down_a, self.down_b, offsets_E)
-        low_SKD = move.to_tokens(low_PD).view(S, K, x_SD.shape[1])
-        low_SD = (low_SKD * weights_SK1).sum(dim=1)
+        mixed_SH = act_SH + pairs.combine_changes(act_PH, act_SH, weights_SK)
+        low_PD = low_rank(act_PH, self.down_a, self.down_b, pairs.offsets_E)
+        low_SD = pairs.combine(low_PD, weights_SK)
         if not self.drops:
             return dense.down(mixed_SH) + low_SD
         # What is lost leaves the dense network's share of it too; its bias is what it answers to nothing.
@@ -110,8 +100,3 @@ class LoraExperts(Experts):
             tensors |= {a: product.a, b: product.b}
             norm, kept = norm + product.norm**2, kept + product.kept**2
         return MergedExpert(tensors, math.sqrt(norm), math.sqrt(kept))
-
-
-def _repeat(x_SD: Tensor, K: int) -> Tensor:
-    """Each row K times in a row, as contiguous memory (grouped products take no expanded tensors)."""
-    return x_SD.unsqueeze(1).expand(-1, K, -1).reshape(-1, x_SD.shape[1])

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from ragmoe import ConfigError
 from ragmoe.experts import Experts, FeedForward, experts_class, experts_names
-from ragmoe.experts.rows import dispatch, permute_rows
 from ragmoe.gates import Routing
 
 D, H, E = 16, 32, 4
@@ -65,23 +64,6 @@ def test_kernels_of_ffn_experts_agree(implementation: str, S: int, K: int, exper
     assert torch.allclose(got, want, atol=1e-5)
     for name, gradient in want_gradients.items():
         assert torch.allclose(got_gradients[name], gradient, atol=1e-5), name
-
-
-def test_dispatch_by_hand() -> None:
-    found = dispatch(torch.tensor([[2, 0], [2, 3], [0, 2]]), experts=5)
-    assert found.order_P.tolist() == [1, 4, 0, 2, 5, 3]
-    assert found.back_P.tolist() == [2, 0, 3, 5, 1, 4]
-    assert found.offsets_E.tolist() == [2, 2, 5, 6, 6]
-    assert found.offsets_E.dtype == torch.int32
-
-
-def test_permute_rows_is_indexing_with_first_and_second_derivatives() -> None:
-    order = torch.tensor([2, 0, 1])
-    back = order.argsort()
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(permute_rows(x, order, back), x[order])
-    assert torch.autograd.gradcheck(lambda x: permute_rows(x, order, back).square(), (x,))
-    assert torch.autograd.gradgradcheck(lambda x: permute_rows(x, order, back).square(), (x,))
 
 
 def dense(up: nn.Linear, down: nn.Linear) -> FeedForward:
