@@ -23,8 +23,8 @@ from ragmoe.gates.routing import Routing
 class FusedExperts(nn.Module):
     """E feed-forward networks as fused three-dimensional parameters.
 
-    ``config._experts_implementation`` chooses the kernel: ``eager`` (the loop below), ``batched_mm``, ``grouped_mm``
-    and whatever else is registered with transformers.
+    ``config._experts_implementation`` chooses the kernel: ``auto`` (see kernel.py), ``eager`` (the loop below),
+    ``batched_mm``, ``grouped_mm`` and whatever else is registered with transformers.
     """
 
     def __init__(self, config: Any) -> None:

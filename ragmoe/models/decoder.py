@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ragmoe._errors import ConfigError
-from ragmoe.experts import Experts, FeedForward
+from ragmoe.experts import AUTO, Experts, FeedForward
 from ragmoe.gates import Gate, Routing, Selection, Tokens, gate_class, selection_class
 from ragmoe.moe import MoELayer, load_balance_loss, z_loss
 from ragmoe.neighbours import Neighbours
@@ -74,7 +74,7 @@ class DecoderConfig:
     moe_attention: bool = False
     balance_loss: float = 0.01
     z_loss: float = 0.0
-    _experts_implementation: str = "grouped_mm"
+    _experts_implementation: str = AUTO
 
     @property
     def shared_expert(self) -> bool:

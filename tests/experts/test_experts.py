@@ -54,10 +54,11 @@ def gradients(experts: Experts, x_SD: Tensor, r: Routing) -> tuple[Tensor, dict[
     return y_SD.detach(), {**found, "x": x_SD.grad, "weights": weights_SK.grad}
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["auto", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("kind", ["ffn", "glu"])
 @pytest.mark.parametrize(("S", "K", "experts"), [(10, 2, 4), (1, 1, 4), (7, 4, 4), (5, 1, 1), (3, 2, 16)])
-def test_kernels_of_ffn_experts_agree(implementation: str, S: int, K: int, experts: int) -> None:
-    module, x_SD, r = trained("ffn", experts=experts), torch.randn(S, D), routing(S, K, experts)
+def test_kernels_of_full_experts_agree(implementation: str, kind: str, S: int, K: int, experts: int) -> None:
+    module, x_SD, r = trained(kind, experts=experts), torch.randn(S, D), routing(S, K, experts)
     want, want_gradients = gradients(module, x_SD, r)
     module.fused.config._experts_implementation = implementation
     got, got_gradients = gradients(module, x_SD, r)
