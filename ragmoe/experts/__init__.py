@@ -3,10 +3,12 @@
 from ragmoe.experts.base import Experts, FeedForward, experts_class, experts_names, register_experts
 from ragmoe.experts.ffn import FeedForwardExperts
 from ragmoe.experts.glu import GluExperts
+from ragmoe.experts.kernel import AUTO
 from ragmoe.experts.key_value import KeyValueExperts
 from ragmoe.experts.lora import LoraExperts
 
 __all__ = [
+    "AUTO",
     "Experts",
     "FeedForward",
     "FeedForwardExperts",

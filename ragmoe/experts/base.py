@@ -85,14 +85,18 @@ class Experts(nn.Module, ABC):
                 answers it for as long as this pass lasts. A pair in no pass adds nothing. May be gone through again.
         """
         S, K = routing.weights_SK.shape
-        weights_P1 = routing.weights_SK.reshape(-1, 1)
         y_PD = x_SD.new_zeros(S * K, x_SD.shape[1])
         for pairs_p, experts_p in passes:
             token_p = pairs_p // K
-            alone = Routing(weights_P1[pairs_p], experts_p.unsqueeze(1), routing.logits_SE[token_p])
+            one_p1 = routing.weights_SK.new_ones(len(pairs_p), 1)
+            alone = Routing(one_p1, experts_p.unsqueeze(1), routing.logits_SE[token_p])
             y_PD[pairs_p] = self(x_SD[token_p], alone, None)
-        y_SD = y_PD.view(S, K, -1).sum(dim=1)
+        y_SD = self.weighed(y_PD.view(S, K, x_SD.shape[1]), routing.weights_SK)
         return y_SD + dense(x_SD) if dense is not None else y_SD
+
+    def weighed(self, y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
+        """The weighted sum of single answers, y_SD, made as the kernel of the experts makes it."""
+        return (y_SKD * weights_SK.unsqueeze(-1)).sum(dim=1)
 
     def reset_parameters(self) -> None:
         """Start as untrained experts."""

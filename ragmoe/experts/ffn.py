@@ -17,6 +17,8 @@ from transformers.integrations import use_experts_implementation
 from ragmoe.experts.base import Experts, FeedForward, held_experts, register_experts
 from ragmoe.experts.eager import one_by_one
 from ragmoe.experts.glu import allow_sentinels
+from ragmoe.experts.kernel import runs_here
+from ragmoe.experts.rows import weighted_sum
 from ragmoe.gates.routing import Routing
 
 
@@ -24,8 +26,8 @@ from ragmoe.gates.routing import Routing
 class FusedExperts(nn.Module):
     """E feed-forward networks as fused three-dimensional parameters.
 
-    ``config._experts_implementation`` chooses the kernel: ``eager`` (the loop below), ``batched_mm``, ``grouped_mm``
-    and whatever else is registered with transformers.
+    ``config._experts_implementation`` chooses the kernel: ``auto`` (see kernel.py), ``eager`` (the loop below),
+    ``batched_mm``, ``grouped_mm`` and whatever else is registered with transformers.
     """
 
     def __init__(self, config: Any) -> None:
@@ -92,6 +94,11 @@ class FeedForwardExperts(Experts):
                 fused.add_(drawn.to(fused.dtype))
                 deviation = max(deviation, drawn.abs().max().item())
         return deviation
+
+    def weighed(self, y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
+        if runs_here(self.fused, y_SKD):
+            return weighted_sum(y_SKD, weights_SK)
+        return super().weighed(y_SKD, weights_SK)
 
     def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
         y_SD = self.fused(x_SD, routing.experts_SK, self.kept_weights(routing))

@@ -17,6 +17,8 @@ from transformers.integrations import use_experts_implementation
 from ragmoe._errors import ConfigError
 from ragmoe.experts.base import Experts, FeedForward, held_experts, register_experts
 from ragmoe.experts.eager import one_by_one
+from ragmoe.experts.kernel import runs_here
+from ragmoe.experts.rows import weighted_sum
 from ragmoe.gates.routing import Routing
 
 
@@ -70,6 +72,11 @@ class GluExperts(Experts):
     def allow_empty(self, *, drops: bool) -> None:
         super().allow_empty(drops=drops)
         allow_sentinels(self.fused)
+
+    def weighed(self, y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
+        if runs_here(self.fused, y_SKD):
+            return weighted_sum(y_SKD, weights_SK)
+        return super().weighed(y_SKD, weights_SK)
 
     def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
         y_SD = self.fused(x_SD, routing.experts_SK, self.kept_weights(routing))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ragmoe.experts.low_rank import low_rank
-from ragmoe.experts.rows import pairs_of
+from ragmoe.experts.rows import Pairs
 from ragmoe.gates.routing import Routing
 
 
@@ -38,8 +38,6 @@ class KeyValueExperts(nn.Module):
 
     def forward(self, x_SD: Tensor, routing: Routing, weights_SK: Tensor, partial: bool) -> Tensor:
         """What is added to keys and values, side by side: (S, 2 V)."""
-        S, K = routing.experts_SK.shape
-        move = pairs_of(routing.experts_SK, self.experts, partial=partial)
-        x_PD = move.to_experts(x_SD.unsqueeze(1).expand(-1, K, -1).flatten(0, 1))
-        delta_PV = low_rank(x_PD, self.a, self.b, move.offsets_E)
-        return (move.to_tokens(delta_PV).unflatten(0, (S, K)) * weights_SK.unsqueeze(-1)).sum(dim=1)
+        pairs = Pairs(routing.experts_SK, self.experts, partial=partial)
+        delta_PV = low_rank(pairs.gather(x_SD), self.a, self.b, pairs.offsets_E)
+        return pairs.combine(delta_PV, weights_SK)

@@ -19,7 +19,7 @@ from transformers import initialization as init
 from ragmoe._errors import ConfigError
 from ragmoe.experts.base import Experts, FeedForward, MergedExpert, held_experts, register_experts
 from ragmoe.experts.low_rank import low_rank, mean_product
-from ragmoe.experts.rows import pairs_of
+from ragmoe.experts.rows import Pairs, dispatch
 from ragmoe.gates.routing import Routing
 
 # (x_PD, a_EDr, b_ErH): the rows of all pairs times the two matrices of the expert of each.
@@ -70,40 +70,41 @@ class LoraExperts(Experts):
         return 0.0
 
     def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
-        move = pairs_of(routing.experts_SK, self.experts, partial=self.partial)
+        pairs = Pairs(routing.experts_SK, self.experts, partial=self.partial)
 
         def product(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor) -> Tensor:
-            return move.to_tokens(low_rank(move.to_experts(x_PD), a_EDr, b_ErH, move.offsets_E))
+            return low_rank(x_PD, a_EDr, b_ErH, pairs.offsets_E)
 
-        return self._mix(x_SD, routing, dense, product)
+        return self._mix(x_SD, routing, dense, pairs, product)
 
     def in_passes(
         self, x_SD: Tensor, routing: Routing, dense: FeedForward | None, passes: Iterable[tuple[Tensor, Tensor]]
     ) -> Tensor:
+        pairs = Pairs(routing.experts_SK, routing.logits_SE.shape[1], partial=self.partial)
+
         def product(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor) -> Tensor:
             y_PH = x_PD.new_zeros(len(x_PD), b_ErH.shape[-1])
             for pairs_p, experts_p in passes:
-                move = pairs_of(experts_p, self.experts, partial=False)
-                y_PH[pairs_p] = move.to_tokens(low_rank(move.to_experts(x_PD[pairs_p]), a_EDr, b_ErH, move.offsets_E))
+                here = dispatch(experts_p, self.experts)
+                row_p = pairs.rows_of(pairs_p)[here.order_P]
+                y_PH[row_p] = low_rank(x_PD[row_p], a_EDr, b_ErH, here.offsets_E)
             return y_PH
 
-        return self._mix(x_SD, routing, dense, product)
+        return self._mix(x_SD, routing, dense, pairs, product)
 
-    def _mix(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None, product: _RowProduct) -> Tensor:
+    def _mix(
+        self, x_SD: Tensor, routing: Routing, dense: FeedForward | None, pairs: Pairs, product: _RowProduct
+    ) -> Tensor:
         """The dense network with what the experts add before the activation and after it."""
         assert dense is not None
-        S, K = routing.experts_SK.shape
+        weights_SK = self.kept_weights(routing)
         up_SH = dense.up(x_SD)
         act_SH = dense.act(up_SH)
-        delta_PH = product(_repeat(x_SD, K), self.up_a, self.up_b)
-        act_SKH = dense.act(up_SH.unsqueeze(1) + delta_PH.view(S, K, up_SH.shape[1]))
-
+        delta_PH = product(pairs.gather(x_SD), self.up_a, self.up_b)
+        act_PH = dense.act(delta_PH.add_(pairs.gather(up_SH)))
         # Written as a difference, so that untrained experts leave the dense network's answer bit for bit.
-        weights_SK = self.kept_weights(routing)
-        weights_SK1 = weights_SK.unsqueeze(-1)
-        mixed_SH = act_SH + ((act_SKH - act_SH.unsqueeze(1)) * weights_SK1).sum(dim=1)
-        low_PD = product(act_SKH.flatten(0, 1), self.down_a, self.down_b)
-        low_SD = (low_PD.view(S, K, x_SD.shape[1]) * weights_SK1).sum(dim=1)
+        mixed_SH = act_SH + pairs.combine_changes(act_PH, act_SH, weights_SK)
+        low_SD = pairs.combine(product(act_PH, self.down_a, self.down_b), weights_SK)
         if not self.drops:
             return dense.down(mixed_SH) + low_SD
         # What is lost leaves the dense network's share of it too; its bias is what it answers to nothing.
@@ -126,8 +127,3 @@ class LoraExperts(Experts):
             tensors |= {a: product.a, b: product.b}
             norm, kept = norm + product.norm**2, kept + product.kept**2
         return MergedExpert(tensors, math.sqrt(norm), math.sqrt(kept))
-
-
-def _repeat(x_SD: Tensor, K: int) -> Tensor:
-    """Each row K times in a row, as contiguous memory (grouped products take no expanded tensors)."""
-    return x_SD.unsqueeze(1).expand(-1, K, -1).reshape(-1, x_SD.shape[1])

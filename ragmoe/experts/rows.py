@@ -1,6 +1,7 @@
-"""Rows of pairs of token and expert: from the order of tokens to that of experts, and back.
+"""Rows of pairs of token and expert: from the tokens to the experts that serve them, and back.
 
-S tokens, E experts, K experts a token, P = S*K pairs (pair s*K + k is the k-th choice of token s).
+Every row is gathered, forward and backward, where indexing would scatter and add row by row on one core.
+S tokens, E experts, K experts a token, P pairs that are served (pair s*K + k is the k-th choice of token s), D width.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Dispatch(NamedTuple):
@@ -37,57 +39,109 @@ def dispatch(experts_SK: Tensor, experts: int) -> Dispatch:
     return Dispatch(order_P, back_P, offsets_E)
 
 
-class _PermuteRows(torch.autograd.Function):
-    """Rows in another order. The gradient is a gather as well, where indexing would scatter and add."""
+class Pairs:
+    """The pairs of a routing that are served, sorted by expert, and what is done with their rows.
 
+    Args:
+        experts_SK: int64; E in a slot that nobody serves.
+        partial: whether there may be such slots. They get no row, and add nothing.
+
+    Attributes:
+        offsets_E: int32, the end of each expert's rows.
+    """
+
+    def __init__(self, experts_SK: Tensor, experts: int, *, partial: bool) -> None:
+        order_P, back_P, self.offsets_E = dispatch(experts_SK, experts)
+        if partial:
+            served = int(self.offsets_E[-1])
+            order_P, back_P = order_P[:served], back_P.clamp(max=served)
+        self._token_P = order_P.div(experts_SK.shape[1], rounding_mode="floor")
+        self._order_P, self._place_SK = order_P, back_P.view_as(experts_SK)
+
+    def rows_of(self, pairs_p: Tensor) -> Tensor:
+        """Where the rows of some pairs are."""
+        return self._place_SK.reshape(-1)[pairs_p]
+
+    def gather(self, x_SD: Tensor) -> Tensor:
+        """The token's row for each pair: (P, D)."""
+        return _Gather.apply(x_SD, self._token_P, self._place_SK)
+
+    def combine(self, y_PD: Tensor, weights_SK: Tensor) -> Tensor:
+        """The weighted sum of each token's rows, (S, D) in their dtype, added up in float32 or better."""
+        return _Combine.apply(y_PD, weights_SK.to(y_PD.dtype), self._token_P, self._order_P, self._place_SK)
+
+    def combine_changes(self, y_PD: Tensor, x_SD: Tensor, weights_SK: Tensor) -> Tensor:
+        """``combine`` of what each pair's row is more than its token's, exactly zero where it is the same."""
+        weights_SK = weights_SK.to(y_PD.dtype)
+        return _CombineChanges.apply(y_PD, x_SD, weights_SK, self._token_P, self._order_P, self._place_SK)
+
+
+class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, order_P: Tensor, back_P: Tensor) -> Tensor:
-        ctx.save_for_backward(order_P, back_P)
-        return x_PD.index_select(0, order_P)
+    def forward(ctx: Any, x_SD: Tensor, token_P: Tensor, place_SK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_SK)
+        return x_SD.index_select(0, token_P)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        order_P, back_P = ctx.saved_tensors
-        # Through the same function, so that second derivatives exist.
-        return permute_rows(gradients[0], back_P, order_P), None, None
+        (place_SK,) = ctx.saved_tensors
+        return _sum(gradients[0], place_SK, None), None, None
 
 
-def permute_rows(x_PD: Tensor, order_P: Tensor, back_P: Tensor) -> Tensor:
-    """``x_PD[order_P]`` for a permutation and its inverse."""
-    return _PermuteRows.apply(x_PD, order_P, back_P)
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y_PD: Tensor, weights_SK: Tensor, token_P: Tensor, order_P: Tensor, place_SK: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(y_PD, weights_SK, token_P, order_P)
+        return _sum(y_PD, place_SK, weights_SK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return *_combine_backward(gradients[0], *ctx.saved_tensors), None, None, None
 
 
-class Pairs:
-    """Moves rows of pairs, where every pair is served."""
+class _CombineChanges(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y_PD: Tensor, x_SD: Tensor, weights_SK: Tensor, token_P: Tensor, order_P: Tensor, place_SK: Tensor
+    ) -> Tensor:
+        change_PD = x_SD.index_select(0, token_P).to(y_PD.dtype)
+        torch.sub(y_PD, change_PD, out=change_PD)
+        ctx.save_for_backward(change_PD, y_PD, x_SD, weights_SK, token_P, order_P)
+        return _sum(change_PD, place_SK, weights_SK)
 
-    def __init__(self, rows: Dispatch) -> None:
-        self.order_P, self.back_P, self.offsets_E = rows
-
-    def to_experts(self, x_PD: Tensor) -> Tensor:
-        """Rows of tokens, sorted by expert."""
-        return permute_rows(x_PD, self.order_P, self.back_P)
-
-    def to_tokens(self, x_PD: Tensor) -> Tensor:
-        """Rows of experts, in the order of the tokens."""
-        return permute_rows(x_PD, self.back_P, self.order_P)
-
-
-class PartialPairs(Pairs):
-    """The same where some are not: they stay behind, and come back as zeros."""
-
-    def __init__(self, rows: Dispatch) -> None:
-        super().__init__(rows)
-        self.pairs = rows.order_P.numel()
-        self.order_P = rows.order_P[: int(rows.offsets_E[-1])]
-
-    def to_experts(self, x_PD: Tensor) -> Tensor:
-        return x_PD.index_select(0, self.order_P)
-
-    def to_tokens(self, x_PD: Tensor) -> Tensor:
-        return x_PD.new_zeros(self.pairs, x_PD.shape[1]).index_copy(0, self.order_P, x_PD)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_SD,) = gradients
+        change_PD, y_PD, x_SD, weights_SK, token_P, order_P = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Second derivatives have to know where it comes from.
+            change_PD = y_PD - x_SD.index_select(0, token_P)
+        flat_P = weights_SK.reshape(-1)
+        served_P = torch.zeros_like(flat_P).index_copy(0, order_P, flat_P[order_P])
+        grad_x_SD = -(grad_SD * served_P.view_as(weights_SK).sum(dim=1, keepdim=True)).to(x_SD.dtype)
+        grad_y_PD, grad_weights_SK = _combine_backward(grad_SD, change_PD, weights_SK, token_P, order_P)
+        return grad_y_PD, grad_x_SD, grad_weights_SK, None, None, None
 
 
-def pairs_of(experts_SK: Tensor, experts: int, *, partial: bool) -> Pairs:
-    """The pairs of a routing; ``partial`` where slots may be empty (E)."""
-    rows = dispatch(experts_SK, experts)
-    return PartialPairs(rows) if partial else Pairs(rows)
+def _combine_backward(
+    grad_SD: Tensor, y_PD: Tensor, weights_SK: Tensor, token_P: Tensor, order_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of rows and weights, of differentiable operations, so that second derivatives exist."""
+    grad_PD, flat_P = grad_SD.index_select(0, token_P), weights_SK.reshape(-1)
+    grad_weights_P = torch.zeros_like(flat_P).index_copy(0, order_P, torch.linalg.vecdot(grad_PD, y_PD))
+    return grad_PD * flat_P[order_P].unsqueeze(1), grad_weights_P.view_as(weights_SK)
+
+
+def weighted_sum(y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
+    """``Pairs.combine`` of rows that lie in the order of the choices, to the last bit."""
+    place_SK = torch.arange(weights_SK.numel(), device=y_SKD.device).view(weights_SK.shape)
+    return _sum(y_SKD.flatten(0, 1), place_SK, weights_SK.to(y_SKD.dtype))
+
+
+def _sum(y_PD: Tensor, place_SK: Tensor, weights_SK: Tensor | None) -> Tensor:
+    """The (weighted) sum of each token's rows; those past the last are zero."""
+    if y_PD.shape[0] < place_SK.numel():
+        y_PD = F.pad(y_PD, (0, 0, 0, 1))
+    return F.embedding_bag(place_SK, y_PD, mode="sum", per_sample_weights=weights_SK)

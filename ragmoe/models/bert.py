@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPreTrainedModel
 
 from ragmoe._errors import ModelError
-from ragmoe.experts import Experts, FeedForward
+from ragmoe.experts import AUTO, Experts, FeedForward
 from ragmoe.gates import Gate, Routing, Selection, Tokens, gate_class
 from ragmoe.models.attention import RoutedSelfAttention
 from ragmoe.models.config import OWN_WEIGHTS, SPECIAL_CANDIDATES, RagmoeBertConfig
@@ -160,6 +160,10 @@ class RagmoeBertPreTrainedModel(BundleMixin, BertPreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the decorator in this file's text, but it is in experts/ffn.py: silently eager.
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in transformers, but ours is the one that is taken where none is asked for."""
+        return super().get_correct_experts_implementation(AUTO if requested_experts is None else requested_experts)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

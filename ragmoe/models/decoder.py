@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ragmoe._errors import ConfigError
-from ragmoe.experts import Experts, FeedForward
+from ragmoe.experts import AUTO, Experts, FeedForward
 from ragmoe.gates import Gate, Routing, Selection, Tokens, gate_class, selection_class
 from ragmoe.models.loss import routing_losses
 from ragmoe.moe import MoELayer, routing_loss
@@ -76,7 +76,7 @@ class DecoderConfig:
     overflow_priority: str = "position"
     moe_attention: bool = False
     losses: Mapping[str, float] = field(default_factory=lambda: {"load_balance": 0.01})
-    _experts_implementation: str = "grouped_mm"
+    _experts_implementation: str = AUTO
 
     @property
     def shared_expert(self) -> bool:

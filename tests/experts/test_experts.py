@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ragmoe import ConfigError
 from ragmoe.experts import Experts, FeedForward, experts_class, experts_names
-from ragmoe.experts.rows import dispatch, permute_rows
+from ragmoe.experts.rows import dispatch
 from ragmoe.gates import Routing
 
 D, H, E = 16, 32, 4
@@ -55,10 +55,11 @@ def gradients(experts: Experts, x_SD: Tensor, r: Routing) -> tuple[Tensor, dict[
     return y_SD.detach(), {**found, "x": x_SD.grad, "weights": weights_SK.grad}
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["auto", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("kind", ["ffn", "glu"])
 @pytest.mark.parametrize(("S", "K", "experts"), [(10, 2, 4), (1, 1, 4), (7, 4, 4), (5, 1, 1), (3, 2, 16)])
-def test_kernels_of_ffn_experts_agree(implementation: str, S: int, K: int, experts: int) -> None:
-    module, x_SD, r = trained("ffn", experts=experts), torch.randn(S, D), routing(S, K, experts)
+def test_kernels_of_full_experts_agree(implementation: str, kind: str, S: int, K: int, experts: int) -> None:
+    module, x_SD, r = trained(kind, experts=experts), torch.randn(S, D), routing(S, K, experts)
     want, want_gradients = gradients(module, x_SD, r)
     module.fused.config._experts_implementation = implementation
     got, got_gradients = gradients(module, x_SD, r)
@@ -84,15 +85,6 @@ def test_dispatch_by_hand() -> None:
     assert found.back_P.tolist() == [2, 0, 3, 5, 1, 4]
     assert found.offsets_E.tolist() == [2, 2, 5, 6, 6]
     assert found.offsets_E.dtype == torch.int32
-
-
-def test_permute_rows_is_indexing_with_first_and_second_derivatives() -> None:
-    order = torch.tensor([2, 0, 1])
-    back = order.argsort()
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(permute_rows(x, order, back), x[order])
-    assert torch.autograd.gradcheck(lambda x: permute_rows(x, order, back).square(), (x,))
-    assert torch.autograd.gradgradcheck(lambda x: permute_rows(x, order, back).square(), (x,))
 
 
 def dense(up: nn.Linear, down: nn.Linear) -> FeedForward:
