@@ -34,9 +34,14 @@ from ragmoe import Index, Neighbours, load
 from ragmoe.corpus import read_questions
 from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering
 
-DOMAINS, NEIGHBOURS, ENCODER_WIDTH, PASSAGES, TOKENS = 16, 8, 64, 5, 128
+DOMAINS, NEIGHBOURS, ENCODER_WIDTH, PASSAGES, TOKENS, LAYERS = 16, 8, 64, 5, 128, 3
 GATES = ("memory", "retrieval")
 KINDS = ("ahead", "lru", "all")
+_SYNTHETIC = (
+    "Synthetic: random weights, gates set by hand. `asked for`: experts that a question needs in a layer. `ahead`: "
+    "brought in by foresight, `LRU`: without it, `all`: every expert in memory; the outputs are equal in all of them. "
+    "GB are above what the process had before the model was loaded: at most, and after the last question."
+)
 
 
 def main() -> None:
@@ -93,9 +98,9 @@ def build(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     width, logits = arguments.width, arguments.logits[0]
     config = RagmoeBertConfig(
-        vocab_size=1000, hidden_size=width, num_hidden_layers=6, num_attention_heads=width // 32,
+        vocab_size=1000, hidden_size=width, num_hidden_layers=2 * LAYERS, num_attention_heads=width // 32,
         intermediate_size=4 * width, max_position_embeddings=TOKENS, gate=arguments.gate, experts=arguments.experts,
-        top_k=2, expert_kind="ffn", sparse_layers=[1, 3, 5], neighbour_width=ENCODER_WIDTH,
+        top_k=2, expert_kind="ffn", neighbour_width=ENCODER_WIDTH,
     )  # fmt: skip
     model = RagmoeBertForQuestionAnswering(config)
     for layer, moe in enumerate(model.moe_layers):
@@ -115,7 +120,7 @@ def build(arguments: argparse.Namespace) -> None:
 def stream(arguments: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
     """Questions of domains drawn at random, as ``forward`` takes them; one neighbour in eight is of another domain."""
     draw = torch.Generator().manual_seed(1)
-    votes_MLE = torch.stack([own_experts(arguments.experts, layer) for layer in range(3)], dim=1)
+    votes_MLE = torch.stack([own_experts(arguments.experts, layer) for layer in range(LAYERS)], dim=1)
     votes_MLE /= votes_MLE.sum(dim=-1, keepdim=True)
     for _ in range(arguments.questions):
         domain = torch.randint(DOMAINS, (1,), generator=draw).item()
@@ -171,9 +176,9 @@ def synthetic(arguments: argparse.Namespace) -> None:
                 run(arguments, "--build", "yes", "--gate", gate, "--logits", str(logits), "--folder", folder)
                 for resident in slots:
                     compare(arguments, folder, resident, f"{gate} gate, {logits:g} logits", rows, lines)
-    heads = ["", "slots", "hits ahead", "hits LRU", "read ahead, used", "MB a question ahead", "MB LRU"]
+    heads = ["", "slots", "asked for", "hits ahead", "hits LRU", "read ahead, used", "MB a question ahead", "MB LRU"]
     heads += ["s ahead", "s LRU", "s all", "GB peak", "GB peak all", "GB after", "GB after all"]
-    finish(arguments, rows, table(heads, lines), "Synthetic: random weights, gates set by hand; outputs equal in all.")
+    finish(arguments, rows, table(heads, lines), _SYNTHETIC)
 
 
 def compare(
@@ -200,7 +205,8 @@ def compare(
     memories = [f"{middle[key][at]:.2f}" for key in ("peak", "steady") for at in (0, 2)]
     times = [f"{seconds:.3f}" for seconds in middle["seconds"]]
     hits = [f"{store['hit_rate']:.3f}" for store in (ahead, lru)]
-    lines.append([case, str(resident), *hits, used, *(f"{x:.1f}" for x in mb), *times, *memories])
+    asked = (lru["hits"] + lru["misses"]) / arguments.questions / LAYERS
+    lines.append([case, str(resident), f"{asked:.1f}", *hits, used, *(f"{x:.1f}" for x in mb), *times, *memories])
 
 
 def run(arguments: argparse.Namespace, *words: str) -> str:

@@ -3,9 +3,9 @@
 Slots are an ordinary fused parameter of N experts, run by the same kernels; what is routed to an expert is sent to its
 slot. A batch that needs more than N experts of a layer is computed in several passes, all pairs of one expert in one of
 them, and each token's choices are then summed in the order they have without slots. So the answer is that of a model
-with all experts in memory, to the last bit. (The activation is left to transformers' kernels: where the hidden width is
-no multiple of 64, its vectorised form treats the last elements of a tensor apart, which can cost one unit in the last
-place.)
+with all experts in memory, to the last bit, but for two habits of torch that can cost one unit in the last place:
+``batched_mm`` multiplies a pass of a single pair in another way, and where the hidden width is no multiple of 64, the
+vectorised activation of full experts treats the last elements of a tensor apart.
 
 S tokens, D model width, E experts, K experts a token, P = S*K pairs of token and expert, N slots, B questions.
 """
