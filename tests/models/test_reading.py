@@ -378,3 +378,11 @@ def test_reading_leaves_training_mode(make: Make) -> None:
     reader = make(gate_noise=5.0, token_dropout=0.5).train()
     row = some_neighbours(1)
     assert reader.read(QUESTIONS[:1], READ[:1], row) == reader.read(QUESTIONS[:1], READ[:1], row)
+
+
+def test_batches_are_small_on_a_processor(model: RagmoeBertForQuestionAnswering) -> None:
+    text = "the river city open " * 40
+    read = [Passage(f"p{i}", text, "t", "d", "doc") for i in range(20)]
+    sizes = [batch["input_ids"].numel() for batch in model.batches(["who"], [read])]
+    assert len(sizes) > 1 and max(sizes) <= 2048 < sum(sizes)
+    assert len(list(model.batches(["who"], [read], batch_tokens=100_000))) == 1
