@@ -284,14 +284,9 @@ class ReaderMixin(MemoryMixin):
         """Batches of sequences of like length, within the token budget, on the model's device."""
         if neighbours is not None and not self.gate_sees_neighbours:
             neighbours = None
-<<<<<<< HEAD
         device = self._device()
-=======
-        # Weights that were offloaded to the disk are on no device; accelerate brings them to the inputs.
-        device = next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
         if batch_tokens is None:
             batch_tokens = 2048 if device.type == "cpu" else 8192
->>>>>>> e5ec277 (Read in batches of 2048 tokens on a processor, which pad less and stay in the cache)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].window), reverse=True)
         while order:
             size = max(1, batch_tokens // len(sequences[order[0]].window))
