@@ -27,9 +27,9 @@ class GateSettings:
 
     Attributes:
         normalise: the weights of the chosen experts sum to one; False leaves each its share of the softmax over all,
-            which scales down what copies of a dense network answer together. None means what the gate
-            says, which is True for all but the hierarchical one. A single expert's weight
-            is then one, with the gradient of the logarithm of its share (of itself it would leave the gate none).
+            which scales down what copies of a dense network answer together. None means what the gate says, which is
+            True for all but the hierarchical one. A single expert's weight is then one, with the gradient of the
+            logarithm of its share (of itself it would leave the gate none).
         scores: how logits become weights (see ``ragmoe.gates.scores``).
         selection: which experts are chosen by them (see ``ragmoe.gates.selection``).
         scale: what all weights are multiplied with in the end.

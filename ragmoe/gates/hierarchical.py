@@ -37,7 +37,7 @@ class HierarchicalGate(TokenGate):
         if G < 2 or E % G:
             fitting = [n for n in range(2, E) if E % n == 0]
             raise ConfigError(
-                f"groups is {G}: expected a number of groups, at least 2, that divides the {E} experts",
+                f"expert_groups is {G}: expected a number of groups, at least 2, that divides the {E} experts",
                 hint=f"model.expert_groups={fitting[0]}" if fitting else "model.experts=8 model.expert_groups=2",
             )
         if K > E // G:

@@ -28,6 +28,7 @@ from ragmoe._errors import ModelError
 from ragmoe.experts import AUTO, Experts, FeedForward
 from ragmoe.gates import Gate, Routing, Selection, Tokens, gate_class
 from ragmoe.models.attention import RoutedSelfAttention
+from ragmoe.models.availability import AvailabilityMixin
 from ragmoe.models.config import OWN_WEIGHTS, SPECIAL_CANDIDATES, RagmoeBertConfig
 from ragmoe.models.loss import answer_loss, asked_of_layers, routing_losses
 from ragmoe.models.reading import ReaderMixin
@@ -237,7 +238,7 @@ class RagmoeBertModel(RagmoeBertPreTrainedModel):
         return self.encoder(x_QTD, mask, neighbours, Tokens(attention_mask.bool(), token_type_ids), asked)
 
 
-class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
+class RagmoeBertForQuestionAnswering(AvailabilityMixin, ReaderMixin, RagmoeBertPreTrainedModel):
     """Extractive reader: a span, yes, no, maybe, or that the passage holds no answer."""
 
     def __init__(self, config: RagmoeBertConfig) -> None:
@@ -342,26 +343,6 @@ class RagmoeBertForQuestionAnswering(ReaderMixin, RagmoeBertPreTrainedModel):
     def expert_names(self) -> list[str]:
         """A name for each expert."""
         return self.config.expert_names or [f"expert {i}" for i in range(self.config.experts)]
-
-    def set_available_experts(self, experts: Sequence[int] | None) -> None:
-        """Let only these experts be chosen, in all layers; None lets all. ModelError for one that does not exist."""
-        E = self.config.experts
-        chosen = set(range(E) if experts is None else experts)
-        if wrong := sorted(chosen - set(range(E))):
-            raise ModelError(f"there are no experts {wrong}; the experts are 0 to {E - 1}")
-        available_E = torch.tensor([expert in chosen for expert in range(E)])
-        for layer in self.moe_layers:
-            layer.gate.set_available(available_E)
-
-    def hold_back(self, experts: Sequence[int | str]) -> None:
-        """Let all experts be chosen but these, named or by their ids; ModelError for one that does not exist."""
-        ids = self.config.expert_ids or list(range(self.config.experts))
-        places = {**{name: at for at, name in enumerate(self.expert_names)}, **{id: at for at, id in enumerate(ids)}}
-        wanted = [int(e) if isinstance(e, str) and e.isdigit() and e not in places else e for e in experts]
-        if unknown := [e for e in wanted if e not in places]:
-            raise ModelError(f"there is no expert {unknown[0]!r}; there are: {', '.join(self.expert_names)}")
-        held = {places[e] for e in wanted}
-        self.set_available_experts([at for at in range(self.config.experts) if at not in held])
 
     def parameter_counts(self) -> dict[str, int]:
         """Total parameters, and active ones: every parameter used for one token, gates included."""

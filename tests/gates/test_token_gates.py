@@ -89,7 +89,7 @@ def test_a_group_without_available_experts_is_not_chosen() -> None:
 
 @pytest.mark.parametrize("groups", [1, 4, 0])
 def test_groups_that_do_not_divide_the_experts(groups: int) -> None:
-    with pytest.raises(ConfigError, match=f"groups is {groups}: expected .* divides the 6 experts") as caught:
+    with pytest.raises(ConfigError, match=f"expert_groups is {groups}: expected .* divides the 6 experts") as caught:
         gate_class("hierarchical")(replace(SETTINGS, groups=groups))
     assert "model.expert_groups=2" in str(caught.value.hint)
 
