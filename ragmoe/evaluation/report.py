@@ -29,6 +29,7 @@ def report(arms: Arms, *, seconds: Mapping[str, float | None] | None = None) -> 
         properties(arms, seconds or {}),
         retrieval(arms),
         load(arms),
+        lost(arms),
         perturbations(arms),
         kinds(arms),
     ]
@@ -114,6 +115,24 @@ def load(arms: Arms) -> Table | None:
         "Load per expert, %",
         ["arm", "layer", *heads],
         [row + [NONE] * (len(heads) + 2 - len(row)) for row in rows],
+    )
+
+
+def lost(arms: Arms) -> Table | None:
+    """What limits and missing experts cost, by layer (of the first seed); None where nothing was lost."""
+    rows = [
+        [name, str(row["layer"]), *(f"{100 * row[key]:.1f}" for key in ("overflow", "unserved"))]
+        for name, runs in arms.items()
+        for row in (runs[0].real["routing"] or {}).get("layers", [])
+        if "overflow" in row
+    ]
+    if not rows:
+        return None
+    return Table(
+        "Choices and tokens lost, %",
+        ["arm", "layer", "overflow", "unserved"],
+        rows,
+        note="Overflow: choices whose expert had no room; unserved: tokens that no expert served.",
     )
 
 

@@ -21,8 +21,9 @@ def summarise_routing(
     Returns:
         None where nothing was routed, or there was but one expert to route to; else ``layers`` (of each: ``layer``,
         ``load`` [E] summing to one, ``entropy`` in nats, ``normalised_mi`` of domain and expert in 0..1,
-        ``max_load``), the means over layers ``gate_entropy``, ``normalised_mi`` and ``max_load``, ``experts`` (names)
-        and ``load_per_domain`` {domain: [L][E]}.
+        ``max_load``, and where any were lost the shares ``overflow`` of choices whose expert had no room and
+        ``unserved`` of tokens that no expert served), the means over layers ``gate_entropy``, ``normalised_mi`` and
+        ``max_load``, ``experts`` (names) and ``load_per_domain`` {domain: [L][E]}.
     """
     from ragmoe.moe.statistics import normalised_mutual_information
 
@@ -32,12 +33,18 @@ def summarise_routing(
     domains = list(dict.fromkeys(sample.domain for sample in routed))
     counts_DLE = np.zeros((len(domains), len(layers), len(experts)))
     entropy_L, weight = np.zeros(len(layers)), 0.0
+    lost_L2 = np.zeros((len(layers), 2))
     for sample in routed:
         counts_LE = np.asarray(sample.routing, dtype=float)
         counts_DLE[domains.index(sample.domain)] += counts_LE
         # Every layer sees the same tokens and makes the same number of choices, so the first layer's count weighs all.
         entropy_L += np.asarray(sample.gate_entropy) * counts_LE[0].sum()
         weight += counts_LE[0].sum()
+        if sample.lost:
+            lost_L2 += sample.lost
+    tokens = sum(sample.tokens or 0 for sample in routed)
+    of_all_L2 = np.stack([counts_DLE.sum(axis=(0, 2)), np.full(len(layers), tokens)], axis=1)
+    lost_L2 /= np.maximum(of_all_L2, 1)
     load_LE = _shares(counts_DLE.sum(axis=0))
     rows = [
         {
@@ -46,6 +53,7 @@ def summarise_routing(
             "entropy": float(entropy_L[at] / max(weight, 1.0)),
             "normalised_mi": float(normalised_mutual_information(counts_DLE[:, at])),
             "max_load": float(load_LE[at].max()),
+            **({"overflow": float(lost_L2[at, 0]), "unserved": float(lost_L2[at, 1])} if lost_L2.any() else {}),
         }
         for at, layer in enumerate(layers)
     ]

@@ -25,6 +25,7 @@ from ragmoe.evaluation.task import Task, load_task
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Passage
+    from ragmoe.moe.statistics import SequenceRouting
     from ragmoe.neighbours import Neighbours
 
 CHUNK = 64
@@ -227,19 +228,23 @@ class _Run:
         answers = self.model.read(
             [s.question for s in samples], passages, neighbours, statistics=counts, domains=labels
         )
-        entropy, routing = (), {}
-        if counts is not None:
-            entropy = tuple(row["entropy"] for row in counts.summary()["layers"])
-            routing = dict(zip(counts.domains, counts.counts_DLE.astype(int).tolist(), strict=True))
+        counted = counts.of_domain if counts is not None else {}
         return [
-            replace(
-                sample,
-                **_outcome(sample, answer),
-                routing=tuple(tuple(row) for row in routing.get(sample.id, ())),
-                gate_entropy=entropy if sample.id in routing else (),
-            )
+            replace(sample, **_outcome(sample, answer), **_routed(counted.get(sample.id)))
             for sample, answer in zip(samples, answers, strict=True)
         ]
+
+
+def _routed(counted: SequenceRouting | None) -> dict[str, Any]:
+    """What a sample says of its routing; nothing where it was not routed."""
+    if counted is None:
+        return {}
+    return {
+        "routing": tuple(tuple(row) for row in counted.chosen_LE.astype(int).tolist()),
+        "gate_entropy": tuple((counted.entropy_L / max(counted.tokens, 1)).tolist()),
+        "tokens": int(counted.tokens),
+        "lost": tuple(tuple(row) for row in counted.lost_L2.astype(int).tolist()) if counted.lost_L2.any() else (),
+    }
 
 
 def _outcome(sample: Sample, answer: AnswerLike) -> dict[str, Any]:

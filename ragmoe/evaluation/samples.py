@@ -30,7 +30,10 @@ class Sample:
         retrieved: passage ids, best first.
         gold_rank: rank (from 1) of the first gold passage among them; None if it is not there.
         routing: for each of L sparse layers how many choices fell on each of E experts while the question was read.
-        gate_entropy: for each layer the mean entropy of the gate (nats) over the tokens read in the same chunk.
+        gate_entropy: for each layer the mean entropy of the gate (nats) over the tokens read.
+        tokens: how many were read, without padding.
+        lost: for each layer how many choices found no room with their expert, and how many tokens no expert served;
+            empty where there were none at all.
     """
 
     id: str
@@ -57,6 +60,8 @@ class Sample:
     gold_rank: int | None = None
     routing: tuple[tuple[int, ...], ...] = ()
     gate_entropy: tuple[float, ...] = ()
+    tokens: int | None = None
+    lost: tuple[tuple[int, int], ...] = ()
 
     @property
     def answerable(self) -> bool:
@@ -79,7 +84,7 @@ class Sample:
         lists = {
             name: tuple(record[name]) for name in ("answers", "read", "retrieved", "gate_entropy") if name in record
         }
-        lists["routing"] = tuple(tuple(row) for row in record.get("routing", ()))
+        lists |= {name: tuple(tuple(row) for row in record.get(name, ())) for name in ("routing", "lost")}
         try:
             return cls(**{**record, **lists})
         except TypeError as error:

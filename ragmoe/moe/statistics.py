@@ -30,6 +30,15 @@ class SequenceRouting(NamedTuple):
     lost_L2: np.ndarray
     chosen_LE: np.ndarray
 
+    def plus(self, other: SequenceRouting) -> SequenceRouting:
+        """What routing did with both."""
+        return SequenceRouting(
+            self.tokens + other.tokens,
+            self.entropy_L + other.entropy_L,
+            self.lost_L2 + other.lost_L2,
+            self.chosen_LE + other.chosen_LE,
+        )
+
 
 @torch.no_grad()
 def count_routing(routings: Sequence[Routing], mask_S: Tensor, sequences: int) -> list[SequenceRouting]:
@@ -59,17 +68,13 @@ class RoutingStatistics:
 
     Attributes:
         layers: the indices of the sparse layers.
-        domains: the domains seen, in order of appearance.
+        of_domain: what was counted of each domain, in order of appearance.
     """
 
     def __init__(self, layers: Sequence[int], experts: int) -> None:
         self.layers = list(layers)
         self.experts = experts
-        self.domains: list[str] = []
-        self._counts: dict[str, np.ndarray] = {}
-        self._entropy_L = np.zeros(len(self.layers))
-        self._lost_L2 = np.zeros((len(self.layers), 2))
-        self._tokens = 0.0
+        self.of_domain: dict[str, SequenceRouting] = {}
 
     def update(self, routings: Sequence[Routing], mask_S: Tensor, domains: Sequence[str]) -> None:
         """Count one batch.
@@ -86,23 +91,20 @@ class RoutingStatistics:
 
     def add(self, counted: SequenceRouting, domain: str) -> None:
         """Count one sequence of a domain."""
-        self._tokens += counted.tokens
-        self._entropy_L += counted.entropy_L
-        self._lost_L2 += counted.lost_L2
-        self._of(domain)[:] += counted.chosen_LE
+        known = self.of_domain.get(domain)
+        self.of_domain[domain] = counted if known is None else known.plus(counted)
 
-    def _of(self, domain: str) -> np.ndarray:
-        if domain not in self._counts:
-            self.domains.append(domain)
-            self._counts[domain] = np.zeros((len(self.layers), self.experts))
-        return self._counts[domain]
+    @property
+    def domains(self) -> list[str]:
+        """The domains seen, in order of appearance."""
+        return list(self.of_domain)
 
     @property
     def counts_DLE(self) -> np.ndarray:
         """How many choices fell on each expert, by domain and layer."""
         if not self.domains:
             return np.zeros((0, len(self.layers), self.experts))
-        return np.stack([self._counts[domain] for domain in self.domains])
+        return np.stack([counted.chosen_LE for counted in self.of_domain.values()])
 
     @property
     def load_DLE(self) -> np.ndarray:
@@ -122,15 +124,19 @@ class RoutingStatistics:
         """
         counts_DLE, load_LE = self.counts_DLE, self.load_LE
         choices_L = counts_DLE.sum(axis=(0, 2))
+        counted = list(self.of_domain.values())
+        tokens = sum(one.tokens for one in counted)
+        entropy_L = sum((one.entropy_L for one in counted), np.zeros(len(self.layers)))
+        lost_L2 = sum((one.lost_L2 for one in counted), np.zeros((len(self.layers), 2)))
         layers = [
             {
                 "layer": layer,
                 "load": load_LE[at].tolist(),
-                "entropy": float(self._entropy_L[at] / self._tokens) if self._tokens else 0.0,
+                "entropy": float(entropy_L[at] / max(tokens, 1)),
                 "normalised_mi": normalised_mutual_information(counts_DLE[:, at]),
                 "max_load": float(load_LE[at].max()),
-                "overflow": float(self._lost_L2[at, 0] / max(choices_L[at], 1)),
-                "unserved": float(self._lost_L2[at, 1] / max(self._tokens, 1)),
+                "overflow": float(lost_L2[at, 0] / max(choices_L[at], 1)),
+                "unserved": float(lost_L2[at, 1] / max(tokens, 1)),
             }
             for at, layer in enumerate(self.layers)
         ]

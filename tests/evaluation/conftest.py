@@ -86,7 +86,10 @@ class FakeConfig:
 
 @dataclass
 class FakeReader:
-    """Answers from a table; every token goes to the expert that the first neighbour names (expert 0 without)."""
+    """Answers from a table; every token goes to the expert that the first neighbour names (expert 0 without).
+
+    Each question is three tokens. Where ``limited``, an expert turns away the last of them, and nobody else serves it.
+    """
 
     answers: Mapping[str, FakeAnswer] = field(default_factory=dict)
     config: FakeConfig = field(default_factory=FakeConfig)
@@ -94,6 +97,7 @@ class FakeReader:
     sparse_layers: tuple[int, ...] = (1, 3)
     held_back: tuple[int, ...] = ()
     weight: float = 1.0
+    limited: bool = False
     fails_on: Callable[[str], bool] = lambda question: False
     calls: list[tuple[list[str], list[list[str]], list[list[str]] | None]] = field(default_factory=list)
     recalled: list[list[str]] = field(default_factory=list)
@@ -142,7 +146,10 @@ class FakeReader:
             first = [int(neighbours.embeddings_BNR[b, 0].argmax()) % EXPERTS if there else 0 for b, there in rows]
         experts_SK = torch.tensor(first).repeat_interleave(3).unsqueeze(1)
         logits_SE = torch.zeros(len(experts_SK), EXPERTS)
-        return Routing(torch.ones(len(experts_SK), 1), experts_SK, logits_SE)
+        served_SK = experts_SK.clone() if self.limited else None
+        if served_SK is not None:
+            served_SK[2::3] = EXPERTS
+        return Routing(torch.ones(len(experts_SK), 1), experts_SK, logits_SE, served_SK=served_SK)
 
 
 def _tokens(questions: Sequence[str], domains: Sequence[str] | None) -> tuple[torch.Tensor, Sequence[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ragmoe.evaluation import compare, evaluate
+from ragmoe.evaluation import Results, compare, evaluate
 from ragmoe.evaluation.report import comparison_table, few_documents, report, to_markdown
 from ragmoe.evaluation.tables import Table, bounds, number
 
@@ -45,6 +45,19 @@ def test_every_report_shows_what_the_design_asks_for(arms: dict[str, list[Any]])
     other = tables["Other neighbours shown to the gate"]
     assert [row[:2] for row in other.rows] == [["dense", "sees none"], ["retrieval", "null"], ["retrieval", "shuffled"]]
     assert cells(tables["Yes/no/maybe, and no answer"], "dense")[1] == "100.0"
+
+
+def test_what_limits_cost_is_shown_where_it_costs_something(
+    make_reader: MakeReader, make_task: MakeTask, index: Any, tmp_path: Path
+) -> None:
+    limited = evaluate(make_reader(limited=True), make_task(), index, out=tmp_path)
+    title = "Choices and tokens lost, %"
+    tables = {table.title: table for table in report({"free": [evaluate(make_reader(), make_task(), index)]})}
+    assert title not in tables
+    # One token of each question's three, in both layers.
+    for found in (limited, Results.load(tmp_path)):
+        tables = {table.title: table for table in report({"limited": [found]})}
+        assert tables[title].rows == [["limited", "1", "33.3", "33.3"], ["limited", "3", "33.3", "33.3"]]
 
 
 def test_many_arms_are_rows_in_a_table_for_each_metric(arms: dict[str, list[Any]]) -> None:

@@ -26,6 +26,19 @@ def test_load_entropy_and_information_by_hand(sample: Make) -> None:
     assert found["load_per_domain"]["a"][1] == pytest.approx([14 / 16, 2 / 16])
 
 
+def test_what_was_lost_is_a_share_of_all_questions(sample: Make) -> None:
+    rows = [
+        sample("1", 1.0, routing=((4, 4), (6, 2)), gate_entropy=(0.1, 0.1), tokens=4, lost=((2, 1), (0, 0))),
+        sample("2", 1.0, routing=((2, 0), (1, 1)), gate_entropy=(0.1, 0.1), tokens=1),
+    ]
+    found = summarise_routing(rows, [1, 3], ["x", "y"])
+    assert found is not None
+    assert [row["overflow"] for row in found["layers"]] == pytest.approx([2 / 10, 0])
+    assert [row["unserved"] for row in found["layers"]] == pytest.approx([1 / 5, 0])
+    without = summarise_routing(rows[1:], [1, 3], ["x", "y"])
+    assert without is not None and "overflow" not in without["layers"][0]
+
+
 def test_an_expert_for_each_domain_is_full_information(sample: Make) -> None:
     rows = [
         sample("1", 1.0, domain="a", routing=((4, 0),), gate_entropy=(0.1,)),

@@ -13,7 +13,15 @@ Make = Callable[..., Sample]
 
 def test_a_sample_survives_its_file(sample: Make, tmp_path: Path) -> None:
     made = sample(
-        "1", 0.5, read=("p",), retrieved=("p", "q"), gold_rank=2, routing=((1, 0), (0, 1)), gate_entropy=(0.1, 0.2)
+        "1",
+        0.5,
+        read=("p",),
+        retrieved=("p", "q"),
+        gold_rank=2,
+        routing=((1, 0), (0, 1)),
+        gate_entropy=(0.1, 0.2),
+        tokens=1,
+        lost=((1, 1), (0, 0)),
     )
     assert Sample.from_json(made.to_json()) == made
 
