@@ -51,6 +51,7 @@ class Experts(nn.Module, ABC):
         partial: whether some slots of a routing may be served by nobody.
         key_value: experts for the keys and values of the layer's attention, with ``moe_attention``.
         drops: whether the weight of those is lost, so that only the residual stays of a token without any expert.
+        sums_to_one: whether each token's weights sum to one, which is cheaper to mix; set by the layer.
     """
 
     needs_dense: ClassVar[bool]
@@ -59,7 +60,7 @@ class Experts(nn.Module, ABC):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.partial = self.drops = False
+        self.partial = self.drops = self.sums_to_one = False
         self.key_value = KeyValueExperts(config) if getattr(config, "moe_attention", False) else None
 
     def allow_empty(self, *, drops: bool) -> None:

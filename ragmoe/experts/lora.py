@@ -99,11 +99,14 @@ class LoraExperts(Experts):
         assert dense is not None
         weights_SK = self.kept_weights(routing)
         up_SH = dense.up(x_SD)
-        act_SH = dense.act(up_SH)
         delta_PH = product(pairs.gather(x_SD), self.up_a, self.up_b)
         act_PH = dense.act(delta_PH.add_(pairs.gather(up_SH)))
-        # Written as a difference, so that untrained experts leave the dense network's answer bit for bit.
-        mixed_SH = act_SH + pairs.combine_changes(act_PH, act_SH, weights_SK)
+        # Written as differences, so that untrained experts leave the dense network's answer bit for bit.
+        if self.sums_to_one:
+            mixed_SH = pairs.blend(act_PH, weights_SK)
+        else:
+            act_SH = dense.act(up_SH)
+            mixed_SH = act_SH + pairs.combine_changes(act_PH, act_SH, weights_SK)
         low_SD = pairs.combine(product(act_PH, self.down_a, self.down_b), weights_SK)
         if not self.drops:
             return dense.down(mixed_SH) + low_SD

@@ -70,6 +70,14 @@ class Pairs:
         """The weighted sum of each token's rows, (S, D) in their dtype, added up in float32 or better."""
         return _Combine.apply(y_PD, weights_SK.to(y_PD.dtype), self._token_P, self._order_P, self._place_SK)
 
+    def blend(self, y_PD: Tensor, weights_SK: Tensor) -> Tensor:
+        """``combine`` for weights that sum to one and slots that are all served, exactly the row where all are alike.
+
+        It is the first row and the weighed differences of the others to it, so the first weight is never looked at.
+        """
+        weights_SK = weights_SK.to(y_PD.dtype)
+        return _Blend.apply(y_PD, weights_SK, self._token_P, self._order_P, self._place_SK)
+
     def combine_changes(self, y_PD: Tensor, x_SD: Tensor, weights_SK: Tensor) -> Tensor:
         """``combine`` of what each pair's row is more than its token's, exactly zero where it is the same."""
         weights_SK = weights_SK.to(y_PD.dtype)
@@ -99,6 +107,28 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return *_combine_backward(gradients[0], *ctx.saved_tensors), None, None, None
+
+
+class _Blend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y_PD: Tensor, weights_SK: Tensor, token_P: Tensor, order_P: Tensor, place_SK: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(y_PD, weights_SK, token_P, order_P)
+        first_SD, *others = (y_PD.index_select(0, place_S) for place_S in place_SK.unbind(1))
+        if len(others) == 1:
+            return torch.lerp(first_SD, others[0], weights_SK[:, 1:], out=first_SD)
+        mixed_SD = first_SD.clone()
+        for other_SD, weight_S in zip(others, weights_SK[:, 1:].unbind(1), strict=True):
+            mixed_SD.addcmul_(other_SD.sub_(first_SD), weight_S.unsqueeze(1))
+        return mixed_SD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        y_PD, weights_SK, token_P, order_P = ctx.saved_tensors
+        kept_SK = torch.cat([1 - weights_SK[:, 1:].sum(dim=1, keepdim=True), weights_SK[:, 1:]], dim=1)
+        grad_y_PD, grad_SK = _combine_backward(gradients[0], y_PD, kept_SK, token_P, order_P)
+        return grad_y_PD, grad_SK - grad_SK[:, :1], None, None, None
 
 
 class _CombineChanges(torch.autograd.Function):
@@ -131,7 +161,10 @@ def _combine_backward(
     """The gradients of rows and weights, of differentiable operations, so that second derivatives exist."""
     grad_PD, flat_P = grad_SD.index_select(0, token_P), weights_SK.reshape(-1)
     grad_weights_P = torch.zeros_like(flat_P).index_copy(0, order_P, torch.linalg.vecdot(grad_PD, y_PD))
-    return grad_PD * flat_P[order_P].unsqueeze(1), grad_weights_P.view_as(weights_SK)
+    share_P1 = flat_P[order_P].unsqueeze(1)
+    # In place but where second derivatives are wanted: it is the largest tensor there is.
+    grad_y_PD = grad_PD * share_P1 if torch.is_grad_enabled() else grad_PD.mul_(share_P1)
+    return grad_y_PD, grad_weights_P.view_as(weights_SK)
 
 
 def weighted_sum(y_SKD: Tensor, weights_SK: Tensor) -> Tensor:

@@ -117,6 +117,12 @@ class Gate(nn.Module, ABC):
         self.register_buffer("available", torch.ones(settings.experts, dtype=torch.bool), persistent=False)
 
     @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights of every token's experts sum to one, and carry no gradient beyond their proportions."""
+        settings = self.settings
+        return self.normalise and settings.top_k > 1 and settings.scale == 1.0 and not self.leaves_empty
+
+    @property
     def expert_parameters(self) -> tuple[str, ...]:
         """Names of the tensors whose first dimension is the expert, those of the selection included."""
         return (*self.own_parameters, *(f"selection.{name}" for name in self.selection.expert_parameters))

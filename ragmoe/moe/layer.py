@@ -52,6 +52,7 @@ class MoELayer(nn.Module):
             self.gate.leaves_empty = True
         if self.gate.leaves_empty:
             self.experts.allow_empty(drops=self.capacity is not None and self.capacity.overflow.drops)
+        self.experts.sums_to_one = self.gate.sums_to_one
 
     def route(self, x_BTD: Tensor, neighbours: Neighbours | None = None, tokens: Tokens | None = None) -> Routing:
         """Who serves the tokens; see ``forward`` for the arguments."""

@@ -59,6 +59,24 @@ def test_gathered_and_combined(experts_SK: Tensor, partial: bool) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_blended(K: int) -> None:
+    S = 4
+    experts_SK = torch.stack([torch.randperm(E)[:K] for _ in range(S)])
+    pairs = Pairs(experts_SK, E, partial=False)
+    row_SK = pairs.rows_of(torch.arange(S * K)).view(S, K)
+
+    def weighed(y_PD: Tensor, logits_SK: Tensor) -> Tensor:
+        return torch.einsum("skd,sk->sd", y_PD[row_SK], logits_SK.softmax(dim=1))
+
+    # By way of logits: what the first weight is follows from the others.
+    check(
+        lambda y_PD, logits_SK: pairs.blend(y_PD, logits_SK.softmax(dim=1)), weighed, doubles(S * K, D), doubles(S, K)
+    )
+    x_SD = torch.randn(S, D)
+    assert torch.equal(pairs.blend(pairs.gather(x_SD), torch.rand(S, K).softmax(dim=1)), x_SD)
+
+
 def test_without_a_change_exactly_nothing_is_combined() -> None:
     pairs, x_SD = Pairs(CHOSEN, E, partial=False), torch.randn(3, D)
     assert not pairs.combine_changes(pairs.gather(x_SD), x_SD, torch.rand(3, 2)).any()
