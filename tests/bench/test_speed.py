@@ -103,9 +103,12 @@ def _tiny_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_tiny_answers")
 def test_answer(run: Run) -> None:
     rows = run(answer)
-    assert [r["metric"] for r in rows] == ["answer", "search alone", "reading alone"] * 2
-    assert [r["target"] for r in rows] == [1.0, None, None] * 2
-    assert rows[0]["case"] == "3 questions, all in one call"
+    assert [r["metric"] for r in rows] == ["answer", "search alone", "reading alone"] * 4
+    assert [r["target"] for r in rows] == [1.0, None, None] * 4
+    assert [r["case"] for r in rows[:6:3]] == [
+        "3 questions, all in one call; one passage at a time",
+        "3 questions, all in one call; 32 passages at a time",
+    ]
 
 
 def test_the_baseline_reader_finds_the_best_span_of_all_windows(
@@ -113,7 +116,6 @@ def test_the_baseline_reader_finds_the_best_span_of_all_windows(
 ) -> None:
     monkeypatch.setattr(answer, "MAX_LENGTH", 24)
     monkeypatch.setattr(answer, "STRIDE", 4)
-    monkeypatch.setattr(answer, "BATCH", 2)
     tokenizer = AutoTokenizer.from_pretrained(save_tiny_bert(tmp_path))
     ids = {word: tokenizer.convert_tokens_to_ids(word) for word in ("river", "zebra", "who", "bank")}
 
@@ -129,7 +131,7 @@ def test_the_baseline_reader_finds_the_best_span_of_all_windows(
     filler = "the city open clinic " * 9
     long = f"{filler} the river the zebra {filler}"
     backwards = "zebra the river what bank"
-    assert reader.answer(["who", "who"], [[backwards, long], [backwards]]) == ["river the zebra", "river what bank"]
+    assert reader.answer(["who", "who"], [[backwards, long], [backwards]], 2) == ["river the zebra", "river what bank"]
 
 
 def test_equal_layers_and_those_that_are_not() -> None:
