@@ -1,6 +1,6 @@
 """What a query returned from an index, as tensors that travel through a model's ``forward`` by name.
 
-B questions, N neighbours, R encoder width, L sparse layers, E experts.
+B questions, N neighbours, R encoder width, L sparse layers, E experts, A width of a gate's attention.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class Neighbours:
         votes_BNLE: float32, for gates with expert memory: how much each neighbour speaks for each expert of each
             sparse layer, summing to one over E, or zero everywhere for a passage without memory.
         domain_B: int64, for the oracle gate: the expert of the question's domain, -1 where it has none.
+        keys_BNLA, values_BNLA: what the gates' attention has made of the embeddings already, for models that are
+            called many times with the same neighbours, as in ``generate``. Both or neither.
     """
 
     embeddings_BNR: Tensor
@@ -33,6 +35,8 @@ class Neighbours:
     passage_ids: list[list[str]] = field(default_factory=list)
     votes_BNLE: Tensor | None = None
     domain_B: Tensor | None = None
+    keys_BNLA: Tensor | None = None
+    values_BNLA: Tensor | None = None
 
     def __post_init__(self) -> None:
         B, N, _ = self.embeddings_BNR.shape
@@ -44,6 +48,8 @@ class Neighbours:
             )
         if self.votes_BNLE is not None and (self.votes_BNLE.dim() != 4 or self.votes_BNLE.shape[:2] != (B, N)):
             raise ValueError(f"votes have the shape {tuple(self.votes_BNLE.shape)}; expected ({B}, {N}, L, E)")
+        if (self.keys_BNLA is None) != (self.values_BNLA is None):
+            raise ValueError("neighbour_keys and neighbour_values come together, or not at all")
         if self.domain_B is not None and self.domain_B.shape != (B,):
             raise ValueError(f"domains have the shape {tuple(self.domain_B.shape)}; expected ({B},)")
 
@@ -127,6 +133,12 @@ class Neighbours:
         }
         return replace(self, **moved)
 
+    def prepared(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the gate in one sparse layer, (B, N, A) each; None where they were not made before."""
+        if self.keys_BNLA is None or self.values_BNLA is None:
+            return None
+        return self.keys_BNLA[:, :, layer], self.values_BNLA[:, :, layer]
+
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [(name, x) for name in _TENSORS if (x := getattr(self, name)) is not None]
 
@@ -156,4 +168,6 @@ _TENSORS = {
     "mask_BN": "neighbour_mask",
     "votes_BNLE": "neighbour_votes",
     "domain_B": "question_domain",
+    "keys_BNLA": "neighbour_keys",
+    "values_BNLA": "neighbour_values",
 }

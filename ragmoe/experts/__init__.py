@@ -2,10 +2,10 @@
 
 from ragmoe.experts.base import Experts, FeedForward, experts_class, experts_names, register_experts
 from ragmoe.experts.ffn import FeedForwardExperts
-from ragmoe.experts.glu import GluExperts
+from ragmoe.experts.glu import GluExperts, gated
 from ragmoe.experts.kernel import AUTO
 from ragmoe.experts.key_value import KeyValueExperts
-from ragmoe.experts.lora import LoraExperts
+from ragmoe.experts.lora import LoraExperts, LoraGluExperts
 
 __all__ = [
     "AUTO",
@@ -15,7 +15,9 @@ __all__ = [
     "GluExperts",
     "KeyValueExperts",
     "LoraExperts",
+    "LoraGluExperts",
     "experts_class",
     "experts_names",
+    "gated",
     "register_experts",
 ]

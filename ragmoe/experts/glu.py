@@ -83,6 +83,19 @@ class GluExperts(Experts):
         return y_SD + dense(x_SD) if dense is not None else y_SD
 
 
+def gated(mlp: Any) -> FeedForward:
+    """A gated network as transformers' models have it: ``gate_proj``, ``up_proj``, ``act_fn`` and ``down_proj``."""
+
+    def up(x_SD: Tensor) -> Tensor:
+        return torch.cat([mlp.gate_proj(x_SD), mlp.up_proj(x_SD)], dim=-1)
+
+    def act(h: Tensor) -> Tensor:
+        gate, up = h.chunk(2, dim=-1)
+        return mlp.act_fn(gate) * up
+
+    return FeedForward(up, act, mlp.down_proj)
+
+
 def allow_sentinels(fused: nn.Module) -> None:
     """Let transformers' kernels expect E for nobody, which expert parallelism writes for other ranks' experts."""
     fused._is_expert_parallel = True  # type: ignore[assignment]

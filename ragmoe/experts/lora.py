@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class LoraExperts(Experts):
     ``config.expert_rank`` is a multiple of 8 (grouped products want strides of 16 bytes).
     """
 
+    # How many numbers the first matrix makes for each one that the activation leaves.
+    halves: ClassVar[int] = 1
     needs_dense = True
     has_rank = True
     summary = "low-rank deltas on a shared feed-forward network; small, and dense when untrained"
@@ -52,7 +54,7 @@ class LoraExperts(Experts):
             raise ConfigError(f"expert rank is {rank}: expected a positive multiple of 8")
         self.experts = experts
         self.up_a = nn.Parameter(torch.empty(experts, width, rank))
-        self.up_b = nn.Parameter(torch.empty(experts, rank, hidden))
+        self.up_b = nn.Parameter(torch.empty(experts, rank, self.halves * hidden))
         self.down_a = nn.Parameter(torch.empty(experts, hidden, rank))
         self.down_b = nn.Parameter(torch.empty(experts, rank, width))
         self.reset_parameters()
@@ -130,3 +132,12 @@ class LoraExperts(Experts):
             tensors |= {a: product.a, b: product.b}
             norm, kept = norm + product.norm**2, kept + product.kept**2
         return MergedExpert(tensors, math.sqrt(norm), math.sqrt(kept))
+
+
+class LoraGluExperts(LoraExperts):
+    """LoRA experts of a gated network: one delta on its two first matrices, which are one, and one on its last.
+
+    ``expert_e(x) = (W_down + B'_e A'_e) (act(g) * u)``, with g and u the halves of ``([W_gate; W_up] + B_e A_e) x``.
+    """
+
+    halves = 2

@@ -43,19 +43,34 @@ class NeighbourAttention(nn.Module):
         init.zeros_(self.score_scale)
         init.zeros_(self.null_key)
 
-    def forward(self, x_SD: Tensor, neighbours: Neighbours, beside_BNV: Tensor | None = None) -> Tensor:
+    def key_values(self, neighbours: Neighbours, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of the neighbours, (B, N, A) each: they depend on nothing else, and serve any tokens.
+
+        Args:
+            dtype: of the token states they will be used with.
+        """
+        # Unit vectors of width R have entries of size 1/sqrt(R); linear layers want entries of size one.
+        embeddings_BNR = neighbours.embeddings_BNR.to(dtype) * self.scale
+        return self.key(embeddings_BNR), self.value(embeddings_BNR)
+
+    def forward(
+        self,
+        x_SD: Tensor,
+        neighbours: Neighbours,
+        beside_BNV: Tensor | None = None,
+        prepared: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """What each token finds, c_SA.
 
         Args:
             x_SD: token states; those of one question are consecutive.
             beside_BNV: values that are averaged by the same attention; their V columns follow those of c.
+            prepared: what ``key_values`` made of these neighbours before; None makes it now.
         """
         B, A = len(neighbours), self.width
-        # Unit vectors of width R have entries of size 1/sqrt(R); linear layers want entries of size one.
-        embeddings_BNR = neighbours.embeddings_BNR.to(x_SD.dtype) * self.scale
         query_BTA = self.query(x_SD).view(B, -1, A)
-        key_BNA = torch.cat([self.null_key.expand(B, 1, A), self.key(embeddings_BNR)], dim=1)
-        value_BNV = self.value(embeddings_BNR)
+        key_BNA, value_BNV = self.key_values(neighbours, x_SD.dtype) if prepared is None else prepared
+        key_BNA = torch.cat([self.null_key.expand(B, 1, A), key_BNA], dim=1)
         if beside_BNV is not None:
             value_BNV = torch.cat([value_BNV, beside_BNV.to(x_SD.dtype)], dim=-1)
         value_BNV = F.pad(value_BNV, (0, 0, 1, 0))

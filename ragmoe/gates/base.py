@@ -139,6 +139,14 @@ class Gate(nn.Module, ABC):
             logits_SE in the dtype of ``x_SD``.
         """
 
+    def prepare(self, neighbours: Neighbours) -> tuple[Tensor, Tensor] | None:
+        """Keys and values that depend on the neighbours alone, (B, N, A) each; None for gates that have none.
+
+        ``logits`` takes them from ``Neighbours.prepared``, so that a model which is called many times with the same
+        neighbours makes them once.
+        """
+        return None
+
     def placed_logits(self, x_SD: Tensor, neighbours: Neighbours | None, tokens: Tokens) -> Tensor:
         """``logits`` for gates that must know how the tokens stand in sequences, which override this."""
         return self.logits(x_SD, neighbours)

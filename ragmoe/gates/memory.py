@@ -75,7 +75,8 @@ class RetrievalMemoryGate(RetrievalGate):
         logits_SE = self.token(x_SD)
         if neighbours is None:
             return logits_SE
-        found_SV = self.attention(x_SD, neighbours, votes(self, neighbours))
+        prepared = neighbours.prepared(self.settings.layer)
+        found_SV = self.attention(x_SD, neighbours, votes(self, neighbours), prepared)
         context_SA, votes_SE = found_SV.split([self.attention.width, self.settings.experts], dim=-1)
         return logits_SE + self.context(context_SA) + _UNIT * self.vote_scale * votes_SE
 

@@ -44,4 +44,8 @@ class RetrievalGate(TokenGate):
         logits_SE = super().logits(x_SD, neighbours)
         if neighbours is None:
             return logits_SE
-        return logits_SE + self.context(self.attention(x_SD, neighbours))
+        found_SA = self.attention(x_SD, neighbours, prepared=neighbours.prepared(self.settings.layer))
+        return logits_SE + self.context(found_SA)
+
+    def prepare(self, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
+        return self.attention.key_values(neighbours, self.token.weight.dtype)

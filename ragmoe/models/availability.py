@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ragmoe._errors import ModelError
+from ragmoe.gates import Gate
 
 
 class AvailabilityMixin:
@@ -17,7 +18,7 @@ class AvailabilityMixin:
         config: Any
 
         @property
-        def moe_layers(self) -> list[Any]: ...
+        def gates(self) -> list[Gate]: ...
         @property
         def expert_names(self) -> list[str]: ...
 
@@ -28,8 +29,8 @@ class AvailabilityMixin:
         if wrong := sorted(chosen - set(range(E))):
             raise ModelError(f"there are no experts {wrong}; the experts are 0 to {E - 1}")
         available_E = torch.tensor([expert in chosen for expert in range(E)])
-        for layer in self.moe_layers:
-            layer.gate.set_available(available_E)
+        for gate in self.gates:
+            gate.set_available(available_E)
 
     def hold_back(self, experts: Sequence[int | str]) -> None:
         """Let all experts be chosen but these, named or by their ids; ModelError for one that does not exist."""

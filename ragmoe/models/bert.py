@@ -19,20 +19,18 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering
-from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPreTrainedModel
 
-from ragmoe._errors import ModelError
-from ragmoe.experts import AUTO, Experts, FeedForward
-from ragmoe.gates import Gate, Routing, Selection, Tokens, gate_class
+from ragmoe.experts import FeedForward
+from ragmoe.gates import Routing, Tokens, gate_class
 from ragmoe.models.attention import RoutedSelfAttention
 from ragmoe.models.availability import AvailabilityMixin
 from ragmoe.models.config import OWN_WEIGHTS, SPECIAL_CANDIDATES, RagmoeBertConfig
 from ragmoe.models.loss import answer_loss, asked_of_layers, routing_losses
 from ragmoe.models.reading import ReaderMixin
-from ragmoe.models.saving import BundleMixin
+from ragmoe.models.sparse import SparseModel
 from ragmoe.models.upcycling import copy_dense, dense_source, upcycled_config
 from ragmoe.moe import MoELayer, NeighbourSummary, StepTotals
 from ragmoe.moe.losses import LossInputs, loss_inputs
@@ -135,7 +133,7 @@ class RagmoeBertEncoder(nn.Module):
         return states, tuple(routings)
 
 
-class RagmoeBertPreTrainedModel(BundleMixin, BertPreTrainedModel):
+class RagmoeBertPreTrainedModel(SparseModel, BertPreTrainedModel):
     """Loading, saving and initialisation shared by the models of this file."""
 
     config_class = RagmoeBertConfig
@@ -157,31 +155,10 @@ class RagmoeBertPreTrainedModel(BundleMixin, BertPreTrainedModel):
         looks = gate_class(self.config.gate).uses_neighbours or self.config.neighbour_summary
         return bool(self.sparse_layers) and looks
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the decorator in this file's text, but it is in experts/ffn.py: silently eager.
-        return True
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As in transformers, but ours is the one that is taken where none is asked for."""
-        return super().get_correct_experts_implementation(AUTO if requested_experts is None else requested_experts)
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """As in transformers, but ModelError for re-entrant checkpointing: it loses the routing losses' gradients."""
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ModelError("re-entrant checkpointing loses the gradients of the routing losses: set it to False")
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Gate):
-            # Not saved, so from_pretrained leaves it as uninitialised memory.
-            init.ones_(module.available)
-            init.zeros_(module.balance_bias)
-        if isinstance(module, Gate | Selection | Experts | NeighbourSummary):
+        if isinstance(module, NeighbourSummary):
             module.reset_parameters()
 
 
@@ -338,21 +315,6 @@ class RagmoeBertForQuestionAnswering(AvailabilityMixin, ReaderMixin, RagmoeBertP
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first to last."""
         return [module for module in self.modules() if isinstance(module, MoELayer)]
-
-    @property
-    def expert_names(self) -> list[str]:
-        """A name for each expert."""
-        return self.config.expert_names or [f"expert {i}" for i in range(self.config.experts)]
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Total parameters, and active ones: every parameter used for one token, gates included."""
-        total = sum(p.numel() for p in self.parameters())
-        experts = sum(p.numel() for layer in self.moe_layers for p in layer.experts.parameters())
-        if (store := self.expert_store) is not None:
-            whole = experts * store.experts // store.resident
-            total, experts = total + whole - experts, whole
-        active = total - experts + experts * self.config.top_k // self.config.experts
-        return {"total": total, "active": active}
 
     # -- upcycling --------------------------------------------------------------------------------------------------
 

@@ -117,19 +117,9 @@ class RagmoeBertConfig(BertConfig):
                 hint="leave shared_expert out, or set expert_kind: ffn",
             )
         self._check_capacity()
-        gate = gate_class(self.gate)
-        for name, knows, what in (
-            ("expert_groups", gate.takes_groups, "knows no groups"),
-            ("expert_types", gate.takes_types, "knows no types of tokens"),
-            ("vote_start", gate.uses_votes, "counts no votes"),
-            ("common_experts", gate.takes_common, "knows no domains they could share"),
-        ):
-            if (value := getattr(self, name)) != getattr(type(self), name) and not knows:
-                raise ModelError(f"{name} is {value}, but the gate {self.gate!r} {what}")
+        check_gate(self)
         self._check_losses()
-        names = self.expert_names
-        if names is not None and not len(names) == len(set(names)) == self.experts:
-            raise ModelError(f"expert_names is {names}: expected {self.experts} different names, one for each expert")
+        check_names(self)
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -175,3 +165,23 @@ class RagmoeBertConfig(BertConfig):
                 f"overflow is {self.overflow!r}, but the shared expert answers every token, those turned away too",
                 hint="model.overflow=shared, which says so, or model.overflow=next",
             )
+
+
+def check_gate(config: Any) -> None:
+    """Raise ModelError where a configuration has something else than its default that its gate has no use for."""
+    gate = gate_class(config.gate)
+    for name, knows, what in (
+        ("expert_groups", gate.takes_groups, "knows no groups"),
+        ("expert_types", gate.takes_types, "knows no types of tokens"),
+        ("vote_start", gate.uses_votes, "counts no votes"),
+        ("common_experts", gate.takes_common, "knows no domains they could share"),
+    ):
+        if (value := getattr(config, name)) != getattr(type(config), name) and not knows:
+            raise ModelError(f"{name} is {value}, but the gate {config.gate!r} {what}")
+
+
+def check_names(config: Any) -> None:
+    """Raise ModelError unless each expert has a name of its own, or none has one."""
+    names = config.expert_names
+    if names is not None and not len(names) == len(set(names)) == config.experts:
+        raise ModelError(f"expert_names is {names}: expected {config.experts} different names, one for each expert")

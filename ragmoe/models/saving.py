@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from ragmoe._errors import BundleError, ModelError
 from ragmoe._quiet import quiet_loading
@@ -18,9 +18,12 @@ from ragmoe.experts.on_demand import ExpertStore
 from ragmoe.gates import Gate
 from ragmoe.models.on_demand import Slots, is_expert_weight
 from ragmoe.moe import MoELayer
+from ragmoe.moe.block import SparseBlock
 
 # What the map says of itself, and lays over any configuration.
 _IN_MAP = ("expert_ids", "expert_names", "encoder", "index_digest")
+# What a reader's training measures, which therefore belongs to the weights; decoders have no such thing.
+_CALIBRATED = "no_answer_threshold"
 
 
 class BundleMixin(PreTrainedModel):
@@ -35,12 +38,16 @@ class BundleMixin(PreTrainedModel):
 
     def expert_tensors(self) -> set[str]:
         """Names of the tensors whose first dimension is the expert."""
-        names = set()
+        names = {f"{prefix}.{name}" for prefix, module in self.expert_modules().items() for name in module.state_dict()}
         for prefix, module in self.named_modules():
-            if isinstance(module, MoELayer):
-                names |= {f"{prefix}.experts.{name}" for name in module.experts.state_dict()}
-                names |= {f"{prefix}.gate.{name}" for name in module.gate.expert_parameters}
+            if isinstance(module, Gate):
+                names |= {f"{prefix}.{name}" for name in module.expert_parameters}
         return names
+
+    def expert_modules(self) -> dict[str, nn.Module]:
+        """By their names, first layer to last, the modules that hold a layer's experts, and nothing else."""
+        blocks = {name: module for name, module in self.named_modules() if isinstance(module, MoELayer | SparseBlock)}
+        return {f"{name}.experts": block.experts for name, block in blocks.items()}
 
     def gate_tensors(self) -> set[str]:
         """Names of the gates' tensors that belong to no single expert."""
@@ -73,7 +80,7 @@ class BundleMixin(PreTrainedModel):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self.state_dict() if state_dict is None else dict(state_dict)
         config = self.config
-        sparse = any(isinstance(module, MoELayer) for module in self.modules())
+        sparse = bool(self.expert_modules())
         # What from_pretrained loads as: a stale one would round the weights in silence.
         config.dtype = next((x.dtype for x in tensors.values() if x.is_floating_point()), self.dtype)
         self.bundle_digests = _digests(
@@ -91,12 +98,15 @@ class BundleMixin(PreTrainedModel):
                 extra={
                     **(extra or {}),
                     "config": {name: value for name, value in config.to_dict().items() if name not in _IN_MAP},
+                    **({"generation": self.generation_config.to_dict()} if self.can_generate() else {}),
                 },
                 message=message,
             )
         )
         # After the map, which holds it too and is what from_pretrained goes by: this copy is for other tools.
         config.save_pretrained(folder)
+        if self.can_generate():
+            self.generation_config.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(
@@ -129,12 +139,16 @@ class BundleMixin(PreTrainedModel):
         tensors, bundle = read_bundle(path, version=version, experts=experts, leave=leave)
         if "config" not in bundle.extra:
             raise BundleError(f"the map of {path} holds no configuration", hint="was it written by save_pretrained?")
+        if (found := bundle.extra["config"]["model_type"]) != cls.config_class.model_type:
+            raise BundleError(f"{path} is a {found!r} model; {cls.__name__} opens {cls.config_class.model_type!r}")
         config = kwargs.pop("config", None) or cls.config_class.from_dict(dict(bundle.extra["config"]))
         _apply_map(config, bundle)
         slots = None if resident_experts is None else Slots(path, bundle, resident_experts)
         if slots is not None:
             config, empty = slots.reserve(config)
             tensors |= empty
+        if "generation" in bundle.extra:
+            kwargs.setdefault("generation_config", GenerationConfig.from_dict(dict(bundle.extra["generation"])))
         wanted_info = kwargs.pop("output_loading_info", False)
         with quiet_loading():
             model, info = super().from_pretrained(
@@ -150,6 +164,21 @@ class BundleMixin(PreTrainedModel):
         # Of the whole map, also where only some of its experts were opened.
         model.bundle_digests = _digests(bundle if experts is None else read_map(path, version=bundle.version))
         return (model, info) if wanted_info else model
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch, but one expert's tensor, as a bundle's files hold it, goes to that expert's place.
+
+        Trainer resumes, and loads the best checkpoint, file by file and not strictly: what it does not know by name it
+        would leave out without a word.
+        """
+        fused, given = self.expert_tensors(), dict(state_dict)
+        parts = {name: name.rpartition(".") for name in given}
+        rows = {name: (whole, int(id)) for name, (whole, _, id) in parts.items() if whole in fused and id.isdecimal()}
+        if rows:
+            ids, own = self.config.expert_ids or list(range(self.config.experts)), self.state_dict()
+            for name, (whole, id) in rows.items():
+                given.setdefault(whole, own[whole].clone())[ids.index(id)] = given.pop(name)
+        return super().load_state_dict(given, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
         """As in torch, but ModelError for a model that holds only some of its experts."""
@@ -194,7 +223,8 @@ def _check_fit(what: str, info: Mapping[str, Any], prefix: str) -> None:
 def _apply_map(config: Any, bundle: BundleMap) -> None:
     config.encoder = bundle.encoder.model_dump() if bundle.encoder else None
     config.index_digest = bundle.index
-    config.no_answer_threshold = bundle.extra["config"]["no_answer_threshold"]
+    if _CALIBRATED in bundle.extra["config"]:
+        config.no_answer_threshold = bundle.extra["config"][_CALIBRATED]
     if bundle.experts:
         config.experts = len(bundle.experts)
         config.expert_ids = bundle.expert_ids

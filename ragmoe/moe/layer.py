@@ -14,12 +14,17 @@ from ragmoe.moe.probe import Asked, take_probe
 from ragmoe.neighbours import Neighbours
 
 
+def experts_a_token(config: Any) -> int:
+    """K. Readers call it ``top_k``, which in a decoder's configuration would be taken for sampling's."""
+    return int(getattr(config, "num_experts_per_tok", None) or config.top_k)
+
+
 def gate_settings(config: Any, layer: int = 0) -> GateSettings:
     """The gate's part of a model's configuration; ``layer`` is its place among the sparse layers."""
     return GateSettings(
         width=config.hidden_size,
         experts=config.experts,
-        top_k=config.top_k,
+        top_k=experts_a_token(config),
         neighbour_width=config.neighbour_width,
         attention_width=config.gate_width,
         normalise=config.normalise_weights,

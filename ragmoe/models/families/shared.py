@@ -1,0 +1,322 @@
+"""What all decoder families share; a family's file only names its own parts.
+
+The family's own classes do the work: attention, cache, masks, recording of outputs. Three things are ours. A layer
+hands the neighbours to its gate, a model takes them by name, and the language model adds routing losses and lets
+``generate`` make the gates' keys and values once.
+
+B sequences, T positions, D width, V words, N neighbours, R encoder width, L sparse layers, A gate width, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from ragmoe.gates import Gate, Routing, gate_class
+from ragmoe.models.availability import AvailabilityMixin
+from ragmoe.models.loss import routing_losses
+from ragmoe.models.sparse import SparseModel
+from ragmoe.moe import StepTotals
+from ragmoe.moe.block import BlockParts, NeighbourGate, SparseBlock, block_class
+from ragmoe.moe.losses import LossInputs, loss_inputs
+from ragmoe.neighbours import Neighbours
+
+
+@dataclass
+class CausalLMOutput(MoeCausalLMOutputWithPast):
+    """What a decoder returns beside the fields of transformers.
+
+    Attributes:
+        aux_loss: the load balance, unweighted, the mean over sparse layers; while training, with labels.
+        language_loss: the loss without routing losses; while training, with labels (else ``loss`` is just that).
+        further_losses: the other routing losses by name, unweighted; likewise.
+        routings: one for each sparse layer, while training, or where ``output_routings`` asks for them.
+    """
+
+    language_loss: Tensor | None = None
+    further_losses: dict[str, Tensor] | None = None
+    routings: tuple[Routing, ...] | None = None
+
+
+class NeighbourLayer(nn.Module):
+    """A family's decoder layer that is sparse where the configuration says so; to stand before it among the bases."""
+
+    parts: ClassVar[BlockParts]
+    mlp: nn.Module
+    self_attn: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        sparse = config.resolved_sparse_layers()
+        if layer_idx in sparse:
+            self.mlp = block_class(config.expert_kind)(config, self.parts, sparse.index(layer_idx))
+        else:
+            self.mlp = self.parts.mlp(config)
+
+    def forward(self, hidden_states: Tensor, neighbours: Neighbours | None = None, **kwargs: Any) -> Tensor:
+        """As the family's own, with the neighbours handed to the gate by argument."""
+        attended_BTD, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        x_BTD = hidden_states + attended_BTD
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        return x_BTD + (self.mlp(h_BTD, neighbours) if isinstance(self.mlp, SparseBlock) else self.mlp(h_BTD))
+
+
+class Decoder(AvailabilityMixin, SparseModel):
+    """What the model and the language model of a family share."""
+
+    # Rounded to half precision, its small steps would be lost.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["balance_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The family would look for the weight of its own gate; the inner gate is initialised for itself.
+        if not isinstance(module, NeighbourGate):
+            super()._init_weights(module)
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The places of the sparse layers among all layers."""
+        return self.config.resolved_sparse_layers()
+
+    @property
+    def gate_sees_neighbours(self) -> bool:
+        """Whether the gate would do anything with neighbours."""
+        return bool(self.sparse_layers) and gate_class(self.config.gate).uses_neighbours
+
+
+class DecoderModel(Decoder):
+    """A family's model without its head; to stand before it among the bases."""
+
+    layer_class: ClassVar[type[nn.Module]]
+    norm_class: ClassVar[type[nn.Module]]
+    rotary_class: ClassVar[type[nn.Module]]
+
+    def __init__(self, config: Any) -> None:
+        # The family's own would build its own layers first, at full size.
+        PreTrainedModel.__init__(self, config)
+        config.check()
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
+        self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = self.rotary_class(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        neighbour_embeddings: Tensor | None = None,
+        neighbour_scores: Tensor | None = None,
+        neighbour_mask: Tensor | None = None,
+        neighbour_votes: Tensor | None = None,
+        question_domain: Tensor | None = None,
+        neighbour_keys: Tensor | None = None,
+        neighbour_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the family's own; for the neighbours see ``DecoderForCausalLM.forward``."""
+        neighbours = None
+        if self.gate_sees_neighbours:
+            neighbours = Neighbours.from_tensors(
+                {
+                    "neighbour_embeddings": neighbour_embeddings,
+                    "neighbour_scores": neighbour_scores,
+                    "neighbour_mask": neighbour_mask,
+                    "neighbour_votes": neighbour_votes,
+                    "question_domain": question_domain,
+                    "neighbour_keys": neighbour_keys,
+                    "neighbour_values": neighbour_values,
+                }
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=self.config.output_router_logits
+            if output_router_logits is None
+            else output_router_logits,
+            neighbours=neighbours,
+            **kwargs,
+        )
+
+
+class DecoderForCausalLM(Decoder, GenerationMixin):
+    """A family's language model; to stand before it among the bases."""
+
+    model_class: ClassVar[type[DecoderModel]]
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def moe_layers(self) -> list[SparseBlock]:
+        """The sparse blocks, first to last."""
+        return [module for module in self.modules() if isinstance(module, SparseBlock)]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_routings: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        neighbour_embeddings: Tensor | None = None,
+        neighbour_scores: Tensor | None = None,
+        neighbour_mask: Tensor | None = None,
+        neighbour_votes: Tensor | None = None,
+        question_domain: Tensor | None = None,
+        neighbour_keys: Tensor | None = None,
+        neighbour_values: Tensor | None = None,
+        step_totals: StepTotals | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Predict each next token.
+
+        While training, with labels, the loss holds the routing losses, each times its weight. With
+        ``num_items_in_batch`` (which Trainer gives) a micro-batch counts by its share of the step's labels, so that
+        neither the loss nor its gradient changes with how many micro-batches or ranks a step has.
+
+        Args:
+            input_ids, attention_mask, labels: (B, T) int64; -100 for no label.
+            output_router_logits: return each gate's logits, (B*T, E) float32; None means what the configuration says.
+            output_routings: return each gate's whole routing, as is always done while training.
+            neighbour_embeddings, neighbour_scores, neighbour_mask: (Q, N, R), (Q, N), (Q, N) of Q questions; Q divides
+                B and the sequences of one question are consecutive. All or none.
+            neighbour_votes: (Q, N, L, E), for gates with expert memory.
+            question_domain: (Q,) int64, for the oracle gate and for losses that need it.
+            neighbour_keys, neighbour_values: (Q, N, L, A), what ``prepare_neighbours`` makes; ``generate`` does.
+            step_totals: what the routing losses are told of the optimiser step, where this batch is a part of it.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            output_routings=output_routings or self.training,
+            neighbour_embeddings=neighbour_embeddings,
+            neighbour_scores=neighbour_scores,
+            neighbour_mask=neighbour_mask,
+            neighbour_votes=neighbour_votes,
+            question_domain=question_domain,
+            neighbour_keys=neighbour_keys,
+            neighbour_values=neighbour_values,
+            **kwargs,
+        )
+        output = CausalLMOutput(
+            logits=self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)),
+            **{name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions", "router_logits")},
+        )
+        if "routings" in outputs:
+            output.routings = tuple(Routing(*fields) for fields in outputs["routings"])
+        if labels is not None:
+            output.loss = self.loss_function(output.logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.training and output.routings and self.config.experts > 1:
+                share = _share(labels, kwargs.get("num_items_in_batch"), step_totals)
+                mask = torch.ones_like(labels) if attention_mask is None else attention_mask
+                self._add_losses(output, loss_inputs(output.routings, mask, question_domain), step_totals, share)
+        return output
+
+    def _add_losses(
+        self, output: CausalLMOutput, inputs: list[LossInputs], step: StepTotals | None, share: Tensor | float
+    ) -> None:
+        losses = routing_losses(self.config.loss_weights, inputs, step)
+        output.language_loss = loss = cast(Tensor, output.loss)
+        for name, weight in self.config.loss_weights.items():
+            loss = loss + share * weight * losses[name].to(loss.device)
+        output.loss, output.aux_loss, output.further_losses = loss, losses.pop("load_balance", None), losses
+
+    # -- generation -------------------------------------------------------------------------------------------------
+
+    def prepare_neighbours(self, neighbours: Neighbours) -> dict[str, Tensor]:
+        """What the gates make of neighbours alone, by the names that ``forward`` takes it; empty where nothing."""
+        if not self.gate_sees_neighbours:
+            return {}
+        made = [gate.prepare(neighbours.to(gate.balance_bias.device)) for gate in self.gates]
+        pairs = [pair for pair in made if pair is not None]
+        if not pairs:
+            return {}
+        device = neighbours.mask_BN.device
+        keys, values = (torch.stack([x.to(device) for x in side], dim=2) for side in zip(*pairs, strict=True))
+        return {"neighbour_keys": keys, "neighbour_values": values}
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        # Called once by generate, before the batch is multiplied by the beams: the place to make once what every step
+        # needs. It travels on by argument, as all else that forward takes.
+        neighbours = Neighbours.from_tensors(kwargs)
+        if neighbours is not None and neighbours.keys_BNLA is None:
+            kwargs |= self.prepare_neighbours(neighbours)
+        return super()._expand_inputs_for_generation(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, without recording what a step has no use for."""
+        return {**super().prepare_inputs_for_generation(*args, **kwargs), "output_router_logits": False}
+
+
+def _share(labels: Tensor, items: Tensor | int | None, step: StepTotals | None) -> Tensor | float:
+    """By how much a micro-batch's routing losses count, where the losses of the step's micro-batches are summed up."""
+    if items is None:
+        # The caller takes the mean.
+        return 1.0
+    if step is not None:
+        return 1.0 / step.parts
+    # As Trainer counts them: the first position is predicted by nothing.
+    return (labels[..., 1:] != -100).sum() / items
+
+
+def register_family(config_class: Any, model_class: Any, causal_class: Any, family_type: str) -> None:
+    """Make a family known: to the Auto classes, to what loads native checkpoints, and to what records outputs.
+
+    Args:
+        family_type: the family's own ``model_type``, whose checkpoints are read as they are.
+    """
+    model_type = config_class.model_type
+    AutoConfig.register(model_type, config_class)
+    AutoModel.register(config_class, model_class)
+    AutoModelForCausalLM.register(config_class, causal_class)
+    register_checkpoint_conversion_mapping(
+        model_type,
+        [
+            *get_checkpoint_conversion_mapping(family_type),
+            WeightRenaming(r"mlp\.gate\.weight$", "mlp.gate.inner.token.weight"),
+            WeightRenaming(r"mlp\.gate\.e_score_correction_bias$", "mlp.gate.inner.balance_bias"),
+        ],
+    )
+    # All fields of a routing at once, which is a tuple: the losses need more of it than the logits.
+    recorded = {"routings": OutputRecorder(Gate, index=slice(None))}
+    for known in (model_class, causal_class):
+        known._can_record_outputs = {**known._can_record_outputs, **recorded}

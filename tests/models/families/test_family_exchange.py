@@ -1,0 +1,167 @@
+"""A family's own checkpoint with another gate: at step 0 it is that model, and afterwards the neighbours count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_decoders import NATIVE, R, make, native, prompts, some_neighbours
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+from ragmoe import ConfigError, ModelError
+from ragmoe.gates import Gate
+from ragmoe.models.families import FAMILIES
+
+SMALL = {"neighbour_width": R, "gate_width": 8}
+UNNORMALISED = {"qwen3_moe", "olmoe", "glm4_moe"}
+
+
+def opened(family: str, folder: Path, **settings: Any) -> Any:
+    return FAMILIES[family].from_pretrained(folder, **{**SMALL, **settings}).eval()
+
+
+@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("gate", ["retrieval", "token", "pooled", "memory"])
+def test_at_step_0_it_is_the_familys_own_model(family: str, gate: str, tmp_path: Path) -> None:
+    theirs = native(family)
+    theirs.save_pretrained(tmp_path)
+    ours, x, neighbours = opened(family, tmp_path, gate=gate), prompts(), some_neighbours()
+    assert {type(gate).__name__ for gate in ours.gates} == {type(make(family, gate=gate).gates[0]).__name__}
+    named = {**neighbours.tensors(), "neighbour_votes": torch.rand(3, 4, len(ours.sparse_layers), 4)}
+    want = theirs(x, use_cache=True)
+    assert torch.allclose(ours(x, **named).logits, want.logits, atol=1e-5)
+    # Cached: the prompt but its last token, then that token alone.
+    first = ours(x[:, :-1], use_cache=True, **named)
+    last = ours(x[:, -1:], past_key_values=first.past_key_values, use_cache=True, **named)
+    assert torch.allclose(torch.cat([first.logits, last.logits], dim=1), want.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(UNNORMALISED))
+def test_weights_that_do_not_sum_to_one(family: str, tmp_path: Path) -> None:
+    """The other setting than the family's default of this suite: each keeps what its own field says."""
+    theirs = native(family, norm_topk_prob=not NATIVE[family]().norm_topk_prob)
+    theirs.save_pretrained(tmp_path)
+    ours, x = opened(family, tmp_path), prompts()
+    assert torch.allclose(ours(x).logits, theirs(x).logits, atol=1e-5)
+
+
+def test_dense_layers_stay_dense(tmp_path: Path) -> None:
+    theirs = native("qwen3_moe", mlp_only_layers=[0])
+    theirs.save_pretrained(tmp_path)
+    ours, x = opened("qwen3_moe", tmp_path), prompts()
+    assert ours.sparse_layers == [1] and len(ours.gates) == 1
+    assert torch.allclose(ours(x).logits, theirs(x).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_nothing_of_a_native_checkpoint_is_lost(family: str, tmp_path: Path) -> None:
+    """Native files hold one tensor an expert, under the family's older names: all of them must be found."""
+    native(family).save_pretrained(tmp_path)
+    model, info = FAMILIES[family].from_pretrained(tmp_path, **SMALL, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    new = {name.partition(".inner.")[2].partition(".")[0] for name in info["missing_keys"]}
+    assert new == ({"attention", "context"} | ({"balance_bias"} if family != "glm4_moe" else set()))
+    assert model.config.model_type == f"ragmoe_{family}"
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_the_experts_run_by_the_kernel_that_was_asked_for(family: str) -> None:
+    """Where transformers does not believe that a model can choose, it runs the eager loop without a word."""
+    model = make(family)
+    assert model.config._experts_implementation == "auto"
+    x, found = prompts(), {}
+    for kernel in ("auto", "eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(kernel)
+        assert model.config._experts_implementation == kernel
+        found[kernel] = model(x).logits
+    assert all(torch.allclose(found["eager"], y, atol=1e-5) for y in found.values())
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_gradients_are_the_familys_own(family: str, tmp_path: Path) -> None:
+    theirs = native(family)
+    theirs.save_pretrained(tmp_path)
+    ours, x = opened(family, tmp_path), prompts()
+    for model in (theirs, ours):
+        model(x, labels=x).loss.backward()
+    for name, parameter in theirs.named_parameters():
+        mine = ours.get_parameter(name.replace("mlp.gate.weight", "mlp.gate.inner.token.weight"))
+        assert torch.allclose(mine.grad, parameter.grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_trained_gate_heeds_each_questions_own_neighbours(family: str) -> None:
+    model, x, neighbours = make(family), prompts(), some_neighbours()
+    alone, both = model(x).logits, model(x, **neighbours.tensors()).logits
+    assert not torch.allclose(alone, both, atol=1e-3)
+    for row in range(3):
+        single = model(x[row : row + 1], **neighbours.rows([row]).tensors()).logits
+        assert torch.allclose(single[0], both[row], atol=1e-5)
+    # One question may have several sequences, which stand next to each other.
+    several = model(x.repeat_interleave(2, dim=0), **neighbours.tensors()).logits
+    assert torch.allclose(several, both.repeat_interleave(2, dim=0), atol=1e-5)
+
+
+def test_the_gate_is_the_familys_and_ours() -> None:
+    model = make("mixtral")
+    assert isinstance(model.model.layers[0].mlp.gate, MixtralTopKRouter)
+    assert all(isinstance(gate, Gate) and gate.settings.layer == i for i, gate in enumerate(model.gates))
+
+
+def test_auto_classes_know_the_configuration(tmp_path: Path) -> None:
+    for family, ours in FAMILIES.items():
+        config = make(family).config
+        config.save_pretrained(tmp_path / family)
+        again = AutoConfig.from_pretrained(tmp_path / family)
+        assert type(again) is ours.config_class and again.experts == 4 and again.num_experts_per_tok == 2
+        assert type(AutoModelForCausalLM.from_config(again)) is ours
+
+
+def test_jitter_is_mixtrals_own() -> None:
+    """It disturbs what gate and experts see, and only while training."""
+    model, x = make("mixtral", router_jitter_noise=0.3, balance_loss=0.0, z_loss=0.0), prompts()
+    assert torch.equal(model(x).logits, model(x).logits)
+    model.train()
+    assert not torch.allclose(model(x).logits, model(x).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "error", "said"),
+    [
+        ("mixtral", {"gate": "task"}, ModelError, "the gate 'task' lets a token's experts depend on tokens after it"),
+        ("mixtral", {"selection": "expert_choice"}, ModelError, "the selection 'expert_choice' lets a token's experts"),
+        ("mixtral", {"gate": "modality"}, ModelError, "types of tokens, of which a decoder knows none"),
+        ("mixtral", {"gate": "router"}, ConfigError, "there is no gate 'router'; there are: centroid, "),
+        ("mixtral", {"expert_kind": "glu"}, ConfigError, "expert kind of decoders 'glu'; there are: ffn, lora"),
+        ("glm4_moe", {"expert_kind": "lora"}, ModelError, "expert_kind is 'lora', but ragmoe_glm4_moe takes ffn"),
+        ("glm4_moe", {"n_group": 2}, ModelError, "n_group is 2: expected 1"),
+        ("olmoe", {"sparse_layers": [1, 2]}, ModelError, r"sparse_layers has \[2\], but the layers are 0 to 1"),
+        ("olmoe", {"vote_start": 1.0}, ModelError, "vote_start is 1.0, but the gate 'retrieval' counts no votes"),
+        ("olmoe", {"expert_names": ["a", "a", "b", "c"]}, ModelError, "expected 4 different names"),
+        ("olmoe", {"losses": {"diversity": 1.0}}, ModelError, "needs more than the routing"),
+        ("olmoe", {"losses": {"z": 1.0}}, ModelError, "losses has 'z', whose weight is z_loss"),
+        ("olmoe", {"balance_loss": -1.0}, ModelError, "the weight of the loss 'load_balance' is -1.0"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other(family: str, settings: Any, error: type, said: str) -> None:
+    with pytest.raises(error, match=said):
+        make(family, **settings)
+
+
+def test_experts_that_are_held_back() -> None:
+    """No token goes to them, whatever they hold; where none is left, what serves every token still does."""
+    for family, kind in (("mixtral", "ffn"), ("mixtral", "lora"), ("glm4_moe", "ffn")):
+        model, x = make(family, expert_kind=kind), prompts()
+        want = model(x).logits
+        model.set_available_experts([0, 2, 3])
+        without = model(x, output_routings=True)
+        assert not any((routing.experts_SK == 1).any() for routing in without.routings)
+        for block in model.moe_layers:
+            for parameter in block.experts.parameters():
+                parameter.data[1] = torch.nan
+        assert torch.equal(model(x).logits, without.logits)
+        model.set_available_experts([])
+        assert model(x).logits.isfinite().all() and not torch.allclose(model(x).logits, want, atol=1e-3)

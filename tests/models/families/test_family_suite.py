@@ -1,0 +1,251 @@
+"""What transformers asks of any of its models, by name, for every family and both kinds of experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_decoders import NATIVE, PAD, VOCABULARY, WIDTH, E, K, R, make, prompts, some_neighbours
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_utils import load_sharded_checkpoint
+
+from ragmoe import BundleError, ModelError
+from ragmoe.models.families import FAMILIES
+
+CASES = [*NATIVE, "mixtral-lora"]
+
+
+def case(name: str, **settings: Any) -> Any:
+    family, _, kind = name.partition("-")
+    return make(family, **({"expert_kind": kind} if kind else {}), **settings)
+
+
+def same(one: Any, two: Any) -> bool:
+    left, right = one.state_dict(), two.state_dict()
+    equal = all(torch.equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left)
+    x, named = prompts(), some_neighbours().tensors()
+    return left.keys() == right.keys() and equal and torch.equal(one(x, **named).logits, two(x, **named).logits)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load(name: str, tied: bool, tmp_path: Path) -> None:
+    model = case(name, tie_word_embeddings=tied, expert_names=["law", "bank", "clinic", "archive"])
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path)
+    for again in (type(model).from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert type(again) is type(model) and same(model, again.eval())
+        assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+        assert again.generation_config.max_new_tokens == 7 and again.expert_names[2] == "clinic"
+    bare = AutoModel.from_pretrained(tmp_path).eval()
+    x = prompts()
+    assert torch.equal(bare(x).last_hidden_state, model.model(x).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resized_embeddings(name: str, tmp_path: Path) -> None:
+    for tied in (False, True):
+        model, x = case(name, tie_word_embeddings=tied), prompts()
+        before = model(x).logits
+        model.resize_token_embeddings(VOCABULARY + 9, mean_resizing=False)
+        assert torch.equal(model(x).logits[..., :VOCABULARY], before) and model(x).logits.shape[-1] == VOCABULARY + 9
+        assert model(x, labels=x).loss.isfinite()
+        model.save_pretrained(tmp_path / str(tied))
+        assert same(model, type(model).from_pretrained(tmp_path / str(tied)).eval())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_left_padding(name: str) -> None:
+    model, x, neighbours = case(name), prompts(2, 6), some_neighbours(2)
+    padded = torch.cat([torch.full((2, 3), PAD), x], dim=1)
+    mask = (torch.arange(9) >= 3).long().expand(2, 9)
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    got = model(padded, attention_mask=mask, position_ids=places, **neighbours.tensors()).logits[:, 3:]
+    assert torch.allclose(got, model(x, **neighbours.tensors()).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cache_equality(name: str) -> None:
+    model, x, named = case(name), prompts(), some_neighbours().tensors()
+    whole, cache, pieces = model(x, **named).logits, None, []
+    for piece in x.split([3, 1, 1, 2], dim=1):
+        out = model(piece, past_key_values=cache, use_cache=True, **named)
+        cache, pieces = out.past_key_values, [*pieces, out.logits]
+    assert torch.allclose(torch.cat(pieces, dim=1), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_with_checkpointing_are_those_without(name: str) -> None:
+    model, x, named, found = case(name).train(), prompts(), some_neighbours().tensors(), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(x, labels=x, **named).loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == len(list(model.parameters()))
+    assert all(torch.allclose(found[0][n], found[1][n], atol=1e-6) for n in found[0])
+    # The routing losses reach the gates through both.
+    gate = next(n for n in found[0] if n.endswith("context.weight"))
+    model.config.balance_loss = model.config.z_loss = 0.0
+    model.zero_grad()
+    model(x, labels=x, **named).loss.backward()
+    assert not torch.allclose(model.get_parameter(gate).grad, found[1][gate], atol=1e-6)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    with pytest.raises(ModelError, match="re-entrant checkpointing loses the gradients"):
+        make("olmoe").activation_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hidden_states_router_logits_and_routings(name: str) -> None:
+    model, x, named = case(name), prompts(), some_neighbours().tensors()
+    layers = len(model.sparse_layers)
+    out = model(x, output_hidden_states=True, output_router_logits=True, output_routings=True, **named)
+    assert len(out.hidden_states) == 3 and all(h.shape == (3, 7, WIDTH) for h in out.hidden_states)
+    assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+    assert len(out.router_logits) == len(out.routings) == layers
+    for logits_SE, routing, gate in zip(out.router_logits, out.routings, model.gates, strict=True):
+        assert torch.equal(logits_SE, routing.logits_SE) and logits_SE.shape == (21, E)
+        assert routing.experts_SK.shape == routing.weights_SK.shape == (21, K)
+        scores_SE = logits_SE.sigmoid() if name == "glm4_moe" else logits_SE
+        assert torch.equal((scores_SE + gate.balance_bias).topk(K).indices, routing.experts_SK)
+    plain = model(x, **named)
+    assert plain.hidden_states is plain.router_logits is plain.routings is None
+    assert isinstance(model(x, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16(name: str, tmp_path: Path) -> None:
+    model, x, named = case(name), prompts(), some_neighbours().tensors()
+    model.save_pretrained(tmp_path / "fp32")
+    half = type(model).from_pretrained(tmp_path / "fp32", dtype=torch.bfloat16).eval()
+    want, got = model(x, **named).logits, half(x, **named).logits
+    assert got.dtype == torch.bfloat16
+    # Some tokens go elsewhere, where two experts scored alike; most must not.
+    assert (want - got).abs().median() < 0.02 * want.abs().max()
+    # Small steps of the bias would be lost in half precision.
+    assert all(gate.balance_bias.dtype == torch.float32 for gate in half.gates)
+    half.save_pretrained(tmp_path / "bf16")
+    again = type(model).from_pretrained(tmp_path / "bf16").eval()
+    assert again.dtype == torch.bfloat16 and same(half, again)
+    half.train()(x, labels=x, **named).loss.backward()
+    assert all(p.grad.isfinite().all() for p in half.parameters())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_compiles_in_one_graph(name: str) -> None:
+    model, x, neighbours = case(name), torch.randn(3, 7, WIDTH), some_neighbours()
+    model.set_experts_implementation("grouped_mm")
+    # What torch traces of its grouped_mm knows bfloat16 alone; transformers brings a way around it for its own experts.
+    dtype = torch.bfloat16 if name.endswith("lora") else torch.float32
+    block, x = model.moe_layers[0].to(dtype), x.to(dtype)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x, neighbours), block(x, neighbours), atol=1e-5)
+
+
+def test_peft_on_attention_and_on_fused_experts(tmp_path: Path) -> None:
+    for wanted in (
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ):
+        model, x, named = make("mixtral"), prompts(), some_neighbours().tensors()
+        want = model(x, **named).logits
+        tuned = get_peft_model(model, LoraConfig(r=8, lora_dropout=0.0, task_type="CAUSAL_LM", **wanted))
+        assert torch.allclose(tuned(x, **named).logits, want, atol=1e-5)
+        tuned.train()(input_ids=x, labels=x, **named).loss.backward()
+        learns = {n for n, p in tuned.named_parameters() if p.requires_grad}
+        assert learns and all("lora_" in n and tuned.get_parameter(n).grad is not None for n in learns)
+        assert tuned.eval().generate(input_ids=x, max_new_tokens=3, **named).shape[1] > 7
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_steps_of_trainer(name: str, tmp_path: Path) -> None:
+    """Trainer drops what forward does not name: without the neighbours some weights would stay as they are."""
+    model, neighbours, x = case(name), some_neighbours(8), prompts(8)
+    rows = [
+        {"input_ids": x[i], "labels": x[i], **{k: v[0] for k, v in neighbours.rows([i]).tensors().items()}}
+        for i in range(8)
+    ]
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, learning_rate=0.05,
+        report_to=[], use_cpu=True, save_strategy="no", activation_checkpointing=True, lr_scheduler_type="constant",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert not {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    trainer.save_model()
+    assert same(model.eval(), type(model).from_pretrained(tmp_path).eval())
+
+
+def test_trainers_own_way_of_loading_finds_the_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer resumes and loads the best checkpoint file by file, not strictly, and with nobody to convert names."""
+    model, other = make("qwen3_moe", expert_ids=[4, 0, 2, 7]), make("qwen3_moe", expert_ids=[4, 0, 2, 7])
+    model.save_pretrained(tmp_path)
+    # It sweeps the whole memory after each file, which after all other tests takes a second.
+    monkeypatch.setattr("gc.collect", lambda: 0)
+    load_sharded_checkpoint(other, tmp_path, strict=False)
+    assert same(model, other)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_device_map(name: str, tmp_path: Path) -> None:
+    model, x, named = case(name), prompts(), some_neighbours().tensors()
+    model.save_pretrained(tmp_path / "bundle")
+    places = {"": "cpu"}
+    again = type(model).from_pretrained(tmp_path / "bundle", device_map=places).eval()
+    assert torch.equal(again(x, **named).logits, model(x, **named).logits)
+    offloaded = type(model).from_pretrained(
+        tmp_path / "bundle",
+        device_map={"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu",
+                    "model.rotary_emb": "cpu", "lm_head": "cpu"},
+        offload_folder=str(tmp_path / "offload"),
+    ).eval()  # fmt: skip
+    assert next(offloaded.model.layers[0].parameters()).is_meta
+    assert torch.equal(offloaded(x, **named).logits, model(x, **named).logits)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_file_an_expert_with_its_gate_rows(name: str, tmp_path: Path) -> None:
+    model = case(name)
+    model.save_pretrained(tmp_path)
+    files = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert files == {"base-1-00001-of-00001.safetensors", "gate.1.safetensors"} | {
+        f"expert.{i}.1.safetensors" for i in range(E)
+    }
+    x, want = prompts(), model.state_dict()
+    two = type(model).from_pretrained(tmp_path, experts=[3, 1])
+    assert two.config.experts == 2 and two.config.expert_ids == [3, 1]
+    own = model.expert_tensors()
+    assert any(".experts." in n for n in own) and any(n.endswith("context.weight") for n in own)
+    assert all(torch.equal(y, want[n][[3, 1]] if n in own else want[n]) for n, y in two.state_dict().items())
+    assert two(x).logits.isfinite().all()
+    # One expert is changed: one file is written.
+    with torch.no_grad():
+        block = model.moe_layers[0]
+        next(block.experts.parameters())[2] += 1.0
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.safetensors")} - files == {"expert.2.2.safetensors"}
+
+
+def test_what_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    make("mixtral").save_pretrained(tmp_path)
+    with pytest.raises(BundleError, match="is a 'ragmoe_mixtral' model; RagmoeOlmoeForCausalLM opens 'ragmoe_olmoe'"):
+        FAMILIES["olmoe"].from_pretrained(tmp_path)
+    narrow = torch.zeros(3, 4, R // 2)
+    with pytest.raises(ModelError, match="embeddings are 8 wide, but the gate reads 16"):
+        make("mixtral")(prompts(), neighbour_embeddings=narrow, neighbour_scores=narrow[..., 0],
+                        neighbour_mask=narrow[..., 0].bool())  # fmt: skip
+
+
+def test_parameters_are_counted() -> None:
+    model = make("glm4_moe")
+    routed = sum(p.numel() for block in model.moe_layers for p in block.experts.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    assert model.parameter_counts() == {"total": total, "active": total - routed * (E - K) // E}
