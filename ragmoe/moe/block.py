@@ -122,6 +122,7 @@ class LoraBlock(SparseBlock):
     def __init__(self, config: Any, parts: BlockParts, layer: int) -> None:
         super().__init__(config, parts, layer)
         self.experts = LoraGluExperts(config)
+        self.experts.sums_to_one = self.gate.inner.sums_to_one
         self.dense = parts.mlp(config)
 
     def mix(self, x_SD: Tensor, logits_SE: Tensor, weights_SK: Tensor, experts_SK: Tensor) -> Tensor:
