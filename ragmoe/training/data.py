@@ -183,6 +183,7 @@ class RaftDataset(Dataset):
 
     Args:
         recall: what the model adds to the neighbours of a question (see ``MemoryMixin.recall``); None adds nothing.
+        gold: the passages from which the answer to a question can be learned.
     """
 
     def __init__(
@@ -198,7 +199,9 @@ class RaftDataset(Dataset):
         question_field: str = "question",
         bucket: int = 8,
         recall: Recall | None = None,
+        gold: Callable[[Question], list[str]] = gold_ids,
     ) -> None:
+        self.gold = gold
         self.questions = list(questions)
         self.index = index
         self.retrieved = retrieved
@@ -226,7 +229,7 @@ class RaftDataset(Dataset):
     def __getitem__(self, at: int) -> Example:
         place = self.order[at]
         question = self.questions[place]
-        gold = gold_ids(question)
+        gold = self.gold(question)
         spare = self.retrieved.ids(place)[: self.config.passages + _SPARE]
         # The passage an unanswerable question was asked over is its hardest distractor.
         spare = list(dict.fromkeys([*(() if gold else question.context_ids), *spare]))
