@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ragmoe.corpus.types import Question
+from ragmoe.corpus.types import Passage, Question
 from ragmoe.generation.batches import labelled_batch, pad_token
 from ragmoe.generation.prompts import REFUSAL, Prompt, PromptMaker, WithoutGold
 from ragmoe.index import Index
@@ -36,7 +36,7 @@ def fitting(
     fit: list[Question] = []
     long: list[Question] = []
     for question in questions:
-        gold = index.passages(gold_passages(question)) or [None]
+        gold: list[Passage | None] = [index.passage(name) for name in gold_passages(question)] or [None]
         said = [*question.answers, *(span.text for span in question.answer_spans), REFUSAL]
         longest = max(said, key=lambda text: len(maker.answer_ids(text)))
         asked = question.raw if raw else question.question
