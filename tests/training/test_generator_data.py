@@ -133,7 +133,7 @@ def test_loss_is_on_the_answers_alone_and_padding_is_nothing(dataset: Any) -> No
         for at, token in enumerate(prompt.answer_ids):
             total -= logits[len(prompt.ids) + at - 1, token].item()
             count += 1
-    assert float(model(**batch).loss) == pytest.approx(total / count, rel=1e-5)
+    assert model(**batch).loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_questions_without_room_are_set_apart(world: Path, questions: list[Question]) -> None:
