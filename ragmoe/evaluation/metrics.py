@@ -47,6 +47,17 @@ def best_over(metric: Callable[[str, str], float], prediction: str, answers: Seq
     return max(metric(prediction, answer) for answer in answers)
 
 
+def citation_precision(cited: Sequence[str], gold: Sequence[str]) -> float | None:
+    """The share of the passages cited that are gold, 0.0 to 1.0; None where none is cited."""
+    return len({*cited} & {*gold}) / len({*cited}) if cited else None
+
+
+def citation_recall(cited: Sequence[str], gold: Sequence[str], read: Sequence[str]) -> float | None:
+    """The share of the gold passages that were read which is cited, 0.0 to 1.0; None where none of them was read."""
+    there = {*gold} & {*read}
+    return len(there & {*cited}) / len(there) if there else None
+
+
 def yes_no_maybe(text: str) -> str:
     """The class a text names: yes, no or maybe, or ``other``."""
     name = normalise(text)

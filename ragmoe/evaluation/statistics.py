@@ -183,7 +183,7 @@ def _interval(values: Sequence[float], samples: Sequence[Sample], resamples: int
     for domain, documents in clusters.items():
         sums_C = np.array([sum(rows) for rows in documents.values()])
         sizes_C = np.array([len(rows) for rows in documents.values()])
-        draws_DB.append(_resample(sums_C, sizes_C, resamples, rng))
+        draws_DB.append(resample(sums_C, sizes_C, resamples, rng))
         means[domain] = float(sums_C.sum() / sizes_C.sum())
     drawn_B = np.mean(draws_DB, axis=0)
     low, high = np.percentile(drawn_B, [2.5, 97.5])
@@ -201,8 +201,12 @@ def _interval(values: Sequence[float], samples: Sequence[Sample], resamples: int
     )
 
 
-def _resample(sums_C: np.ndarray, sizes_C: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """The mean of a domain in each resample, (B,): C documents drawn with replacement, every question of each."""
+def resample(sums_C: np.ndarray, sizes_C: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """The mean of a domain in each resample, (B,): C documents drawn with replacement, all that each has.
+
+    Args:
+        sums_C: of each document the sum of its values; sizes_C: how many they are.
+    """
     C = len(sums_C)
     block = max(1, _NUMBERS // C)
     draws = []

@@ -75,6 +75,22 @@ class RaftConfig(_Strict):
     max_length: int = Field(256, ge=32)
 
 
+class GenerateConfig(_Strict):
+    """What a generator is taught, for a base that is a causal language model.
+
+    Attributes:
+        no_context: how often a question is shown without any passage; as where the gold passage is left out, this
+            leaves the neighbours too.
+        without_gold: what it should say without the gold passage: ``refuse``, that it is not in the documents, or the
+            answer from ``memory``, without a citation. A question without an answer is always refused.
+        max_answer_tokens: longest answer that it gives when asked.
+    """
+
+    no_context: float = Field(0.1, ge=0.0, le=1.0)
+    without_gold: Literal["refuse", "memory"] = "refuse"
+    max_answer_tokens: int = Field(64, ge=1)
+
+
 class LoraConfig(_Strict):
     """Low-rank adapters on attention and feed-forward matrices of the frozen base, for ``train.what: lora``."""
 

@@ -165,14 +165,19 @@ class Retrieved:
         names = self.index.passage_ids
         return [names[row] for row in self.rows_QN[question] if row >= 0]
 
-    def neighbours(self, question: int, n: int) -> Neighbours:
-        """The first n neighbours of one question."""
-        rows_N = self.rows_QN[question, :n]
+    def neighbours(self, question: int, n: int, allowed: Callable[[int], bool] | None = None) -> Neighbours:
+        """The first n neighbours of one question, or of those whose rows of the index are allowed."""
+        rows_N, scores_N = self.rows_QN[question], self.scores_QN[question]
+        if allowed is not None:
+            kept = [at for at, row in enumerate(rows_N.tolist()) if row >= 0 and allowed(row)][:n]
+            rows_N = np.pad(rows_N[kept], (0, n - len(kept)), constant_values=-1)
+            scores_N = np.pad(scores_N[kept], (0, n - len(kept)))
+        rows_N, scores_N = rows_N[:n], scores_N[:n]
         mask_BN = torch.from_numpy(rows_N >= 0).unsqueeze(0)
         embeddings = np.asarray(self.index.embeddings[np.maximum(rows_N, 0)], dtype=np.float32)
         embeddings_BNR = torch.from_numpy(embeddings).unsqueeze(0) * mask_BN.unsqueeze(-1)
-        scores_BN = torch.from_numpy(self.scores_QN[question, :n]).unsqueeze(0)
-        return Neighbours(embeddings_BNR, scores_BN, mask_BN, [self.ids(question)[:n]])
+        names = [self.index.passage_ids[row] for row in rows_N if row >= 0]
+        return Neighbours(embeddings_BNR, torch.from_numpy(scores_N).unsqueeze(0), mask_BN, [names])
 
 
 class RaftDataset(Dataset):
@@ -183,6 +188,7 @@ class RaftDataset(Dataset):
 
     Args:
         recall: what the model adds to the neighbours of a question (see ``MemoryMixin.recall``); None adds nothing.
+        gold: the passages from which the answer to a question can be learned.
     """
 
     def __init__(
@@ -198,7 +204,9 @@ class RaftDataset(Dataset):
         question_field: str = "question",
         bucket: int = 8,
         recall: Recall | None = None,
+        gold: Callable[[Question], list[str]] = gold_ids,
     ) -> None:
+        self.gold = gold
         self.questions = list(questions)
         self.index = index
         self.retrieved = retrieved
@@ -226,7 +234,7 @@ class RaftDataset(Dataset):
     def __getitem__(self, at: int) -> Example:
         place = self.order[at]
         question = self.questions[place]
-        gold = gold_ids(question)
+        gold = self.gold(question)
         spare = self.retrieved.ids(place)[: self.config.passages + _SPARE]
         # The passage an unanswerable question was asked over is its hardest distractor.
         spare = list(dict.fromkeys([*(() if gold else question.context_ids), *spare]))

@@ -24,7 +24,8 @@ class Example:
     Attributes:
         passages: what is read, in a random order.
         gold: place of the gold passage among them, or None where it was left out.
-        span: which of the answers is the target; None for yes, no, maybe and where there is no answer.
+        span: which of the answers is the target; None for yes, no, maybe, where there is no answer, and where it is in
+            words of its own.
         neighbours: what the gate sees (one row).
         seed: for what is still to be drawn (where a window begins).
     """
@@ -64,7 +65,9 @@ def sample(
     draw.shuffle(passages)
     span = None
     if read is not None and question.answer_type != "yesno":
-        span = draw.choice([span for span in question.answer_spans if span.passage_id == read.id])
+        spans = [span for span in question.answer_spans if span.passage_id == read.id]
+        # An answer in words of its own stands in no passage.
+        span = draw.choice(spans) if spans else None
     return Example(
         question,
         passages,

@@ -136,8 +136,8 @@ def test_macro_and_spread_over_seeds(sample: Make) -> None:
 
 def test_many_documents_are_resampled_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     sums, sizes = np.arange(50.0), np.ones(50)
-    whole = statistics._resample(sums, sizes, 300, np.random.default_rng(0))
+    whole = statistics.resample(sums, sizes, 300, np.random.default_rng(0))
     monkeypatch.setattr(statistics, "_NUMBERS", 50 * 7)
-    blocks = statistics._resample(sums, sizes, 300, np.random.default_rng(0))
+    blocks = statistics.resample(sums, sizes, 300, np.random.default_rng(0))
     assert whole.shape == (300,)
     assert np.array_equal(whole, blocks)

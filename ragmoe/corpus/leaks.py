@@ -1,0 +1,75 @@
+"""What a language model must not be shown while it predicts a document: the document itself, and its near-copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ragmoe.corpus.duplicates import THRESHOLD, GramReader, Grams, contained, near_duplicates
+from ragmoe.corpus.types import Passage
+
+
+class LeakGuard:
+    """Judges passages of an index as neighbours of chunks of some documents.
+
+    A passage is held back from a chunk where
+
+    - it is of the chunk's own document, by its ``doc_id``,
+    - it is of a document that is a near-duplicate of that one: the Jaccard similarity of their sets of 13-grams is at
+      least ``threshold``,
+    - so large a share of its 13-grams stands in the chunk's document, or
+    - so large a share of the chunk's 13-grams stands in it.
+
+    The last two find what is quoted in a document that is another one otherwise.
+
+    Args:
+        documents: those that are predicted.
+        passages: those of the index, by row.
+    """
+
+    def __init__(
+        self, documents: Sequence[Passage], passages: Iterable[Passage], *, threshold: float = THRESHOLD
+    ) -> None:
+        self.threshold = threshold
+        self.grams = GramReader()
+        self._documents = [self.grams(document.text) for document in documents]
+        self._passages: list[Grams] = []
+        self._owners: list[str] = []
+        parts: dict[str, list[Grams]] = {}
+        for passage in passages:
+            self._passages.append(self.grams(passage.text))
+            self._owners.append(document_of(passage))
+            parts.setdefault(self._owners[-1], []).append(self._passages[-1])
+        self.banned = self._near(documents, parts)
+
+    def allows(self, document: int, chunk: Grams, row: int) -> bool:
+        """Whether a chunk of a document may be predicted with a passage.
+
+        Args:
+            document: its place among the documents.
+            chunk: what ``grams`` makes of the chunk.
+            row: of the passage in the index.
+        """
+        if self._owners[row] in self.banned[document]:
+            return False
+        passage = self._passages[row]
+        return (
+            contained(passage, self._documents[document]) < self.threshold
+            and contained(chunk, passage) < self.threshold
+        )
+
+    def _near(self, documents: Sequence[Passage], parts: dict[str, list[Grams]]) -> list[set[str]]:
+        """For each document the documents of the index that are it, or nearly it."""
+        banned = [{document_of(document)} for document in documents]
+        names, own = list(parts), len(self._documents)
+        whole = [np.unique(np.concatenate(pieces)) for pieces in parts.values()]
+        for i, j in near_duplicates([*self._documents, *whole], self.threshold):
+            if i < own <= j:
+                banned[i].add(names[j - own])
+        return banned
+
+
+def document_of(passage: Passage) -> str:
+    """The id of a passage's document: its own where it names none."""
+    return passage.doc_id or passage.id

@@ -1,0 +1,57 @@
+"""From tokens to batches: padding on either side, and neighbours for models whose gate sees them.
+
+B sequences, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ragmoe.neighbours import Neighbours
+
+IGNORED = -100
+
+
+def sees_neighbours(model: Any) -> bool:
+    """Whether a causal language model takes neighbours: ``gate_sees_neighbours``, which plain models do not have."""
+    return bool(getattr(model, "gate_sees_neighbours", False))
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
+    """Rows of different length as (B, T) int64, filled with ``value`` on one side."""
+    T = max(len(row) for row in rows)
+    fill = [[value] * (T - len(row)) for row in rows]
+    pairs = zip(fill, rows, strict=True)
+    return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in pairs], dtype=torch.long).view(len(rows), T)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What padding is filled with; the mask says that it is padding, so any token will do."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def read_batch(
+    rows: Sequence[Sequence[int]], padding: int, neighbours: Neighbours | None = None, *, left: bool = False
+) -> dict[str, Tensor]:
+    """What ``forward`` and ``generate`` take: ``input_ids`` and ``attention_mask``, and neighbours by their names."""
+    batch = {
+        "input_ids": pad(rows, padding, left=left),
+        "attention_mask": pad([[1] * len(row) for row in rows], 0, left=left),
+    }
+    return batch | (neighbours.tensors() if neighbours is not None else {})
+
+
+def labelled_batch(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], padding: int, neighbours: Neighbours | None = None
+) -> dict[str, Tensor]:
+    """Sequences of which the second part is learned: with ``labels``, -100 on the first part and on padding.
+
+    Padding is on the right, where a causal model needs no position of its own for it.
+    """
+    batch = read_batch([[*before, *after] for before, after in pairs], padding, neighbours)
+    labels = [[*([IGNORED] * len(before)), *after] for before, after in pairs]
+    return batch | {"labels": pad(labels, IGNORED)}

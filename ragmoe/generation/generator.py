@@ -1,0 +1,237 @@
+"""A causal language model as something that answers questions from an index, with citations.
+
+    generator = Generator.load("runs/generator")
+    generator.answer(["How long do I keep biting on the gauze?"], index)[0].text
+
+Any Hugging Face causal language model will do; neighbours go to those whose gate sees them, by their names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ragmoe._errors import ModelError
+from ragmoe._quiet import quiet_loading
+from ragmoe.corpus.types import Passage
+from ragmoe.generation.answers import GeneratedAnswer, read_answer
+from ragmoe.generation.batches import pad_token, read_batch, sees_neighbours
+from ragmoe.generation.likelihood import Likelihood, log_likelihoods
+from ragmoe.generation.prompts import REFUSAL, Prompt, PromptMaker, PromptStyle
+from ragmoe.neighbours import Neighbours
+
+if TYPE_CHECKING:
+    from ragmoe.index import Index
+
+STYLE_NAME = "prompt.json"
+
+
+def is_generator(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a causal language model, by its ``config.json``."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    names = config.get("architectures") if isinstance(config, dict) else None
+    return any(str(name).endswith("ForCausalLM") for name in names or ())
+
+
+class Generator:
+    """A causal language model, its tokenizer, and the way it is asked.
+
+    It has what ``ragmoe.evaluation.evaluate`` needs of a model. What a family adds of its own (``recall``, ``memory``,
+    ``check_index``, ``parameter_counts``) is the model's where it has it.
+    """
+
+    sparse_layers: Sequence[int] = ()
+    expert_names: Sequence[str] = ()
+    held_back: Sequence[int] = ()
+
+    def __init__(self, model: Any, tokenizer: Any, style: PromptStyle | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.prompts = PromptMaker(tokenizer, style)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and self.style.max_length > positions:
+            raise ModelError(
+                f"prompts have up to {self.style.max_length} tokens, but the model has {positions} positions",
+                hint="raft.max_length=LESS for training, max_length in prompt.json for a model that is trained",
+            )
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Generator:
+        """Open what ``save`` wrote, or any folder of a causal language model with a tokenizer.
+
+        Raises:
+            ModelError: the folder holds none, or its prompt.json is damaged.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        path = Path(folder)
+        if not is_generator(path):
+            raise ModelError(f"{path} holds no causal language model: expected a config.json that says ...ForCausalLM")
+        style, file = None, path / STYLE_NAME
+        if file.is_file():
+            try:
+                style = PromptStyle(**json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ModelError(f"{file} is damaged: {error}") from None
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(path).eval()
+        return cls(model, AutoTokenizer.from_pretrained(path), style)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write model, tokenizer and prompt style into a folder; ``load`` gives them back."""
+        self.tokenizer.save_pretrained(folder)
+        (Path(folder) / STYLE_NAME).write_text(json.dumps(asdict(self.style), indent=2) + "\n", encoding="utf-8")
+        self.model.save_pretrained(folder)
+
+    @property
+    def style(self) -> PromptStyle:
+        return self.prompts.style
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def gate_sees_neighbours(self) -> bool:
+        return sees_neighbours(self.model)
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return self.model.state_dict()
+
+    def parameter_counts(self) -> dict[str, int]:
+        """``total`` and ``active`` for one token: all of them in a dense model."""
+        if hasattr(self.model, "parameter_counts"):
+            return dict(self.model.parameter_counts())
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        return {"total": total, "active": total}
+
+    def check_index(self, index: Any) -> None:
+        """Raise ModelError where the gate learned to read embeddings of another encoder."""
+        if hasattr(self.model, "check_index"):
+            self.model.check_index(index)
+
+    def memory(self, index: Any) -> Any:
+        return self.model.memory(index) if hasattr(self.model, "memory") else None
+
+    def recall(self, neighbours: Neighbours, index: Any, domains: Sequence[str] | None = None) -> Neighbours:
+        """The neighbours with what the gates want beside their embeddings."""
+        return self.model.recall(neighbours, index, domains) if hasattr(self.model, "recall") else neighbours
+
+    def answer(
+        self, questions: Sequence[str], index: Index, *, passages: int = 5, neighbours: int | None = None
+    ) -> list[GeneratedAnswer]:
+        """Answer from an index: retrieve, let the neighbours steer the gate, say it with the passages' numbers.
+
+        Args:
+            passages: how many are put into the prompt; 0 asks from memory.
+            neighbours: how many the gate sees; None means as many as the model was trained with.
+        """
+        self.check_index(index)
+        N = (self.config.neighbours if neighbours is None else neighbours) if self.gate_sees_neighbours else 0
+        found = index.neighbours(questions, max(N, passages, 1))
+        read = [index.passages(ids[:passages]) for ids in found.passage_ids]
+        return self.read(questions, read, self.recall(found.first(N), index) if N else None)
+
+    def read(
+        self,
+        questions: Sequence[str],
+        passages: Sequence[Sequence[Passage]],
+        neighbours: Neighbours | None = None,
+        *,
+        batch_tokens: int = 8192,
+        statistics: Any = None,
+        domains: Sequence[str] | None = None,
+    ) -> list[GeneratedAnswer]:
+        """Answer each question from its own passages, all in one prompt, best first.
+
+        Args:
+            neighbours: what the gate sees, a row a question.
+            batch_tokens: tokens of a batch, padding and answers included.
+            statistics, domains: as readers take them; routing is not counted while words are generated.
+        """
+        if len(questions) != len(passages):
+            raise ValueError(f"{len(questions)} questions, but passages for {len(passages)}")
+        prompts = [self.prompts.make(asked, shown) for asked, shown in zip(questions, passages, strict=True)]
+        said = self._generate(prompts, neighbours, batch_tokens)
+        refusal = self.prompts.answer_ids(REFUSAL)
+        refused = self._likelihoods([(prompt.ids, refusal) for prompt in prompts], neighbours, batch_tokens)
+        return [
+            read_answer(prompt, text, nats, none.nats)
+            for prompt, (text, nats), none in zip(prompts, said, refused, strict=True)
+        ]
+
+    def likelihoods(
+        self,
+        question: str,
+        passages: Sequence[Passage],
+        answers: Sequence[str],
+        neighbours: Neighbours | None = None,
+    ) -> list[Likelihood]:
+        """How likely each of some answers to one question is, without the token that would end it."""
+        prompt = self.prompts.make(question, passages)
+        pairs = [(prompt.ids, self.prompts.answer_ids(answer)[:-1]) for answer in answers]
+        rows = neighbours.rows([0] * len(answers)) if neighbours is not None else None
+        return self._likelihoods(pairs, rows, 8192)
+
+    def _likelihoods(
+        self, pairs: Sequence[tuple[list[int], list[int]]], neighbours: Neighbours | None, batch_tokens: int
+    ) -> list[Likelihood]:
+        padding = pad_token(self.tokenizer)
+        return log_likelihoods(self.model, pairs, neighbours, padding=padding, batch_tokens=batch_tokens)
+
+    @torch.no_grad()
+    def _generate(
+        self, prompts: Sequence[Prompt], neighbours: Neighbours | None, batch_tokens: int
+    ) -> list[tuple[str, float]]:
+        """Of each prompt what the model says, greedily, and its log-probability in nats."""
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        seen = neighbours if self.gate_sees_neighbours else None
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
+        found: dict[int, tuple[str, float]] = {}
+        while order:
+            size = max(1, batch_tokens // (len(prompts[order[0]].ids) + self.style.max_answer_tokens))
+            at, order = order[:size], order[size:]
+            rows = seen.rows(at) if seen is not None else None
+            batch = read_batch([prompts[i].ids for i in at], pad_token(self.tokenizer), rows, left=True)
+            found.update(zip(at, self._said({name: x.to(device) for name, x in batch.items()}), strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def _said(self, inputs: dict[str, Tensor]) -> list[tuple[str, float]]:
+        ends = self._ends()
+        made = self.model.generate(
+            **inputs,
+            max_new_tokens=self.style.max_answer_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad_token(self.tokenizer),
+            eos_token_id=ends,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        new_BT = made.sequences[:, inputs["input_ids"].shape[1] :]
+        logits_BTV = torch.stack(made.logits, dim=1).float()
+        nats_BT = logits_BTV.log_softmax(dim=-1).gather(2, new_BT.unsqueeze(2)).squeeze(2)
+        is_end_BT = torch.isin(new_BT, torch.tensor(ends, device=new_BT.device))
+        # An answer reaches up to its end; what stands behind it is padding.
+        own_BT = is_end_BT.cumsum(dim=1) - is_end_BT.int() == 0
+        texts = [
+            self.tokenizer.decode(ids[own & ~end], skip_special_tokens=True).strip()
+            for ids, own, end in zip(new_BT, own_BT, is_end_BT, strict=True)
+        ]
+        return list(zip(texts, (nats_BT * own_BT).sum(dim=1).tolist(), strict=True))
+
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer: the tokenizer's, and those that the model's own settings name."""
+        named = self.model.generation_config.eos_token_id
+        named = [] if named is None else named if isinstance(named, list) else [named]
+        return list(dict.fromkeys([self.tokenizer.eos_token_id, *named]))

@@ -1,0 +1,74 @@
+"""The log-likelihood of texts under a causal language model, whatever it is batched with.
+
+B sequences, T positions, V words of the vocabulary, A tokens that are judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ragmoe.generation.batches import IGNORED, labelled_batch, sees_neighbours
+from ragmoe.neighbours import Neighbours
+
+#: What comes first, and what is judged after it, as tokens.
+Pair = tuple[Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """What a model makes of a continuation.
+
+    Attributes:
+        nats: log-probability of all its tokens together, at most 0.
+        tokens: how many they are.
+        greedy: each of them is the most probable one where it stands.
+    """
+
+    nats: float
+    tokens: int
+    greedy: bool
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any,
+    pairs: Sequence[Pair],
+    neighbours: Neighbours | None = None,
+    *,
+    padding: int = 0,
+    batch_tokens: int = 8192,
+) -> list[Likelihood]:
+    """Judge continuations, each after its own beginning, which must not be empty.
+
+    Args:
+        neighbours: a row for each pair, for models whose gate sees them; others are not given any.
+        padding: the token that fills up.
+        batch_tokens: tokens of a batch, padding included.
+    """
+    if not all(before for before, _ in pairs):
+        raise ValueError("a beginning is empty: nothing predicts the first token after it")
+    model.eval()
+    device = next(model.parameters()).device
+    seen = neighbours if neighbours is not None and sees_neighbours(model) else None
+    lengths = [len(before) + len(after) for before, after in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
+    found: dict[int, Likelihood] = {}
+    while order:
+        size = max(1, batch_tokens // max(1, lengths[order[0]]))
+        at, order = order[:size], order[size:]
+        batch = labelled_batch([pairs[i] for i in at], padding, seen.rows(at) if seen is not None else None)
+        labels_BT = batch.pop("labels")[:, 1:].to(device)
+        # No loss is wanted, and so no routing losses either.
+        logits_BTV = model(**{name: x.to(device) for name, x in batch.items()}).logits[:, :-1]
+        judged_BT = labels_BT != IGNORED
+        logits_AV, labels_A = logits_BTV[judged_BT].float(), labels_BT[judged_BT]
+        nats_A = logits_AV.log_softmax(dim=-1).gather(1, labels_A.unsqueeze(1)).squeeze(1)
+        right_A = logits_AV.argmax(dim=-1) == labels_A
+        counts = judged_BT.sum(dim=1).tolist()
+        for i, nats, right in zip(at, nats_A.double().split(counts), right_A.split(counts), strict=True):
+            found[i] = Likelihood(float(nats.sum()), len(nats), bool(right.all()))
+    return [found[i] for i in range(len(pairs))]

@@ -1,0 +1,191 @@
+"""The prompt a generator answers from: numbered passages, the question, and the answer with the number it cites.
+
+Where the tokenizer has a chat template the prompt is a user's turn and the answer the assistant's; else plain text.
+Source of the examples: Zhang et al. 2024, "RAFT: Adapting Language Model to Domain Specific RAG".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ragmoe._errors import DataError, ModelError
+from ragmoe.corpus.types import Passage
+from ragmoe.generation.citations import cite
+from ragmoe.index.windows import encoder_text
+
+WithoutGold = Literal["refuse", "memory"]
+
+#: What is answered where nothing answers the question.
+REFUSAL = "not in the documents"
+_INSTRUCTIONS: dict[WithoutGold, str] = {
+    "refuse": "Answer the question from the documents, and give the number of the one that says it in brackets, "
+    f"as in [1]. If none of them says it, answer: {REFUSAL}",
+    "memory": "Answer the question. If one of the documents says it, give its number in brackets, as in [1]; if none "
+    f"does, answer from memory, without a number. If nothing is known of it, answer: {REFUSAL}",
+}
+# A passage shortened to fewer words than this says nothing that helps: it is left out.
+_LEAST_WORDS = 8
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How a generator is asked; saved beside the model, so that it is asked as it was trained.
+
+    Attributes:
+        without_gold: what is expected where no passage answers: ``refuse``, or the answer from ``memory``.
+        max_length: tokens of prompt and answer together.
+        max_answer_tokens: longest answer that is generated.
+    """
+
+    without_gold: WithoutGold = "refuse"
+    max_length: int = 1024
+    max_answer_tokens: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as tokens.
+
+    Attributes:
+        ids: what is read.
+        answer_ids: what should follow, with the token that ends it; empty where the answer is asked for.
+        passages: those in the prompt, in the order of their numbers from 1, some perhaps shortened.
+        shortened, left_out: how many passages were, for want of room.
+    """
+
+    ids: list[int]
+    answer_ids: list[int]
+    passages: tuple[Passage, ...]
+    shortened: int = 0
+    left_out: int = 0
+
+
+class PromptMaker:
+    """Makes prompts for one tokenizer.
+
+    Raises:
+        ModelError: the tokenizer has no token that ends a text, so that no answer would ever end.
+    """
+
+    def __init__(self, tokenizer: Any, style: PromptStyle | None = None) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no eos_token, so that no answer would end: expected one")
+        self.tokenizer = tokenizer
+        self.style = style or PromptStyle()
+        self._chat = bool(getattr(tokenizer, "chat_template", None))
+
+    def make(
+        self, question: str, passages: Sequence[Passage], *, gold: int | None = None, answer: str | None = None
+    ) -> Prompt:
+        """A prompt for training, with its answer, or for answering, without.
+
+        Neither the question nor the gold passage is ever cut. In training the distractors are shortened evenly, and
+        left out where little would be left of them; the gold passage's number is then the one it has in the prompt.
+        In answering the last passages, which are the worst, are left out, and only the first one is shortened.
+
+        Args:
+            passages: in the order in which they are numbered.
+            gold: place of the passage that ``answer`` cites; None cites none.
+
+        Raises:
+            DataError: question, gold passage and answer alone are longer than ``max_length``.
+        """
+        kept = list(passages)
+        reserved = self.style.max_answer_tokens if answer is None else self._longest_answer(answer, gold, len(kept))
+        room = self.style.max_length - reserved
+        if len(ids := self.ids(question, kept)) <= room:
+            return self._prompt(ids, kept, kept, gold, answer)
+        needed = [] if gold is None else [kept[gold]]
+        if (least := len(self.ids(question, needed))) > room:
+            raise DataError(
+                f"the question {question[:60]!r}{' with its gold passage' if needed else ''} takes {least} tokens and "
+                f"its answer {reserved}, but a prompt has {self.style.max_length}",
+                hint="raft.max_length=MORE for training, where the model has the positions for it",
+            )
+        held = needed[0] if needed else None
+        while len(kept) > len(needed):
+            last = max(i for i, passage in enumerate(kept) if passage is not held)
+            # Whoever answers does not know which passage is the gold one: the best is given whole if it can be.
+            if (answer is not None or len(kept) == 1) and (found := self._shortened(question, kept, held, room)):
+                return self._prompt(self.ids(question, found), found, passages, gold, answer)
+            del kept[last]
+            if len(ids := self.ids(question, kept)) <= room:
+                break
+        return self._prompt(self.ids(question, kept), kept, passages, gold, answer)
+
+    def fits(self, question: str, gold: Passage | None, answer: str, passages: int) -> bool:
+        """Whether ``make`` finds room for a question, its answer and its gold passage among so many passages."""
+        needed = [] if gold is None else [gold]
+        longest = self._longest_answer(answer, None if gold is None else 0, passages)
+        return len(self.ids(question, needed)) + longest <= self.style.max_length
+
+    def ids(self, question: str, passages: Sequence[Passage]) -> list[int]:
+        """The tokens of a prompt, whatever its length."""
+        parts = [_INSTRUCTIONS[self.style.without_gold]]
+        parts += [f"[{number}] {encoder_text(passage)}" for number, passage in enumerate(passages, start=1)]
+        content = "\n\n".join([*parts, f"Question: {question}"])
+        if self._chat:
+            return self._tokens(self._rendered([{"role": "user", "content": content}], opened=True))
+        ids = self.tokenizer(f"{content}\nAnswer:")["input_ids"]
+        # Some tokenizers end every text, and a prompt goes on.
+        return list(ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids)
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """The tokens of an answer after its prompt, up to the one that ends it."""
+        said = f" {answer}"
+        if self._chat:
+            # What a template puts around an answer does not depend on what was asked.
+            asked = [{"role": "user", "content": "?"}]
+            before = self._rendered(asked, opened=True)
+            whole = self._rendered([*asked, {"role": "assistant", "content": answer}])
+            said = whole.removeprefix(before) if whole.startswith(before) else answer
+        ids, end = self._tokens(said), self.tokenizer.eos_token_id
+        return ids[: ids.index(end) + 1] if end in ids else [*ids, end]
+
+    def _prompt(
+        self, ids: list[int], kept: Sequence[Passage], given: Sequence[Passage], gold: int | None, answer: str | None
+    ) -> Prompt:
+        if answer is not None and gold is not None:
+            answer = cite(answer, 1 + next(i for i, passage in enumerate(kept) if passage is given[gold]))
+        shortened = sum(all(passage is not whole for whole in given) for passage in kept)
+        answered = [] if answer is None else self.answer_ids(answer)
+        return Prompt(ids, answered, tuple(kept), shortened, len(given) - len(kept))
+
+    def _longest_answer(self, answer: str, gold: int | None, passages: int) -> int:
+        """Tokens of the answer with the longest number it may cite."""
+        if gold is None:
+            return len(self.answer_ids(answer))
+        return max(len(self.answer_ids(cite(answer, number))) for number in range(1, max(passages, 1) + 1))
+
+    def _shortened(
+        self, question: str, passages: Sequence[Passage], held: Passage | None, room: int
+    ) -> list[Passage] | None:
+        """The passages but for the one held cut to as many words each as there is room for; None where that is few."""
+
+        def cut(words: int) -> list[Passage]:
+            return [passage if passage is held else _first_words(passage, words) for passage in passages]
+
+        low, high = _LEAST_WORDS, max(len(passage.text.split()) for passage in passages if passage is not held)
+        if len(self.ids(question, cut(low))) > room:
+            return None
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if len(self.ids(question, cut(middle))) <= room else (low, middle - 1)
+        return cut(low)
+
+    def _rendered(self, turns: list[dict[str, str]], *, opened: bool = False) -> str:
+        # The instruction stands in the user's turn: some templates know no system role.
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened))
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _first_words(passage: Passage, words: int) -> Passage:
+    """A passage with its first words alone, and a mark that there were more; itself where it has no more."""
+    pieces = passage.text.split(None, words)
+    if len(pieces) <= words:
+        return passage
+    return replace(passage, text=passage.text[: len(passage.text) - len(pieces[-1])].rstrip() + " ...")

@@ -1,0 +1,188 @@
+"""Language modelling on a corpus, with neighbours of what precedes: documents cut in chunks, and nothing that leaks.
+
+A chunk's neighbours are what the text before it retrieves, so they are known before any of its tokens is predicted;
+the first chunk of a document has none. Source of the scheme: Borgeaud et al. 2022, "Improving Language Models by
+Retrieving from Trillions of Tokens".
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ragmoe._errors import ConfigError, DataError
+from ragmoe.corpus.leaks import LeakGuard
+from ragmoe.corpus.types import Passage
+from ragmoe.generation.batches import labelled_batch, pad_token
+from ragmoe.index import Index
+from ragmoe.neighbours import Neighbours
+from ragmoe.training.data import Retrieved
+from ragmoe.training.raft import drop_neighbours
+
+# Of the passages that a chunk retrieves many are of its own document, most of all in the corpus that is indexed.
+_SPARE = 100
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """How documents are cut and what is retrieved for a chunk.
+
+    Attributes:
+        chunk_tokens: tokens that are predicted together, with the same neighbours.
+        context_tokens: how many tokens before a chunk are read with it and not predicted; the first one at least
+            depends on the last token before it.
+        query_chunks: how many of the chunks before it retrieve its neighbours.
+        neighbours: N, how many the gate sees.
+        retriever: None means the index's default.
+        drop_all, drop_each: neighbour dropout, as in ``RaftConfig``; for training alone.
+    """
+
+    chunk_tokens: int = 128
+    context_tokens: int = 1
+    query_chunks: int = 1
+    neighbours: int = 16
+    retriever: str | None = None
+    drop_all: float = 0.0
+    drop_each: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_tokens", "context_tokens", "query_chunks", "neighbours"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} is {value}: expected at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """A stretch of a document.
+
+    Attributes:
+        document: place of its document.
+        number: of the chunk in it, from 0.
+        before: tokens that are read and not predicted; a document begins with the tokenizer's first token.
+        ids: tokens that are predicted.
+        text: of ``ids``.
+    """
+
+    document: int
+    number: int
+    before: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageExample:
+    """A chunk and its neighbours (one row); None without an index."""
+
+    chunk: TextChunk
+    neighbours: Neighbours | None
+
+
+def cut_documents(documents: Sequence[Passage], tokenizer: Any, config: LanguageConfig) -> list[TextChunk]:
+    """All chunks in order; every token of every document is predicted exactly once.
+
+    Raises:
+        DataError: there is nothing to predict.
+    """
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    chunks: list[TextChunk] = []
+    for place, document in enumerate(documents):
+        ids = [first, *tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]]
+        for number, begin in enumerate(range(1, len(ids), config.chunk_tokens)):
+            own = tuple(ids[begin : begin + config.chunk_tokens])
+            before = tuple(ids[max(0, begin - config.context_tokens) : begin])
+            chunks.append(TextChunk(place, number, before, own, tokenizer.decode(own)))
+    if not chunks:
+        raise DataError(f"{len(documents)} documents hold no token to predict")
+    return chunks
+
+
+class LanguageDataset(Dataset):
+    """The chunks of some documents with their neighbours, in an order that the seed alone decides.
+
+    Args:
+        index: None for models whose gate sees no neighbours.
+        examples: how many are shown, pass after pass, each in a new order; None shows each chunk once, in its place.
+        cache: folder where neighbours are kept between runs.
+        progress: called with chunks retrieved for and chunks in all.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Passage],
+        index: Index | None,
+        tokenizer: Any,
+        config: LanguageConfig,
+        *,
+        cache: Path,
+        examples: int | None = None,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.documents, self.config, self.seed = list(documents), config, seed
+        self.chunks = cut_documents(documents, tokenizer, config)
+        self.order = _order(len(self.chunks), examples, seed)
+        self.index, self.guard = index, None
+        if index is None:
+            return
+        self.guard = LeakGuard(documents, index.iterate())
+        asked = [at for at, chunk in enumerate(self.chunks) if chunk.number]
+        self._query_of = {at: query for query, at in enumerate(asked)}
+        texts, n = [self.query(at) for at in asked], config.neighbours + _SPARE
+        self._retrieved = Retrieved.of(index, texts, min(n, len(index)), config.retriever, cache, progress=progress)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, at: int) -> LanguageExample:
+        place = self.order[at]
+        found = self.neighbours(place)
+        if found is not None:
+            draw = random.Random(f"{self.seed}/{at}")
+            found = drop_neighbours(found, self.config.drop_all, self.config.drop_each, draw)
+        return LanguageExample(self.chunks[place], found)
+
+    def query(self, place: int) -> str:
+        """What retrieves the neighbours of a chunk: the text of the chunks before it, of the same document."""
+        begin = max(place - self.config.query_chunks, place - self.chunks[place].number)
+        return "".join(chunk.text for chunk in self.chunks[begin:place])
+
+    def neighbours(self, place: int) -> Neighbours | None:
+        """The neighbours of a chunk, without what would tell it (see ``LeakGuard``); None without an index."""
+        index, guard, chunk = self.index, self.guard, self.chunks[place]
+        if index is None or guard is None:
+            return None
+        if not chunk.number:
+            return Neighbours.empty(1, index.width, self.config.neighbours)
+        grams = guard.grams(chunk.text)
+        return self._retrieved.neighbours(
+            self._query_of[place], self.config.neighbours, lambda row: guard.allows(chunk.document, grams, row)
+        )
+
+
+class LanguageCollator:
+    """Chunks to ``input_ids``, ``attention_mask``, ``labels`` and, where there is an index, neighbours."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, examples: Sequence[LanguageExample]) -> dict[str, Tensor]:
+        rows = [example.neighbours for example in examples if example.neighbours is not None]
+        pairs = [(example.chunk.before, example.chunk.ids) for example in examples]
+        return labelled_batch(pairs, pad_token(self.tokenizer), Neighbours.stack(rows) if rows else None)
+
+
+def _order(chunks: int, examples: int | None, seed: int) -> list[int]:
+    if examples is None:
+        return list(range(chunks))
+    draw = random.Random(seed)
+    order: list[int] = []
+    while len(order) < examples:
+        order += draw.sample(range(chunks), chunks)
+    return order[:examples]

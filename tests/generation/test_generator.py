@@ -1,0 +1,196 @@
+"""A generator: what it says, whatever it is batched with, what it cites, and how it is kept."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_decoder import byte_tokenizer, tiny_llama
+
+from ragmoe import DataError, Index, ModelError, Passage, Question
+from ragmoe.evaluation.choices import accuracy, choose, multiple_choice
+from ragmoe.generation import REFUSAL, Generator, PromptStyle, is_generator
+from ragmoe.generation.answers import read_answer
+from ragmoe.generation.prompts import Prompt
+
+STYLE = PromptStyle(max_length=700, max_answer_tokens=12)
+QUESTIONS = ["who keeps the quay?", "when is the lock open, and by whom, on an ordinary day?", "map?"]
+
+
+def generator(**style: Any) -> Generator:
+    return Generator(
+        tiny_llama(), byte_tokenizer(), PromptStyle(**{"max_length": 700, "max_answer_tokens": 12, **style})
+    )
+
+
+def small() -> Generator:
+    return Generator(tiny_llama(num_hidden_layers=1), byte_tokenizer(), PromptStyle("refuse", 700, 24))
+
+
+def taught(made: Generator, question: str, passages: list[Passage], answer: str) -> None:
+    """Let the model learn one answer by heart."""
+    gold = passages[0] if passages else None
+    prompt = made.prompts.make(question, passages, gold=0 if gold else None, answer=answer)
+    ids = torch.tensor([[*prompt.ids, *prompt.answer_ids]])
+    labels = ids.clone()
+    labels[:, : len(prompt.ids)] = -100
+    optimiser = torch.optim.Adam(made.model.parameters(), lr=1e-2)
+    for _ in range(35):
+        made.model(ids, labels=labels).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def anna(index: Index) -> Generator:
+    """A generator that has learned who keeps the quay."""
+    made = small()
+    taught(made, QUESTIONS[0], index.passages(index.neighbours(QUESTIONS[:1], 2).passage_ids[0]), "Anna")
+    return made
+
+
+def test_a_batch_changes_nothing_and_scores_are_probabilities(index: Index) -> None:
+    made = generator()
+    read = [index.passages(ids[:n]) for n, ids in zip((2, 3, 0), index.neighbours(QUESTIONS, 3).passage_ids)]
+    together = made.read(QUESTIONS, read)
+    refusal = made.prompts.answer_ids(REFUSAL)
+    for question, passages, answer in zip(QUESTIONS, read, together, strict=True):
+        alone = made.read([question], [passages], batch_tokens=1)[0]
+        assert (alone.said, alone.cited) == (answer.said, answer.cited)
+        assert alone.score == pytest.approx(answer.score, rel=1e-3)
+        # Token by token, without a cache and without padding.
+        ids, nats = made.prompts.make(question, passages).ids, 0.0
+        for _ in range(12):
+            with torch.no_grad():
+                row = made.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            nats += row.max().item()
+            ids.append(int(row.argmax()))
+            if ids[-1] == 2:
+                break
+        assert answer.score == pytest.approx(math.exp(nats), rel=1e-3)
+        start = made.prompts.make(question, passages).ids
+        with torch.no_grad():
+            logits = made.model(torch.tensor([[*start, *refusal]])).logits[0].log_softmax(-1)
+        p = math.exp(sum(logits[len(start) - 1 + i, t].item() for i, t in enumerate(refusal)))
+        assert answer.no_answer_score == pytest.approx(math.log(p / (1 - p)), rel=1e-3)
+
+
+def test_what_it_learned_it_answers_and_cites(anna: Generator, index: Index) -> None:
+    answer = anna.answer(QUESTIONS[:1], index, passages=2)[0]
+    assert (answer.text, answer.said, answer.cited, answer.passage_id) == ("Anna", "Anna [1]", ("quay",), "quay")
+    assert answer.answered and answer.score > 0.5 and answer.no_answer_score < 0 and answer.start is None
+    made = small()
+    taught(made, QUESTIONS[2], [], REFUSAL)
+    refused = made.answer(QUESTIONS[2:], index, passages=0)[0]
+    assert (refused.text, refused.said, refused.cited, refused.answered) == ("", REFUSAL, (), False)
+    assert refused.no_answer_score > 0
+
+
+def test_passages_without_room_are_told() -> None:
+    long = [Passage(f"p{i}", "word " * 60) for i in range(3)]
+    answer = generator().read(["what?"], [long])[0]
+    assert answer.left_out == 2 and answer.shortened == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "cited"),
+    [
+        ("It is so [2]. And so [1, 2].", "It is so. And so.", ("b", "a")),
+        ("so [7] [0]", "so", ()),
+        ("Not in the documents. [1]", "", ()),
+        (" [2]", "", ()),
+    ],
+)
+def test_words_are_read(said: str, text: str, cited: tuple[str, ...]) -> None:
+    prompt = Prompt([1], [], (Passage("a", "x"), Passage("b", "y")))
+    answer = read_answer(prompt, said, -0.1, 0.0)
+    assert (answer.text, answer.cited, answer.answered) == (text, cited, bool(text))
+    assert answer.no_answer_score == math.inf
+
+
+def test_it_is_kept_as_it_was(tmp_path: Path, index: Index) -> None:
+    made = Generator(tiny_llama(), byte_tokenizer(chat=True), PromptStyle("memory", 650, 9))
+    made.save(tmp_path / "kept")
+    again = Generator.load(tmp_path / "kept")
+    assert again.style == made.style and is_generator(tmp_path / "kept") and not is_generator(tmp_path)
+    assert again.answer(QUESTIONS, index) == made.answer(QUESTIONS, index)
+    (tmp_path / "kept" / "prompt.json").write_text('{"length": 3}')
+    with pytest.raises(ModelError, match=r"prompt\.json is damaged.*length"):
+        Generator.load(tmp_path / "kept")
+    with pytest.raises(ModelError, match="holds no causal language model"):
+        Generator.load(tmp_path)
+    with pytest.raises(ModelError, match="up to 4096 tokens, but the model has 1024 positions"):
+        Generator(tiny_llama(), byte_tokenizer(), PromptStyle(max_length=4096))
+
+
+def test_neighbours_are_given_by_name_to_gates_that_see_them(index: Index) -> None:
+    made = generator()
+    plain = made.answer(QUESTIONS, index)
+    model, seen = made.model, []
+    forward, generate = model.forward, model.generate
+    names = ("neighbour_embeddings", "neighbour_scores", "neighbour_mask")
+
+    def watching(call: Any) -> Any:
+        def watched(**inputs: Any) -> Any:
+            taken = [inputs.pop(name) for name in names]
+            seen.append((inputs["input_ids"], *taken))
+            return call(**inputs)
+
+        return watched
+
+    model.gate_sees_neighbours, model.config.neighbours = True, 2
+    model.generate = lambda **inputs: (
+        seen.append((inputs["input_ids"], *(inputs.pop(name) for name in names))),
+        setattr(model, "forward", forward),
+        generate(**inputs),
+        setattr(model, "forward", watching(forward)),
+    )[2]
+    model.forward = watching(forward)
+    assert made.answer(QUESTIONS, index) == plain
+    asked = index.neighbours(QUESTIONS, 2)
+    # Once to generate and once for the refusal, the longest prompt first each time.
+    assert len(seen) == 2
+    order = sorted(
+        range(3), key=lambda i: -len(made.prompts.ids(QUESTIONS[i], index.passages(list(index.passage_ids))))
+    )
+    for _, embeddings, scores, mask in seen:
+        assert torch.equal(embeddings, asked.embeddings_BNR[order]) and torch.equal(mask, asked.mask_BN[order])
+        assert torch.equal(scores, asked.scores_BN[order])
+
+
+def test_choices_by_hand() -> None:
+    # In all the short one is likelier; for a character the long one.
+    assert choose([-4.0, -6.0], ["ab", "abcdef"]) == (0, 1)
+    assert choose([-1.0, -1.0], ["a", "b"]) == (0, 0)
+
+
+def test_a_taught_answer_is_chosen(anna: Generator, index: Index) -> None:
+    meta = {"choices": ["Bert and others", "Anna", "nobody"]}
+    asked = Question("q", QUESTIONS[0], ("Anna",), "text", ("quay",), "port", meta=meta)
+    wrong = Question("w", QUESTIONS[0], ("nobody",), "text", ("quay",), "land", meta=meta)
+    chosen = multiple_choice(anna, [asked, wrong], index, passages=2)
+    assert [choice.by_sum for choice in chosen] == [1, 1]
+    # Judged token by token, without the end of the answer.
+    prompt = anna.prompts.make(
+        QUESTIONS[0], index.passages(["quay", index.neighbours(QUESTIONS[:1], 2).passage_ids[0][1]])
+    )
+    after = anna.prompts.answer_ids("nobody")[:-1]
+    with torch.no_grad():
+        logits = anna.model(torch.tensor([[*prompt.ids, *after]])).logits[0].log_softmax(-1)
+    alone = sum(logits[len(prompt.ids) - 1 + i, t].item() for i, t in enumerate(after))
+    assert chosen[0].nats[2] == pytest.approx(alone, rel=1e-4)
+    found = accuracy(chosen)
+    assert found["all"]["accuracy"] == 50.0 and found["port"] == {
+        "accuracy": 100.0,
+        "accuracy_by_length": 100.0,
+        "n": 1,
+    }
+    with pytest.raises(DataError, match=r"meta\.choices is None"):
+        multiple_choice(anna, [Question("n", "?", ("a",))], index)
+    with pytest.raises(DataError, match="none of its choices"):
+        multiple_choice(anna, [Question("n", "?", ("a",), meta={"choices": ["b", "c"]})], index)
+    with pytest.raises(DataError, match="no question was asked"):
+        accuracy([])

@@ -1,0 +1,150 @@
+"""Language modelling: every token once, neighbours of what precedes, and planted leaks that are not returned."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stub_encoder import StubEncoder
+from tiny_decoder import byte_tokenizer
+
+from ragmoe import ConfigError, DataError, Index, Passage
+from ragmoe.index import BuildOptions, build_index
+from ragmoe.training.language import LanguageCollator, LanguageConfig, LanguageDataset, cut_documents
+
+WORDS = [f"{a}{b}" for a in ("ri", "mo", "ta", "ke", "lu", "so") for b in ("ver", "nas", "tel", "bin", "dor", "gap")]
+CONFIG = LanguageConfig(chunk_tokens=200, neighbours=4)
+
+
+def story(seed: int, words: int = 150) -> str:
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) for _ in range(words))
+
+
+DOCUMENTS = [Passage(f"d{i}", story(i), domain="a", doc_id=f"d{i}") for i in range(3)]
+
+
+def changed(text: str) -> str:
+    """One word is another: of 138 grams of 13 words, 125 are the same, and 151 are in either, which is 0.83."""
+    return " ".join("other" if at == 75 else word for at, word in enumerate(text.split()))
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of the documents in pieces, of strangers, and of what must never be a neighbour of document 0."""
+    folder = tmp_path_factory.mktemp("leaky")
+    rows: list[dict[str, Any]] = []
+    for document in DOCUMENTS:
+        words = document.text.split()
+        for at in range(0, len(words), 30):
+            text = " ".join(words[at : at + 42])
+            rows.append({"id": f"{document.id}#{at}", "text": text, "doc_id": document.id})
+    rows += [{"id": f"s{i}", "text": story(100 + i, 40), "doc_id": f"s{i}"} for i in range(8)]
+    copy = changed(DOCUMENTS[0].text).split()
+    for at in range(0, len(copy), 30):
+        rows.append({"id": f"copy#{at}", "text": " ".join(copy[at : at + 42]), "doc_id": "copy"})
+    chunks = cut_documents(DOCUMENTS, byte_tokenizer(), CONFIG)
+    rows.append({"id": "quoted", "text": chunks[2].text.strip(), "doc_id": "quoting"})
+    # Another part of document 0, of the words that chunk 2 does not have.
+    rows.append({"id": "elsewhere", "text": " ".join(DOCUMENTS[0].text.split()[:40]), "doc_id": "elsewhere"})
+    # Amid so much else that little of the passage is the document's.
+    rows.append({"id": "amid", "text": f"{story(77, 80)} {chunks[2].text.strip()} {story(78, 80)}", "doc_id": "amid"})
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoder = StubEncoder(max_length=400)
+    build_index(BuildOptions((str(folder / "corpus.jsonl"),), folder / "index", encoder=encoder))
+    return folder / "index"
+
+
+def dataset(leaky: Path, cache: Path, documents: list[Passage] = DOCUMENTS, **changes: Any) -> LanguageDataset:
+    index = Index.open(leaky, encoder=StubEncoder(max_length=400))
+    given = {name: changes.pop(name) for name in ("examples", "seed") if name in changes}
+    return LanguageDataset(documents, index, byte_tokenizer(), replace(CONFIG, **changes), cache=cache, **given)
+
+
+def test_every_token_is_predicted_once() -> None:
+    tokenizer = byte_tokenizer()
+    chunks = cut_documents([*DOCUMENTS, Passage("empty", "")], tokenizer, replace(CONFIG, context_tokens=7))
+    for place, document in enumerate(DOCUMENTS):
+        own = [chunk for chunk in chunks if chunk.document == place]
+        assert "".join(chunk.text for chunk in own) == document.text
+        assert [chunk.number for chunk in own] == list(range(len(own)))
+        ids = [tokenizer.bos_token_id, *(token for chunk in own for token in chunk.ids)]
+        assert own[0].before == (tokenizer.bos_token_id,)
+        for chunk in own[1:]:
+            begin = 1 + 200 * chunk.number
+            assert list(chunk.before) == ids[begin - 7 : begin]
+    batch = LanguageCollator(tokenizer)([type("E", (), {"chunk": c, "neighbours": None})() for c in chunks[:2]])
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert (batch["labels"] != -100).sum() == 400
+    with pytest.raises(DataError, match="1 documents hold no token"):
+        cut_documents([Passage("empty", "")], tokenizer, CONFIG)
+    with pytest.raises(ConfigError, match="query_chunks is 0"):
+        LanguageConfig(query_chunks=0)
+
+
+def test_planted_leaks_are_never_neighbours(leaky: Path, tmp_path: Path) -> None:
+    data = dataset(leaky, tmp_path)
+    planted = {
+        "quoted",
+        "amid",
+        "elsewhere",
+        *(name for name in data.index.passage_ids if name.startswith(("copy", "d0#"))),
+    }
+    place = next(i for i, chunk in enumerate(data.chunks) if chunk.document == 0 and chunk.number == 2)
+    unguarded = data.index.neighbours([data.query(place)], len(data.index)).passage_ids[0]
+    # Without the guard some of them come first, and all of them come.
+    assert set(unguarded[:4]) & planted and planted <= set(unguarded)
+    found = data.neighbours(place)
+    assert found is not None and not set(found.passage_ids[0]) & planted
+    assert found.passage_ids[0] == [name for name in unguarded if name not in planted][:4]
+    everything = replace(CONFIG, neighbours=len(data.index) - len(planted))
+    data.config = everything
+    assert set(data.neighbours(place).passage_ids[0]) == set(data.index.passage_ids) - planted
+
+
+def test_a_guard_holds_back_no_more_than_it_must(leaky: Path, tmp_path: Path) -> None:
+    data = dataset(leaky, tmp_path)
+    place = next(i for i, chunk in enumerate(data.chunks) if chunk.document == 1 and chunk.number == 2)
+    data.config = replace(CONFIG, neighbours=len(data.index))
+    held = set(data.index.passage_ids) - set(data.neighbours(place).passage_ids[0])
+    assert held == {name for name in data.index.passage_ids if name.startswith("d1#")}
+    mask = data.neighbours(place).mask_BN[0]
+    assert mask.sum() == len(data.index) - len(held) and not mask[-len(held) :].any()
+
+
+def test_neighbours_depend_on_what_precedes_alone(leaky: Path, tmp_path: Path) -> None:
+    data = dataset(leaky, tmp_path)
+    assert not data.neighbours(0).mask_BN.any() and data.neighbours(0).mask_BN.shape == (1, 4)
+    text = DOCUMENTS[0].text
+    other = replace(DOCUMENTS[0], text=text[:400] + story(55)[: len(text) - 400])
+    twin = dataset(leaky, tmp_path, [other, *DOCUMENTS[1:]])
+    # Chunk 2 begins at 400: it is another now, and what retrieves for it is the same.
+    assert data.chunks[2].text != twin.chunks[2].text
+    assert data.query(2) == twin.query(2) == text[200:400]
+    assert data.query(1) == text[:200]
+    two = dataset(leaky, tmp_path, query_chunks=2)
+    assert two.query(2) == text[:400] and two.query(1) == text[:200]
+    begin = next(i for i, chunk in enumerate(two.chunks) if chunk.document == 1)
+    assert two.query(begin + 1) == DOCUMENTS[1].text[:200]
+
+
+def test_the_order_is_the_seeds(leaky: Path, tmp_path: Path) -> None:
+    one, again, other = (dataset(leaky, tmp_path, examples=40, seed=s, drop_each=0.5) for s in (1, 1, 2))
+    assert one.order == again.order != other.order
+    n = len(one.chunks)
+    assert sorted(one.order[:n]) == list(range(n)) and one.order[:n] != one.order[n : 2 * n]
+    a, b = (LanguageCollator(byte_tokenizer())([data[at] for at in range(20, 28)]) for data in (one, again))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert {"neighbour_embeddings", "neighbour_scores", "neighbour_mask"} <= set(a)
+    assert [data.order for data in (dataset(leaky, tmp_path),)] == [list(range(n))]
+
+
+def test_without_an_index_there_are_no_neighbours(tmp_path: Path) -> None:
+    data = LanguageDataset(DOCUMENTS, None, byte_tokenizer(), CONFIG, cache=tmp_path)
+    assert data[1].neighbours is None
+    assert "neighbour_mask" not in LanguageCollator(byte_tokenizer())([data[0], data[1]])
