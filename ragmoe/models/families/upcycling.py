@@ -115,7 +115,8 @@ def upcycle_base(
 ) -> Made:
     """A dense checkpoint whose feed-forward networks are mixtures of experts.
 
-    At step 0 LoRA experts answer exactly what the dense model does, copies within rounding.
+    At step 0 LoRA experts answer exactly what the dense model does, and copies within rounding. (Within rounding too
+    where the hidden width is no multiple of 32: processors compute activations by so many, and the rest otherwise.)
 
     Args:
         base: its configuration.
