@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ragmoe.gates import Routing
     from ragmoe.index import Hit, Index
     from ragmoe.models import Answer, OutputCache, load
+    from ragmoe.models.families import load_decoder
     from ragmoe.moe import RoutingStatistics
     from ragmoe.neighbours import Neighbours
     from ragmoe.training import train
@@ -47,6 +48,7 @@ _LAZY = {
     "RoutingStatistics": "ragmoe.moe",
     "evaluate": "ragmoe.evaluation",
     "load": "ragmoe.models",
+    "load_decoder": "ragmoe.models.families",
     "train": "ragmoe.training",
 }
 
@@ -72,6 +74,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "load",
+    "load_decoder",
     "train",
 ]
 

@@ -25,6 +25,23 @@ def test_shapes_must_agree() -> None:
         Neighbours(torch.zeros(2, 3, 4), torch.zeros(2, 2), torch.zeros(2, 3, dtype=torch.bool))
 
 
+def test_keys_and_values_come_together_and_go_with_their_neighbours() -> None:
+    keys_BNLA, values_BNLA = torch.randn(2, 3, 2, 5), torch.randn(2, 3, 2, 5)
+    with pytest.raises(ValueError, match="neighbour_keys and neighbour_values come together"):
+        replace(found(), keys_BNLA=keys_BNLA)
+    whole = replace(found(), keys_BNLA=keys_BNLA, values_BNLA=values_BNLA)
+    assert found().prepared(0) is None
+    for part, keys, values in (
+        (whole, keys_BNLA, values_BNLA),
+        (whole.first(2), keys_BNLA[:, :2], values_BNLA[:, :2]),
+        (whole.rows([1, 1]), keys_BNLA[[1, 1]], values_BNLA[[1, 1]]),
+    ):
+        again = Neighbours.from_tensors(part.tensors())
+        assert again is not None
+        got = again.prepared(1)
+        assert got is not None and torch.equal(got[0], keys[:, :, 1]) and torch.equal(got[1], values[:, :, 1])
+
+
 def test_empty() -> None:
     none = Neighbours.empty(3, width=5, neighbours=2)
     assert len(none) == 3 and none.embeddings_BNR.shape == (3, 2, 5)

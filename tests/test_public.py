@@ -31,6 +31,7 @@ NAMES = [
     "__version__",
     "evaluate",
     "load",
+    "load_decoder",
     "train",
 ]
 

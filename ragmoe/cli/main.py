@@ -24,6 +24,7 @@ from ragmoe.cli.annotate import annotate
 from ragmoe.cli.ask import ASK_EXAMPLES, ask
 from ragmoe.cli.demo import demo
 from ragmoe.cli.doctor import doctor
+from ragmoe.cli.init import INIT_EXAMPLES, init
 from ragmoe.cli.plan import PLAN_EXAMPLES, plan
 from ragmoe.cli.route import ROUTE_EXAMPLES, route
 from ragmoe.cli.train import TRAIN_EXAMPLES, train
@@ -79,6 +80,7 @@ app.add_typer(eval_.app, name="eval", help="Run and compare evaluations and expe
 app.add_typer(experts.app, name="experts", help="Show, add, prune and merge single experts.", rich_help_panel=_GROUPS)
 app.add_typer(gates.app, name="gates", help="List gates and what else routes.", rich_help_panel=_GROUPS)
 app.add_typer(losses.app, name="losses", help="Show what a gate can be trained by.", rich_help_panel=_GROUPS)
+app.command("init", short_help="Give any checkpoint gates that see neighbours.", epilog=INIT_EXAMPLES)(init)
 app.command("train", short_help="Fine-tune a model from a configuration file.", epilog=TRAIN_EXAMPLES)(train)
 app.command("ask", short_help="Answer a question, with the passage it comes from.", epilog=ASK_EXAMPLES)(ask)
 app.command("route", short_help="Draw which experts a question's tokens go to.", epilog=ROUTE_EXAMPLES)(route)

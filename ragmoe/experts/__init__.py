@@ -6,6 +6,7 @@ from ragmoe.experts.glu import GluExperts, gated
 from ragmoe.experts.kernel import AUTO
 from ragmoe.experts.key_value import KeyValueExperts
 from ragmoe.experts.lora import LoraExperts, LoraGluExperts
+from ragmoe.experts.start import Start, start_class, start_names
 
 __all__ = [
     "AUTO",
@@ -16,8 +17,11 @@ __all__ = [
     "KeyValueExperts",
     "LoraExperts",
     "LoraGluExperts",
+    "Start",
     "experts_class",
     "experts_names",
     "gated",
     "register_experts",
+    "start_class",
+    "start_names",
 ]

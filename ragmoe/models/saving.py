@@ -140,7 +140,10 @@ class BundleMixin(PreTrainedModel):
         if "config" not in bundle.extra:
             raise BundleError(f"the map of {path} holds no configuration", hint="was it written by save_pretrained?")
         if (found := bundle.extra["config"]["model_type"]) != cls.config_class.model_type:
-            raise BundleError(f"{path} is a {found!r} model; {cls.__name__} opens {cls.config_class.model_type!r}")
+            raise BundleError(
+                f"{path} is a {found!r} model; {cls.__name__} opens {cls.config_class.model_type!r}",
+                hint="ragmoe.load opens readers, ragmoe.load_decoder opens decoders",
+            )
         config = kwargs.pop("config", None) or cls.config_class.from_dict(dict(bundle.extra["config"]))
         _apply_map(config, bundle)
         slots = None if resident_experts is None else Slots(path, bundle, resident_experts)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ragmoe._errors import ConfigError
 from ragmoe._registry import Registry
-from ragmoe.experts import LoraGluExperts, gated
+from ragmoe.experts import LoraGluExperts, Start, gated
 from ragmoe.gates import Routing, gate_class
 from ragmoe.moe.layer import gate_settings
 from ragmoe.neighbours import Neighbours
@@ -64,7 +65,7 @@ class NeighbourGate(nn.Module):
 class SparseBlock(nn.Module, ABC):
     """A gate and its experts, in the place of one feed-forward network of a decoder."""
 
-    experts: nn.Module
+    experts: Any
 
     def __init__(self, config: Any, parts: BlockParts, layer: int) -> None:
         super().__init__()
@@ -88,6 +89,10 @@ class SparseBlock(nn.Module, ABC):
         """What the chosen experts answer together, with what answers every token."""
 
     @abstractmethod
+    def copy_dense(self, mlp: Any, start: Start) -> float:
+        """Start from a dense gated network; the largest absolute deviation of a weight from it, 0.0 for none."""
+
+    @abstractmethod
     def without(self, x_SD: Tensor) -> Tensor:
         """What is left where no expert is available."""
 
@@ -109,6 +114,13 @@ class FusedBlock(SparseBlock):
         y_SD = self.experts(x_SD, experts_SK, weights_SK)
         return y_SD if self.shared_experts is None else y_SD + self.shared_experts(x_SD)
 
+    @torch.no_grad()
+    def copy_dense(self, mlp: Any, start: Start) -> float:
+        gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
+        gate_up.copy_(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).expand_as(gate_up))
+        down.copy_(mlp.down_proj.weight.expand_as(down))
+        return start.apply(gate_up, down)
+
     def without(self, x_SD: Tensor) -> Tensor:
         return torch.zeros_like(x_SD) if self.shared_experts is None else self.shared_experts(x_SD)
 
@@ -116,8 +128,6 @@ class FusedBlock(SparseBlock):
 @register_block("lora")
 class LoraBlock(SparseBlock):
     """Low-rank experts on a dense network that they share (see ``ragmoe.experts.lora``)."""
-
-    experts: LoraGluExperts
 
     def __init__(self, config: Any, parts: BlockParts, layer: int) -> None:
         super().__init__(config, parts, layer)
@@ -127,6 +137,12 @@ class LoraBlock(SparseBlock):
 
     def mix(self, x_SD: Tensor, logits_SE: Tensor, weights_SK: Tensor, experts_SK: Tensor) -> Tensor:
         return self.experts(x_SD, Routing(weights_SK, experts_SK, logits_SE), gated(self.dense))
+
+    def copy_dense(self, mlp: Any, start: Start) -> float:
+        if start.amount:
+            raise ConfigError("LoRA experts differ from the start and begin as the dense network: expected init=copy")
+        self.dense.load_state_dict(mlp.state_dict())
+        return 0.0
 
     def without(self, x_SD: Tensor) -> Tensor:
         return self.dense(x_SD)

@@ -19,7 +19,8 @@ from ragmoe.cli.main import main
 
 HEAVY = {"torch", "faiss", "transformers", "datasets", "pyarrow", "numpy", "pandas", "sentence_transformers", "scipy"}
 COMMANDS = [
-    "index", "bundle", "data", "eval", "experts", "gates", "losses", "train", "ask", "route", "plan", "doctor", "demo",
+    "index", "bundle", "data", "eval", "experts", "gates", "losses", "init", "train", "ask", "route", "plan",
+    "doctor", "demo",
 ]  # fmt: skip
 IN_CHILD = """
 import json, sys

@@ -7,8 +7,13 @@ model.generate(**tokenizer(prompts, return_tensors="pt"), **neighbours.tensors()
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
+from ragmoe._errors import BundleError
+from ragmoe.bundle import read_map
+from ragmoe.models import check_bundle
 from ragmoe.models.families.config import RoutingConfig
 from ragmoe.models.families.glm4_moe import RagmoeGlm4MoeConfig, RagmoeGlm4MoeForCausalLM, RagmoeGlm4MoeModel
 from ragmoe.models.families.mixtral import RagmoeMixtralConfig, RagmoeMixtralForCausalLM, RagmoeMixtralModel
@@ -23,6 +28,39 @@ FAMILIES: dict[str, Any] = {
     "olmoe": RagmoeOlmoeForCausalLM,
     "glm4_moe": RagmoeGlm4MoeForCausalLM,
 }
+
+
+def load_decoder(
+    bundle: str | os.PathLike[str],
+    *,
+    version: int | None = None,
+    experts: Sequence[int | str] | None = None,
+    without: Sequence[int | str] = (),
+    **kwargs: Any,
+) -> DecoderForCausalLM:
+    """Open a saved decoder, ready to write; its tokenizer is beside it, for ``AutoTokenizer``.
+
+    Args:
+        bundle: the folder that ``ragmoe init`` or ``save_pretrained`` wrote.
+        version: an earlier version of it, by the number of its map; None opens the current one.
+        experts: ids or names of the experts to open, in their order; None opens all.
+        without: ids or names of experts that are opened but held back: no token goes to them.
+        kwargs: what ``from_pretrained`` takes, as ``dtype`` and ``device_map``.
+
+    Raises:
+        BundleError: it is missing or damaged, has no such version or expert, or holds no decoder.
+        ModelError: there is no expert to be held back of that name.
+    """
+    folder = check_bundle(bundle)
+    found = read_map(folder, version=version).extra.get("config", {}).get("model_type")
+    ours = {family.config_class.model_type: family for family in FAMILIES.values()}
+    if found not in ours:
+        raise BundleError(f"{folder} is a {found!r} model; decoders are {', '.join(ours)}", hint="ragmoe.load opens it")
+    model = ours[found].from_pretrained(folder, version=version, experts=experts, **kwargs).eval()
+    if without:
+        model.hold_back(without)
+    return model
+
 
 __all__ = [
     "FAMILIES",
@@ -41,4 +79,5 @@ __all__ = [
     "RagmoeQwen3MoeForCausalLM",
     "RagmoeQwen3MoeModel",
     "RoutingConfig",
+    "load_decoder",
 ]

@@ -4,8 +4,7 @@ The names are those of ``RagmoeBertConfig``; the number of experts goes by our n
 many of them serve a token is ``num_experts_per_tok`` alone: ``top_k`` would be taken for sampling's.
 """
 
-from __future__ import annotations
-
+# Annotations are not postponed here: ``strict`` checks values by types, and passes over those that are strings.
 import math
 from typing import Any, ClassVar
 
@@ -42,19 +41,19 @@ class RoutingConfig(PreTrainedConfig):
     gate: str = "retrieval"
     selection: str = "top_k"
     gate_width: int = 64
-    gate_noise: float = 0.0
-    gate_jitter: float = 0.0
-    token_dropout: float = 0.0
+    gate_noise: float | int = 0.0
+    gate_jitter: float | int = 0.0
+    token_dropout: float | int = 0.0
     expert_groups: int = 1
     common_experts: int = 0
-    vote_start: float = 0.0
+    vote_start: float | int = 0.0
     neighbour_width: int = 384
     neighbours: int = 16
     expert_kind: str = "ffn"
     expert_rank: int = 16
     sparse_layers: list[int] | None = None
-    balance_loss: float = 0.01
-    z_loss: float = 0.001
+    balance_loss: float | int = 0.01
+    z_loss: float | int = 0.001
     losses: dict[str, float | int] | None = None
     expert_ids: list[int] | None = None
     expert_names: list[str] | None = None

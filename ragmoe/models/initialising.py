@@ -1,0 +1,141 @@
+"""From any base to a bundle with gates that see neighbours: what ``ragmoe init`` does.
+
+made = init("models/llama", out="runs/llama-retrieval", experts=8, top_k=2, gate="retrieval")
+print(made.how, made.layers, made.model.parameter_counts())
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from ragmoe._errors import BundleError, ModelError
+from ragmoe._quiet import quiet_loading
+from ragmoe.models.bert import RagmoeBertForQuestionAnswering
+from ragmoe.models.families import FAMILIES
+from ragmoe.models.families.upcycling import UPCYCLED, Made, exchange_base_gates, upcycle_base
+from ragmoe.models.upcycling import base_path
+
+_UPCYCLING_DEFAULTS = {"experts": 8, "top_k": 2}
+
+
+def init(
+    base: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    layers: Sequence[int] | None = None,
+    init: str | None = None,
+    amount: float | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Made:
+    """Give a checkpoint gates that see neighbours, and save it as a bundle with its tokenizer.
+
+    A mixture of experts has its gates exchanged and keeps its experts. A dense model is upcycled: a decoder to the
+    sparse family of its kind, a BERT to a reader.
+
+    Args:
+        base: a folder or Hub id; ``minilm`` is the packaged encoder.
+        out: the folder of the bundle, which must not hold one.
+        layers: of a dense model, which become sparse; None means all of a decoder, every second of a BERT.
+        init: of a dense model, how its experts start: ``copy`` (what None means), ``noise`` or ``drop``.
+        amount: by how much they differ; None takes what is usual.
+        seed: for everything that is drawn.
+        settings: ``gate``, ``gate_width``, ``neighbour_width`` and other fields of the model; for a dense model also
+            ``experts``, ``top_k``, ``expert_kind`` and ``expert_rank``.
+
+    Raises:
+        ModelError: there is no such checkpoint, no layer of it can be changed, or a setting means nothing to it.
+        BundleError: ``out`` holds a bundle already.
+    """
+    path = base_path(str(base))
+    if Path(out).is_dir() and any(Path(out).iterdir()):
+        raise BundleError(f"{out} is not empty", hint="--out names a folder that is not there yet")
+    config = _config(path)
+    make = _MAKERS.get(config.model_type)
+    if make is None or layers == []:
+        raise ModelError(
+            f"no layer was changed: {path} is a {config.model_type!r} model, "
+            + ("and no layers were asked for" if make else f"and those known are {', '.join(sorted(_MAKERS))}")
+            + f"; its modules are {', '.join(_modules(config))}"
+        )
+    made = make(path, config, settings, layers=layers, init=init, amount=amount, seed=seed)
+    if not made.layers:
+        raise ModelError(f"no layer was changed: {path} has no sparse layer; it has {', '.join(_modules(config))}")
+    made.model.save_pretrained(out, message=f"{made.how} of {base}")
+    made.notes.extend(_copy_tokenizer(path, Path(out)))
+    return made
+
+
+def _exchange(path: str, config: Any, settings: dict[str, Any], *, seed: int, **start: Any) -> Made:
+    if given := [name for name, value in start.items() if value is not None]:
+        raise ModelError(
+            f"{path} is a mixture of experts already: {', '.join(given)} only concern upcycling",
+            hint="leave it out: the gates of all its sparse layers are exchanged",
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return exchange_base_gates(path, config, settings)
+
+
+def _upcycle(path: str, config: Any, settings: dict[str, Any], *, init: str | None, **start: Any) -> Made:
+    return upcycle_base(path, config, {**_UPCYCLING_DEFAULTS, **settings}, init=init or "copy", **start)
+
+
+def _reader(
+    path: str,
+    config: Any,
+    settings: dict[str, Any],
+    *,
+    layers: Sequence[int] | None,
+    init: str | None,
+    amount: float | None,
+    seed: int,
+) -> Made:
+    noise = {None: 0.0, "copy": 0.0, "noise": 0.01 if amount is None else amount}
+    if init not in noise:
+        raise ModelError(f"init is {init!r}, but a reader's experts start by copy or noise")
+    settings = {**_UPCYCLING_DEFAULTS, **settings, "sparse_layers": None if layers is None else list(layers)}
+    model = RagmoeBertForQuestionAnswering.from_dense(path, expert_noise=noise[init], seed=seed, **settings)
+    notes = ["its question-answering head is untrained: ragmoe train makes a reader of it"]
+    return Made(model.eval(), "upcycling", config.model_type, model.sparse_layers, notes=notes)
+
+
+_MAKERS: dict[str, Callable[..., Made]] = {
+    **dict.fromkeys(FAMILIES, _exchange),
+    **dict.fromkeys(UPCYCLED, _upcycle),
+    "bert": _reader,
+}
+
+
+def _config(path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+
+
+def _modules(config: Any) -> list[str]:
+    """The modules of a model by name, layer numbers left out; nothing is loaded."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    return sorted({re.sub(r"\b\d+\b", "*", name) for name, _ in model.named_modules() if name})
+
+
+def _copy_tokenizer(path: str, out: Path) -> list[str]:
+    """Save the base's tokenizer beside the model; a note where it has none."""
+    none = [f"{path} has no tokenizer, and so has {out}"]
+    if Path(path).is_dir() and not any(Path(path).glob("*token*")) and not any(Path(path).glob("vocab*")):
+        return none
+    try:
+        with quiet_loading():
+            AutoTokenizer.from_pretrained(path).save_pretrained(out)
+    except (OSError, ValueError):
+        return none
+    return []

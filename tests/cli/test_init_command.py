@@ -1,0 +1,93 @@
+"""``ragmoe init``: what it says it did, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import save_tiny_bert
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
+
+from ragmoe import load, load_decoder
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2}  # fmt: skip
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_a_dense_model_is_upcycled(ragmoe: Any, llama: Path, tmp_path: Path) -> None:
+    words = ["--base", llama, "--out", tmp_path / "out", "--experts", 4, "--top-k", 1, "--expert-rank", 8]
+    code, out, _ = ragmoe("init", *words, "--neighbour-width", 16, "--layers", "0,2")
+    assert code == 0
+    model = load_decoder(tmp_path / "out")
+    counts = model.parameter_counts()
+    assert out.splitlines() == [
+        f"{tmp_path / 'out'}: upcycling, llama to ragmoe_mixtral with 4 experts and the gate 'retrieval'",
+        "layers changed (2 of 3): 0, 2",
+        f"{counts['total']:,} parameters, {counts['active']:,} active for a token",
+        f"note: {llama} has no tokenizer, and so has {tmp_path / 'out'}",
+    ]
+    assert counts["active"] < counts["total"] == sum(p.numel() for p in model.parameters())
+    config = model.config
+    assert (config.experts, config.num_experts_per_tok, config.neighbour_width) == (4, 1, 16)
+
+
+def test_copies_that_differ_say_by_how_much(ragmoe: Any, llama: Path, tmp_path: Path) -> None:
+    words = ["--base", llama, "--out", tmp_path / "out", "--expert-kind", "ffn", "--init", "drop", "--amount", 0.25]
+    code, out, _ = ragmoe("init", *words, "--seed", 3)
+    assert code == 0 and "expert copies differ from the dense weights by up to " in out
+    code, out, _ = ragmoe("init", *words[:3], tmp_path / "two", *words[4:], "--seed", 3, "--json")
+    found = json.loads(out)
+    assert found["how"] == "upcycling" and found["layers"] == [0, 1, 2] and found["deviation"] > 0.01
+    assert found["parameters"]["active"] < found["parameters"]["total"] and found["to"] == "ragmoe_mixtral"
+
+
+def test_a_mixture_has_its_gates_exchanged(ragmoe: Any, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=4)).save_pretrained(tmp_path / "base")
+    code, out, _ = ragmoe("init", "--base", tmp_path / "base", "--out", tmp_path / "out", "--gate", "memory")
+    assert code == 0 and "gate exchange, mixtral to ragmoe_mixtral with 4 experts and the gate 'memory'" in out
+    assert "layers changed (3 of 3): 0, 1, 2" in out
+    code, _, err = ragmoe("init", "--base", tmp_path / "base", "--out", tmp_path / "two", "--experts", 8)
+    assert code == 1 and "keeps its experts: experts cannot be chosen" in err.replace("\n", " ")
+
+
+def test_a_bert_becomes_a_reader(ragmoe: Any, tmp_path: Path) -> None:
+    save_tiny_bert(tmp_path / "bert")
+    words = ["--base", tmp_path / "bert", "--out", tmp_path / "out", "--experts", 4, "--expert-rank", 8]
+    code, out, err = ragmoe("init", *words, "--neighbour-width", 16)
+    assert code == 0, err
+    assert "upcycling, bert to ragmoe_bert with 4 experts" in out and "layers changed (2 of 4): 1, 3" in out
+    assert load(tmp_path / "out").sparse_layers == [1, 3]
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) > 20
+    code, _, err = ragmoe("init", *words[:3], tmp_path / "two", "--init", "drop")
+    assert code == 1 and "a reader's experts start by copy or noise" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--layers", "first"], 2, "--layers first: expected all, or numbers such as 8,12,16"),
+        (["--layers", ","], 1, "no layer was changed"),
+        (["--layers", "7"], 1, "sparse_layers has [7], but the layers are 0 to 2"),
+        (["--gate", "router"], 1, "there is no gate 'router'; there are: centroid,"),
+        (["--expert-kind", "glu"], 1, "there is no expert kind of decoders 'glu'; there are: ffn, lora"),
+        (["--init", "noise"], 1, "LoRA experts differ from the start"),
+    ],
+)
+def test_errors(ragmoe: Any, llama: Path, tmp_path: Path, words: list[str], code: int, said: str) -> None:
+    found, out, err = ragmoe("init", "--base", llama, "--out", tmp_path / "out", *words)
+    assert (found, out) == (code, "") and said in err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_checkpoint(ragmoe: Any, tmp_path: Path) -> None:
+    code, _, err = ragmoe("init", "--base", tmp_path, "--out", tmp_path / "out")
+    assert code == 1 and f"{tmp_path} is not a checkpoint" in err.replace("\n", "")
+    assert ragmoe("init")[0] == 2
