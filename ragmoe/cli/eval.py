@@ -33,6 +33,10 @@ _COMPARE_EXAMPLES = """Examples:
   ragmoe eval compare runs/halvern-eval runs/token-eval
   ragmoe eval compare runs/demo/retrieval/seed-0 runs/demo/dense/seed-0 --metric em --json"""
 
+_HARNESS_EXAMPLES = """Examples:
+
+  ragmoe eval harness run --model ragmoe --model_args pretrained=runs/mine,index=indexes/mine --tasks arc_easy"""
+
 
 @app.command(epilog=_RUN_EXAMPLES)
 def run(
@@ -160,6 +164,16 @@ def compare(
         note += few_documents(c.per_domain_documents)
         title = f"{task} ({c.setting}): {metric} of {run_a} minus {run_b}"
         print_tables([Table(title, ["domain", "difference", "95 % interval"], rows, note=note)])
+
+
+@app.command(epilog=_HARNESS_EXAMPLES, context_settings={"ignore_unknown_options": True})
+def harness(
+    words: Annotated[list[str], typer.Argument(metavar="WORDS", help="What lm-eval is told.", show_default=False)],
+) -> None:
+    """Run lm-evaluation-harness, which then knows the model ragmoe (extra lm-eval)."""
+    from ragmoe.evaluation.lm_eval import main
+
+    main(words)
 
 
 app.command(epilog=EXPERIMENT_EXAMPLES)(experiment)
