@@ -213,9 +213,11 @@ def _evaluate(
     """Evaluate the model on tasks, each with its folder; whatever may be missing is looked for before it is loaded."""
     from ragmoe.evaluation import Retrieval, evaluate
     from ragmoe.evaluation.opening import index_of_task
+    from ragmoe.generation.generator import is_generator
     from ragmoe.models import check_bundle
 
-    check_bundle(model)
+    if not is_generator(model):
+        check_bundle(model)
     shared: dict[Path, Retrieval] = {}
     opened = [index_of_task(task, given=index, progress=show.stage) for task, _ in tasks]
     reader = thrift.load(model)
