@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ragmoe._errors import UsageError
+
 if TYPE_CHECKING:
+    from ragmoe.generation.generator import Generator
     from ragmoe.models import RagmoeBertForQuestionAnswering
 
 ResidentOption = Annotated[
@@ -43,10 +46,17 @@ class Thrift:
     without: Sequence[str] = ()
     reader: RagmoeBertForQuestionAnswering | None = None
 
-    def load(self, bundle: Path) -> RagmoeBertForQuestionAnswering:
-        """Open a bundle as was wished."""
+    def load(self, bundle: Path) -> RagmoeBertForQuestionAnswering | Generator:
+        """Open a bundle, or a generator, as was wished."""
+        from ragmoe.generation.generator import Generator, is_generator
         from ragmoe.models import OutputCache, load
 
+        if is_generator(bundle):
+            for name, given in (("resident-experts", self.resident_experts), ("output-cache", self.output_cache),
+                                ("without", self.without)):  # fmt: skip
+                if given:
+                    raise UsageError(f"--{name} is for readers, but {bundle} holds a causal language model")
+            return Generator.load(bundle)
         self.reader = load(bundle, resident_experts=self.resident_experts, without=self.without)
         self.reader.output_cache = OutputCache(self.output_cache) if self.output_cache is not None else None
         return self.reader

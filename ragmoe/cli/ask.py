@@ -15,6 +15,7 @@ from ragmoe.cli._thrift import ResidentOption, Thrift
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Passage
+    from ragmoe.generation.answers import GeneratedAnswer
     from ragmoe.models import Answer
 
 
@@ -46,9 +47,11 @@ def ask(
     else:
         print_answer(answer, passage)
         thrift.tell()
+    if lost := getattr(answer, "shortened", 0) + getattr(answer, "left_out", 0):
+        typer.echo(f"{lost} passages were shortened or left out: the prompt has no room for more", err=True)
 
 
-def _record(question: str, answer: Answer, passage: Passage | None) -> dict[str, Any]:
+def _record(question: str, answer: Answer | GeneratedAnswer, passage: Passage | None) -> dict[str, Any]:
     span = _span(answer, passage)
     return {
         "question": question,
@@ -71,14 +74,14 @@ def _record(question: str, answer: Answer, passage: Passage | None) -> dict[str,
     }
 
 
-def _span(answer: Answer, passage: Passage | None) -> tuple[int, int] | None:
+def _span(answer: Answer | GeneratedAnswer, passage: Passage | None) -> tuple[int, int] | None:
     """Where the answer stands in the passage; None for yes, no and maybe."""
     if passage is None or answer.start is None or not answer.text:
         return None
     return answer.start, answer.start + len(answer.text)
 
 
-def print_answer(answer: Answer, passage: Passage | None) -> None:
+def print_answer(answer: Answer | GeneratedAnswer, passage: Passage | None) -> None:
     from rich.console import Console
     from rich.text import Text
 

@@ -33,6 +33,10 @@ _COMPARE_EXAMPLES = """Examples:
   ragmoe eval compare runs/halvern-eval runs/token-eval
   ragmoe eval compare runs/demo/retrieval/seed-0 runs/demo/dense/seed-0 --metric em --json"""
 
+_HARNESS_EXAMPLES = """Examples:
+
+  ragmoe eval harness run --model ragmoe --model_args pretrained=runs/mine,index=indexes/mine --tasks arc_easy"""
+
 
 @app.command(epilog=_RUN_EXAMPLES)
 def run(
@@ -162,6 +166,16 @@ def compare(
         print_tables([Table(title, ["domain", "difference", "95 % interval"], rows, note=note)])
 
 
+@app.command(epilog=_HARNESS_EXAMPLES, context_settings={"ignore_unknown_options": True})
+def harness(
+    words: Annotated[list[str], typer.Argument(metavar="WORDS", help="What lm-eval is told.", show_default=False)],
+) -> None:
+    """Run lm-evaluation-harness, which then knows the model ragmoe (extra lm-eval)."""
+    from ragmoe.evaluation.lm_eval import main
+
+    main(words)
+
+
 app.command(epilog=EXPERIMENT_EXAMPLES)(experiment)
 app.command(epilog=REPORT_EXAMPLES)(report)
 
@@ -199,9 +213,11 @@ def _evaluate(
     """Evaluate the model on tasks, each with its folder; whatever may be missing is looked for before it is loaded."""
     from ragmoe.evaluation import Retrieval, evaluate
     from ragmoe.evaluation.opening import index_of_task
+    from ragmoe.generation.generator import is_generator
     from ragmoe.models import check_bundle
 
-    check_bundle(model)
+    if not is_generator(model):
+        check_bundle(model)
     shared: dict[Path, Retrieval] = {}
     opened = [index_of_task(task, given=index, progress=show.stage) for task, _ in tasks]
     reader = thrift.load(model)

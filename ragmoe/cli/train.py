@@ -43,7 +43,7 @@ def train(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Fine-tune a retrieval-conditioned reader on questions and an index."""
+    """Fine-tune a reader, or a generator where the base is a causal language model, on questions and an index."""
     import json
     from dataclasses import asdict
 
@@ -78,10 +78,9 @@ def train(
 
 def _kept(out: Path, every: int) -> str:
     """What a run that was stopped has left, and the command that goes on with it."""
-    from ragmoe.bundle import is_bundle
-    from ragmoe.training.folder import is_started, last_checkpoint
+    from ragmoe.training.folder import is_finished, is_started, last_checkpoint
 
-    if is_bundle(out):
+    if is_finished(out):
         return f"{out} holds a finished run; what was given: {again()}"
     if not is_started(out):
         return f"nothing is written yet; begin again with: {again()}"

@@ -19,7 +19,7 @@ from ragmoe.evaluation.results import Results, samples_name
 from ragmoe.evaluation.retrieval import DEPTH, Retrieval, score_retrieval
 from ragmoe.evaluation.routing import routing_shift, summarise_routing
 from ragmoe.evaluation.samples import Sample, SampleFile, digest_of
-from ragmoe.evaluation.scoring import score, summarise
+from ragmoe.evaluation.scoring import score, score_citations, summarise
 from ragmoe.evaluation.statistics import compare, interval
 from ragmoe.evaluation.task import Task, load_task
 
@@ -177,6 +177,7 @@ class _Run:
             read=read,
             retrieved=tuple(retrieved) if condition == REAL else (),
             gold_rank=ranks[0] if ranks else None,
+            gold_read=tuple(name for name in read if name in question.gold_ids),
         )
 
     def _shown(self, found: Neighbours, chunk: Sequence[int], condition: str, plan: _Plan) -> Neighbours | None:
@@ -256,6 +257,7 @@ def _outcome(sample: Sample, answer: AnswerLike) -> dict[str, Any]:
         # An infinite score has no place in JSON, nor on a ROC curve; no finite one comes near the bound.
         "no_answer_score": max(-_BOUND, min(_BOUND, answer.no_answer_score)),
         **score(answer, sample.answers, sample.answer_type),
+        **score_citations(answer, sample.answers, sample.answer_type, sample.gold_read),
     }
 
 
@@ -297,6 +299,9 @@ def model_digest(model: Reader) -> str:
     config = model.config.to_dict()
     local = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
     parts: list[object] = [{key: value for key, value in config.items() if key not in local}]
+    if (style := getattr(model, "style", None)) is not None:
+        # How a generator is asked; a reader has but one way.
+        parts.append(asdict(style))
     if held := list(model.held_back):
         parts.append(held)
     return digest_of(weights_digest(model), *parts)

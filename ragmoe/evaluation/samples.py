@@ -29,6 +29,10 @@ class Sample:
             the question is unanswerable.
         retrieved: passage ids, best first.
         gold_rank: rank (from 1) of the first gold passage among them; None if it is not there.
+        gold_read: those of the passages read that are gold.
+        cited: passages that a generator cites; None for a reader, which does not.
+        rouge_l: 0 to 1, of a generator, where the answer is no yes, no or maybe; ``citation_precision`` and
+            ``citation_recall`` likewise, see ``metrics``.
         routing: for each of L sparse layers how many choices fell on each of E experts while the question was read.
         gate_entropy: for each layer the mean entropy of the gate (nats) over the tokens read.
         tokens: how many were read, without padding.
@@ -58,6 +62,11 @@ class Sample:
     no_answer_score: float | None = None
     retrieved: tuple[str, ...] = ()
     gold_rank: int | None = None
+    gold_read: tuple[str, ...] = ()
+    cited: tuple[str, ...] | None = None
+    rouge_l: float | None = None
+    citation_precision: float | None = None
+    citation_recall: float | None = None
     routing: tuple[tuple[int, ...], ...] = ()
     gate_entropy: tuple[float, ...] = ()
     tokens: int | None = None
@@ -81,9 +90,8 @@ class Sample:
         unknown = record.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)}")
-        lists = {
-            name: tuple(record[name]) for name in ("answers", "read", "retrieved", "gate_entropy") if name in record
-        }
+        names = ("answers", "read", "retrieved", "gate_entropy", "gold_read", "cited")
+        lists = {name: tuple(record[name]) for name in names if record.get(name) is not None}
         lists |= {name: tuple(tuple(row) for row in record.get(name, ())) for name in ("routing", "lost")}
         try:
             return cls(**{**record, **lists})

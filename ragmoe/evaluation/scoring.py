@@ -16,6 +16,8 @@ from typing import Any
 
 from ragmoe.evaluation.metrics import (
     best_over,
+    citation_precision,
+    citation_recall,
     class_f1,
     exact_match,
     f1,
@@ -23,6 +25,7 @@ from ragmoe.evaluation.metrics import (
     yes_no_maybe,
 )
 from ragmoe.evaluation.protocols import AnswerLike
+from ragmoe.evaluation.rouge import rouge_l
 from ragmoe.evaluation.samples import Sample
 
 SCORES = ("f1", "em", "f1_thresholded", "em_thresholded")
@@ -42,8 +45,29 @@ def score(answer: AnswerLike, answers: Sequence[str], answer_type: str) -> dict[
     return {**best, "f1_thresholded": best["f1"] * passed, "em_thresholded": best["em"] * passed}
 
 
+def score_citations(
+    answer: AnswerLike, answers: Sequence[str], answer_type: str, gold: Sequence[str]
+) -> dict[str, Any]:
+    """What a generator's answer has beside: ROUGE-L and citations; nothing for a reader's, which cites no passage.
+
+    Args:
+        gold: the gold passages among those read.
+    """
+    cited: Sequence[str] | None = getattr(answer, "cited", None)
+    if cited is None:
+        return {}
+    in_words = bool(answers) and answer_type != "yesno"
+    return {
+        "cited": tuple(cited),
+        "rouge_l": best_over(rouge_l, answer.text, answers) if in_words else None,
+        "citation_precision": citation_precision(cited, gold),
+        "citation_recall": citation_recall(cited, gold, gold),
+    }
+
+
 def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Figures over samples: ``macro``, ``per_domain``, ``yesno`` and ``no_answer`` (None where there is none such).
+    """Figures over samples: ``macro``, ``per_domain``, ``yesno``, ``no_answer`` and ``generation`` (None where there is
+    none such).
 
     Means are over answerable questions that were read without error; ``coverage`` is their share of the answerable.
     ``macro`` has None instead of a mean where a domain that has answerable questions got not one of them scored.
@@ -57,7 +81,13 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
     for name in SCORES:
         means = [block[name] for block in wanted]
         macro[name] = None if not means or None in means else fmean(means)
-    return {"macro": macro, "per_domain": per_domain, "yesno": _yesno(samples), "no_answer": _no_answer(samples)}
+    return {
+        "macro": macro,
+        "per_domain": per_domain,
+        "yesno": _yesno(samples),
+        "no_answer": _no_answer(samples),
+        "generation": _generation(samples),
+    }
 
 
 def _counts(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -96,6 +126,23 @@ def _yesno(samples: Sequence[Sample]) -> dict[str, Any] | None:
         "n": len(scored),
         "coverage": len(scored) / len(rows),
     }
+
+
+def _generation(samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """ROUGE-L and citations, 0 to 100: ``macro`` over domains and ``per_domain``, each with the answers counted."""
+    rows = [sample for sample in samples if sample.status == "ok" and sample.cited is not None]
+    if not rows:
+        return None
+    found: dict[str, Any] = {}
+    for name in ("rouge_l", "citation_precision", "citation_recall"):
+        by_domain: dict[str, list[float]] = defaultdict(list)
+        for sample in rows:
+            if (value := getattr(sample, name)) is not None:
+                by_domain[sample.domain].append(100 * value)
+        means = {domain: {"mean": fmean(values), "n": len(values)} for domain, values in by_domain.items()}
+        macro = fmean(block["mean"] for block in means.values()) if means else None
+        found[name] = {"macro": macro, "per_domain": means}
+    return found
 
 
 def _no_answer(samples: Sequence[Sample]) -> dict[str, Any] | None:

@@ -87,10 +87,11 @@ class Generator:
         return cls(model, AutoTokenizer.from_pretrained(path), style)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write model, tokenizer and prompt style into a folder; ``load`` gives them back."""
+        """Write model, tokenizer and, last, the prompt style into a folder; ``load`` gives them back."""
+        with quiet_loading():
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         (Path(folder) / STYLE_NAME).write_text(json.dumps(asdict(self.style), indent=2) + "\n", encoding="utf-8")
-        self.model.save_pretrained(folder)
 
     @property
     def style(self) -> PromptStyle:

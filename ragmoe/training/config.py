@@ -180,6 +180,8 @@ class TrainingConfig(_Strict):
         model: fields of ``RagmoeBertConfig``.
         expert_noise: relative noise that tells copied full experts apart.
         new_expert: for ``train.what: new_expert``, and only there.
+        generate: for a base that is a causal language model, and only there; a folder of one needs none, and a Hub id
+            is taken for one where this is given, be it empty (``generate: {}``).
         checkpoint_every: steps between checkpoints; 0 writes none.
         log_every: steps between lines of the history.
     """
@@ -192,6 +194,7 @@ class TrainingConfig(_Strict):
     raft: RaftConfig = RaftConfig()
     train: OptimiserConfig = OptimiserConfig()
     new_expert: NewExpertConfig | None = None
+    generate: GenerateConfig | None = None
     seed: int = 0
     checkpoint_every: int = Field(100, ge=0)
     log_every: int = Field(10, ge=1)

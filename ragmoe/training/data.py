@@ -31,6 +31,10 @@ from ragmoe.neighbours import Neighbours
 from ragmoe.training.config import DataConfig, RaftConfig
 from ragmoe.training.raft import Example, sample
 
+# The folder in an index's own where neighbours of questions are kept between runs.
+CACHE_NAME = ".neighbours"
+# So many more than are read are retrieved for a question.
+SPARE_NEIGHBOURS = 10
 # Distractors come from this many neighbours beyond those that are read, since some hold the answer.
 _SPARE = 8
 # Questions that are retrieved for at a time.
@@ -88,6 +92,12 @@ def check_questions(questions: Sequence[Question], index: Index) -> None:
         said = question.answers[0].lower() if question.answers else ""
         if question.answer_type == "yesno" and said not in SPECIAL_CANDIDATES:
             raise DataError(f"question {question.id}: the answer is {said!r}; expected yes, no or maybe")
+    check_passages(questions, index)
+
+
+def check_passages(questions: Sequence[Question], index: Index) -> None:
+    """Raise DataError for the first question that names a passage which the index does not hold."""
+    for question in questions:
         for name in (*question.gold_ids, *question.context_ids):
             if index.find(name) is None:
                 raise DataError(
@@ -331,3 +341,17 @@ class RaftCollator:
         positions = w.token_span(seen[0], min(w.offsets[-1][1], seen[1]))
         assert positions is not None, "the window was chosen to hold the answer's beginning"
         return positions[0] + _FIRST_TOKEN, positions[1] + _FIRST_TOKEN
+
+    def decoded(self, batch: dict[str, Tensor]) -> list[dict[str, str]]:
+        """What a batch says, a row a sequence: ``sequence`` and ``target``."""
+        rows, first = [], len(SPECIAL_CANDIDATES)
+        starts, ends = batch["start_positions"].reshape(-1), batch["end_positions"].reshape(-1)
+        for ids, start, end in zip(batch["input_ids"], starts.tolist(), ends.tolist(), strict=True):
+            target = (SPECIAL_CANDIDATES[start] or "(no answer here)") if start < first else None
+            rows.append(
+                {
+                    "sequence": self.tokenizer.decode(ids[ids != self.tokenizer.pad_token_id]),
+                    "target": target or self.tokenizer.decode(ids[start - first : end - first + 1]),
+                }
+            )
+        return rows

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from ragmoe.models.config import SPECIAL_CANDIDATES
 from ragmoe.models.plan import activation_bytes, read_layout
+from ragmoe.training.generator import GeneratorRun
 from ragmoe.training.run import Run
 
 _GIB = 2**30
 
 
-def describe(run: Run) -> dict[str, Any]:
+def describe(run: Run | GeneratorRun) -> dict[str, Any]:
     """Figures of a prepared run, with ``text`` for people.
 
     Memory is an estimate: weights, gradients and two moments in fp32, and the activations that backward needs in the
@@ -31,7 +31,7 @@ def describe(run: Run) -> dict[str, Any]:
     activations = activation_bytes(layout, math.prod(longest), checkpointing=train.gradient_checkpointing)
     report: dict[str, Any] = {
         "parameters": parameters,
-        "sparse_layers": run.model.sparse_layers,
+        "sparse_layers": list(getattr(run.model, "sparse_layers", [])),
         "questions": {
             "fitted": len(run.dataset.questions),
             "held_out": len(run.held),
@@ -43,35 +43,21 @@ def describe(run: Run) -> dict[str, Any]:
         "memory_gib": {"weights": round(weights / _GIB, 2), "activations": round(activations / _GIB, 2)},
         "longest_batch": {"sequences": longest[0], "tokens": longest[1]},
         "passes": round(len(run.dataset) / len(run.dataset.questions), 2),
-        "first_batch": _decoded(run, batch),
+        "first_batch": run.collator.decoded(batch),
     }
     report["text"] = _text(report, config.train.steps)
     return report
 
 
-def _batch(run: Run, begin: int) -> dict[str, torch.Tensor]:
+def _batch(run: Run | GeneratorRun, begin: int) -> dict[str, torch.Tensor]:
     return run.collator([run.dataset[at] for at in range(begin, begin + run.config.train.batch_size)])
 
 
-def _longest(run: Run) -> int:
+def _longest(run: Run | GeneratorRun) -> int:
     """Where the batch begins that holds the longest of the questions' own passages, counted in characters."""
     dataset, size = run.dataset, run.config.train.batch_size
     begins = range(0, len(dataset), size)
     return max(begins, key=lambda at: max(dataset.lengths[i] for i in dataset.order[at : at + size]))
-
-
-def _decoded(run: Run, batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-    tokenizer, rows, first = run.collator.tokenizer, [], len(SPECIAL_CANDIDATES)
-    starts, ends = batch["start_positions"].reshape(-1), batch["end_positions"].reshape(-1)
-    for ids, start, end in zip(batch["input_ids"], starts.tolist(), ends.tolist(), strict=True):
-        target = (SPECIAL_CANDIDATES[start] or "(no answer here)") if start < first else None
-        rows.append(
-            {
-                "sequence": tokenizer.decode(ids[ids != tokenizer.pad_token_id]),
-                "target": target or tokenizer.decode(ids[start - first : end - first + 1]),
-            }
-        )
-    return rows
 
 
 def _text(report: dict[str, Any], steps: int) -> str:

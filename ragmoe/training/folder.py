@@ -24,6 +24,7 @@ from ragmoe._errors import ConfigError, UsageError
 from ragmoe._folders import expect_folder
 from ragmoe.bundle import is_bundle
 from ragmoe.corpus.types import Question
+from ragmoe.generation.generator import STYLE_NAME
 from ragmoe.training.config import TrainingConfig, explain, read_yaml
 
 CONFIG_NAME, STARTED_NAME, HISTORY_NAME, CHECKPOINTS = "training.yaml", "started.json", "history.jsonl", "checkpoints"
@@ -32,6 +33,11 @@ CONFIG_NAME, STARTED_NAME, HISTORY_NAME, CHECKPOINTS = "training.yaml", "started
 def is_started(folder: Path) -> bool:
     """Whether a run has begun here, finished or not."""
     return (folder / CONFIG_NAME).is_file()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has left a model here: a bundle, or a generator, which writes its prompt style last."""
+    return is_bundle(folder) or (folder / STYLE_NAME).is_file()
 
 
 def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: bool) -> None:
@@ -44,7 +50,7 @@ def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     expect_folder(folder)
-    started, finished = is_started(folder), is_bundle(folder)
+    started, finished = is_started(folder), is_finished(folder)
     others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if others and not (started or finished):
         raise ConfigError(

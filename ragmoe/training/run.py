@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments, set_seed
 
-from ragmoe._errors import BundleError, DataError, ModelError
+from ragmoe._errors import BundleError, ConfigError, DataError, ModelError
 from ragmoe.bundle import MAP_NAME
 from ragmoe.bundle.experts import LOAD
 from ragmoe.index import Index
@@ -25,6 +25,8 @@ from ragmoe.training.calibration import calibrate
 from ragmoe.training.callbacks import HistoryCallback, Shows, last_load
 from ragmoe.training.config import TrainingConfig, load_config
 from ragmoe.training.data import (
+    CACHE_NAME,
+    SPARE_NEIGHBOURS,
     RaftCollator,
     RaftDataset,
     Retrieved,
@@ -36,12 +38,10 @@ from ragmoe.training.data import (
 from ragmoe.training.documents import made_questions
 from ragmoe.training.fitting import fit_gates
 from ragmoe.training.folder import CHECKPOINTS, HISTORY_NAME, check_out, is_started, last_checkpoint, start
+from ragmoe.training.generator import GeneratorRun, prepare_generator, trains_generator
 from ragmoe.training.new_expert import NewExpert, begin_new_expert
 from ragmoe.training.totals import check_losses
 from ragmoe.training.trainer import RagmoeTrainer
-
-CACHE_NAME = ".neighbours"
-_SPARE_NEIGHBOURS = 10
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,12 @@ class Run:
     left_out: int
     new_expert: NewExpert | None = None
 
+    trainer_class: ClassVar[type[RagmoeTrainer]] = RagmoeTrainer
+
+    def save(self, folder: Path) -> Path | None:
+        """Save the trained model; the folder of its adapter, where it was trained by one."""
+        return _save(self, folder)
+
     @property
     def parameters(self) -> dict[str, int]:
         """Total and active as the model will be saved, and how many are trained."""
@@ -95,13 +101,27 @@ class Run:
         }
 
 
-def prepare(config: TrainingConfig, *, cache: Path | None = None, show: Shows | None = None) -> Run:
-    """Load questions and index, retrieve once, build the model and decide what of it is trained.
+def prepare(config: TrainingConfig, *, cache: Path | None = None, show: Shows | None = None) -> Run | GeneratorRun:
+    """Load questions and index, retrieve once, make the model of the base and decide what of it is trained.
 
     Args:
         cache: folder where neighbours of questions are kept between runs; None means in the index's own folder.
         show: told how far retrieving is, which takes minutes for many questions.
     """
+    make = prepare_generator if trains_generator(config) else prepare_reader
+    return make(config, cache=cache, show=show)
+
+
+def prepare_reader(config: TrainingConfig, *, cache: Path | None = None, show: Shows | None = None) -> Run:
+    """``prepare`` for a reader.
+
+    Raises:
+        ConfigError: the configuration says how to generate.
+    """
+    if config.generate is not None:
+        raise ConfigError(
+            f"generate is given, but the base {config.base} is no causal language model: expected one, or no generate"
+        )
     train = config.train
     index = Index.open(config.data.index)
     if config.data.questions or not config.new_expert:
@@ -123,7 +143,7 @@ def prepare(config: TrainingConfig, *, cache: Path | None = None, show: Shows | 
 
     raw = config.data.question_field == "question_raw"
     texts = [question.raw if raw else question.question for question in fit + held]
-    n = max(config.raft.neighbours, config.raft.passages + _SPARE_NEIGHBOURS)
+    n = max(config.raft.neighbours, config.raft.passages + SPARE_NEIGHBOURS)
     retrieved = Retrieved.of(
         index,
         texts,
@@ -161,7 +181,7 @@ def train(
     cache: str | os.PathLike[str] | None = None,
     show: Shows | None = None,
 ) -> TrainResult:
-    """Fine-tune a reader and save it as a bundle.
+    """Fine-tune a reader, or a generator where the base is a causal language model, and save it.
 
     Args:
         config: YAML file, mapping or configuration; ``overrides`` are ``key.key=value``.
@@ -200,7 +220,7 @@ def train(
     seconds = None if last else time.perf_counter() - begin
     # Trainer leaves its autocast around forward; what is saved and compared is the model itself.
     run.model = trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
-    adapter = _save(run, folder)
+    adapter = run.save(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return TrainResult(
         folder,
@@ -213,12 +233,12 @@ def train(
     )
 
 
-def _trainer(run: Run, folder: Path, *, bf16: bool, show: Shows | None) -> RagmoeTrainer:
+def _trainer(run: Run | GeneratorRun, folder: Path, *, bf16: bool, show: Shows | None) -> RagmoeTrainer:
     """The trainer of a run, with its history in place of Trainer's own printing."""
     from transformers import PrinterCallback
 
     history = HistoryCallback(folder / HISTORY_NAME, steps=run.config.train.steps, show=show)
-    trainer = RagmoeTrainer(
+    trainer = run.trainer_class(
         model=run.model,
         args=_arguments(run.config, folder / CHECKPOINTS, bf16=bf16),
         train_dataset=run.dataset,
@@ -328,4 +348,4 @@ def largest_difference(
     return max((x - y).abs().max().item() for x, y in pairs)
 
 
-__all__ = ["Run", "TrainResult", "prepare", "train"]
+__all__ = ["Run", "TrainResult", "prepare", "prepare_reader", "train"]

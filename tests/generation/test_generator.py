@@ -30,7 +30,7 @@ def small() -> Generator:
     return Generator(tiny_llama(num_hidden_layers=1), byte_tokenizer(), PromptStyle("refuse", 700, 24))
 
 
-def taught(made: Generator, question: str, passages: list[Passage], answer: str) -> None:
+def taught(made: Generator, question: str, passages: list[Passage], answer: str, steps: int = 35) -> None:
     """Let the model learn one answer by heart."""
     gold = passages[0] if passages else None
     prompt = made.prompts.make(question, passages, gold=0 if gold else None, answer=answer)
@@ -38,7 +38,7 @@ def taught(made: Generator, question: str, passages: list[Passage], answer: str)
     labels = ids.clone()
     labels[:, : len(prompt.ids)] = -100
     optimiser = torch.optim.Adam(made.model.parameters(), lr=1e-2)
-    for _ in range(35):
+    for _ in range(steps):
         made.model(ids, labels=labels).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -83,7 +83,7 @@ def test_what_it_learned_it_answers_and_cites(anna: Generator, index: Index) -> 
     assert (answer.text, answer.said, answer.cited, answer.passage_id) == ("Anna", "Anna [1]", ("quay",), "quay")
     assert answer.answered and answer.score > 0.5 and answer.no_answer_score < 0 and answer.start is None
     made = small()
-    taught(made, QUESTIONS[2], [], REFUSAL)
+    taught(made, QUESTIONS[2], [], REFUSAL, steps=60)
     refused = made.answer(QUESTIONS[2:], index, passages=0)[0]
     assert (refused.text, refused.said, refused.cited, refused.answered) == ("", REFUSAL, (), False)
     assert refused.no_answer_score > 0

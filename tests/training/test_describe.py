@@ -31,7 +31,7 @@ def test_memory_is_that_of_the_longest_batch(config: Config) -> None:
             batch["input_ids"] = torch.nn.functional.pad(batch["input_ids"], (0, 4))
         return batch
 
-    padded.tokenizer = collate.tokenizer  # type: ignore[attr-defined]
+    padded.decoded = collate.decoded  # type: ignore[attr-defined]
     run.collator = padded  # type: ignore[assignment]
     report = describe(run)
     assert dataset.questions[last].id not in read[0] and dataset.questions[last].id in read[1]

@@ -1,0 +1,98 @@
+"""``ask`` and ``eval run`` with a causal language model in the place of a reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from stub_encoder import StubEncoder
+from tiny_decoder import byte_tokenizer, tiny_llama
+
+from ragmoe.cli.main import main
+from ragmoe.corpus.types import Passage
+from ragmoe.evaluation import Results
+from ragmoe.generation import Generator, PromptStyle
+from ragmoe.generation.answers import GeneratedAnswer, read_answer
+from ragmoe.generation.prompts import Prompt
+from ragmoe.index import BuildOptions, build_index
+
+TEXTS = {"quay": "The keeper of the quay is Anna.", "lock": "Bert opens the lock at nine."}
+ASKED = [
+    {"id": "a", "question": "who keeps the quay?", "answers": ["Anna the keeper"], "gold_ids": ["quay"]},
+    {"id": "b", "question": "is the lock open?", "answers": ["yes"], "gold_ids": ["lock"], "answer_type": "yesno"},
+    {"id": "c", "question": "what does it weigh?", "answers": [], "context_ids": ["lock"]},
+]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    rows = [{"id": name, "text": text, "domain": "port"} for name, text in TEXTS.items()]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_index(BuildOptions((str(tmp_path / "corpus.jsonl"),), tmp_path / "index", encoder=StubEncoder()))
+    monkeypatch.setattr("ragmoe.index.folder.load_encoder", lambda name: StubEncoder())
+    asked = [{"answer_type": "text", "domain": "port", **row} for row in ASKED]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (tmp_path / "task.yaml").write_text("name: port\nquestions: [questions.jsonl]\nsetting: open\npassages: 2\n")
+    style = PromptStyle(max_length=500, max_answer_tokens=8)
+    Generator(tiny_llama(num_hidden_layers=1), byte_tokenizer(), style).save(tmp_path / "model")
+    return tmp_path
+
+
+def test_ask(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["ask", str(world / "model"), "who keeps the quay?", "--index", str(world / "index")]
+    assert main([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["answer_type"] == "text" and said["answered"] is True and said["answer"] and 0 <= said["score"] <= 1
+    assert main([*words, "--without", "x"]) == 2
+    assert "--without is for readers" in capsys.readouterr().err
+    style = json.loads((world / "model" / "prompt.json").read_text())
+    prompts = Generator.load(world / "model").prompts
+    whole = len(prompts.ids("who keeps the quay?", [Passage(name, text) for name, text in TEXTS.items()]))
+    # One token less than both passages and the answer take.
+    (world / "model" / "prompt.json").write_text(json.dumps({**style, "max_length": whole + 7}))
+    assert main(words) == 0
+    assert "1 passages were shortened or left out" in capsys.readouterr().err
+
+
+def test_eval_run_scores_words_and_citations(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {
+        "who keeps the quay?": "Anna is keeper [1]",
+        "is the lock open?": "yes [2]",
+        "what does it weigh?": "ton [1]",
+    }
+    read: dict[str, list[str]] = {}
+
+    def scripted(
+        self: Generator, questions: list[str], passages: list[list[Passage]], *args: object, **kwargs: object
+    ) -> list[GeneratedAnswer]:
+        read.update({q: [p.id for p in own] for q, own in zip(questions, passages, strict=True)})
+        prompts = [Prompt([1], [], tuple(own)) for own in passages]
+        return [read_answer(p, said[q], -1.0, -2.0) for q, p in zip(questions, prompts, strict=True)]
+
+    monkeypatch.setattr(Generator, "read", scripted)
+    words = ["eval", "run", str(world / "task.yaml"), "--model", str(world / "model"), "--index", str(world / "index")]
+    assert main([*words, "--out", str(world / "out"), "--json"]) == 0
+    assert read["who keeps the quay?"] == ["quay", "lock"] and read["is the lock open?"] == ["lock", "quay"]
+    samples = {sample.id: sample for sample in Results.load(world / "out" / "port").samples["real"]}
+    a, b, c = (samples[name] for name in "abc")
+    assert (a.cited, a.citation_precision, a.citation_recall) == (("quay",), 1.0, 1.0)
+    # Of "anna is keeper" two words stand in "anna the keeper" in their order.
+    assert a.rouge_l == pytest.approx(2 / 3)
+    # The second passage is not the gold one.
+    assert (b.cited, b.citation_precision, b.citation_recall, b.rouge_l) == (("quay",), 0.0, 0.0, None)
+    assert (b.em, c.citation_precision, c.citation_recall, c.answered) == (1.0, 0.0, None, True)
+    generation = Results.load(world / "out" / "port").real["generation"]
+    assert generation["citation_precision"]["macro"] == pytest.approx(100 / 3)
+    assert generation["citation_recall"]["per_domain"] == {"port": {"mean": 50.0, "n": 2}}
+    capsys.readouterr()
+    # Asked in another way it is another model, and nothing is taken over.
+    Generator(tiny_llama(num_hidden_layers=1), byte_tokenizer(), PromptStyle("memory", 500, 8)).save(world / "model")
+    read.clear()
+    assert main([*words, "--out", str(world / "out"), "--json"]) == 0
+    assert len(read) == 3
+    read.clear()
+    assert main([*words, "--out", str(world / "out"), "--json"]) == 0
+    assert not read

@@ -1,0 +1,160 @@
+"""Training a generator by ``train``: it learns, resumes exactly, and a step is the same however it is cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_decoder import byte_tokenizer, tiny_llama
+from transformers import TrainerCallback
+
+from ragmoe import ConfigError, DataError, Index
+from ragmoe.generation import Generator
+from ragmoe.training import load_config, prepare, train
+from ragmoe.training import run as run_module
+from ragmoe.training.describe import describe
+from ragmoe.training.generator import GeneratorRun, GeneratorTrainer
+
+Config = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decoder")
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def content(config: Config, base: Path) -> Config:
+    def make(**changes: Any) -> dict[str, Any]:
+        given = {
+            "base": str(base), "model": {}, "raft.max_length": 480, "raft.passages": 1, "raft.gold_probability": 1.0,
+            "generate": {"no_context": 0.2, "max_answer_tokens": 24}, "train.batch_size": 2,
+            "train.learning_rate": 5e-3, "train.steps": 6,
+        }  # fmt: skip
+        return config(**{**given, **changes})
+
+    return make
+
+
+class Stop:
+    """Stops a run after a step, as a user would."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.lines = at, []
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        if name == "training" and done == self.at:
+            raise KeyboardInterrupt
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_it_learns_and_is_saved_as_a_generator(content: Config, world: Path, tmp_path: Path) -> None:
+    result = train(content(**{"train.steps": 12}), out=tmp_path / "out")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    assert len(losses) == 12 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert result.questions == {"fitted": 36, "held_out": 0, "left_out": 0} and result.adapter is None
+    total = result.parameters["total"]
+    assert result.parameters == {"total": total, "active": total, "trained": total}
+    made = Generator.load(tmp_path / "out")
+    assert (made.style.without_gold, made.style.max_length, made.style.max_answer_tokens) == ("refuse", 480, 24)
+    index = Index.open(world / "index")
+    answer = made.answer(["who keeps the ferry?"], index, passages=1)[0]
+    assert 0 <= answer.score <= 1 and set(answer.cited) <= set(index.passage_ids)
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        train(content(**{"train.steps": 12}), out=tmp_path / "out", resume=True)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(content: Config, tmp_path: Path) -> None:
+    given = content(checkpoint_every=2)
+    train(given, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(given, out=tmp_path / "torn", show=Stop(5))
+    train(given, out=tmp_path / "torn", resume=True)
+    whole, torn = (Generator.load(tmp_path / name).state_dict() for name in ("whole", "torn"))
+    assert whole.keys() == torn.keys() and all(torch.equal(whole[name], torn[name]) for name in whole)
+    before = Generator.load(given["base"]).state_dict()
+    assert not all(torch.equal(whole[name], before[name]) for name in whole)
+
+
+class Gradients(TrainerCallback):
+    """The gradients of the first step."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.found = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_a_step_is_the_same_however_it_is_cut(content: Config, tmp_path: Path) -> None:
+    made = prepare(load_config(content()))
+    examples = [made.dataset[at] for at in range(4)]
+    learned = {int((made.collator([example])["labels"] != -100).sum()) for example in examples}
+    # Answers of one length would hide how they are weighted.
+    assert len(learned) > 1
+    steps = []
+    for size, parts in ((4, 1), (2, 2), (1, 4)):
+        changes = {"train.batch_size": size, "train.accumulation": parts, "train.steps": 1}
+        gradients = Gradients()
+        trainer = GeneratorTrainer(
+            model=prepare(load_config(content())).model,
+            args=run_module._arguments(load_config(content(**changes)), tmp_path / str(size), bf16=False),
+            train_dataset=examples, data_collator=made.collator, callbacks=[gradients],
+            optimiser=load_config(content(**changes)).train,
+        )  # fmt: skip
+        trainer.train()
+        steps.append(gradients.found)
+    for other in steps[1:]:
+        for name, gradient in steps[0].items():
+            torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_what_has_no_room_is_counted_and_told(content: Config, world: Path, tmp_path: Path) -> None:
+    long = {"id": "long", "question": "why " * 60, "answers": ["no"], "answer_type": "yesno", "gold_ids": ["p0"]}
+    rows = [*(world / "questions.jsonl").read_text().splitlines()[:6], json.dumps(long)]
+    (tmp_path / "some.jsonl").write_text("\n".join(rows) + "\n")
+    shown = Stop()
+    made = prepare(load_config(content(**{"data.questions": [str(tmp_path / "some.jsonl")]})), show=shown)
+    assert made.left_out == 1 and len(made.dataset.questions) == 6
+    assert shown.lines == ["1 questions are left out: with their gold passage they exceed 480 tokens"]
+    with pytest.raises(DataError, match="0 have an answer but no gold_ids, 36 do not fit into 100 tokens"):
+        prepare(load_config(content(**{"raft.max_length": 100})))
+
+
+def test_a_dry_run_shows_prompts_and_answers(content: Config) -> None:
+    made = prepare(load_config(content()))
+    assert isinstance(made, GeneratorRun)
+    report = describe(made)
+    assert report["questions"] == {"fitted": 36, "held_out": 0, "left_out": 0} and report["sparse_layers"] == []
+    for row in report["first_batch"]:
+        assert row["sequence"].endswith("\nAnswer:") and row["target"].endswith("</s>")
+        assert "<pad>" not in row["sequence"] and row["target"] in report["text"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"experts": 4}}, "model is {'experts': 4}, but the base .* is a causal language model"),
+        ({"start": "warm-start"}, "start is 'warm-start'"),
+        ({"train.what": "lora"}, "train.what is 'lora'; for a causal language model expected one of: all, gate"),
+        ({"train.what": "gate"}, "has no sparse layer"),
+        ({"train.dropout": 0.1}, "train.dropout is set"),
+    ],
+)
+def test_what_only_a_reader_has_is_refused(content: Config, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(load_config(content(**changes)))
+
+
+def test_a_reader_generates_nothing(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"generate is given, but the base .* is no causal language model"):
+        prepare(load_config(config(generate={})))
