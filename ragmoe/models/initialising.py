@@ -101,6 +101,8 @@ def _reader(
     noise = {None: 0.0, "copy": 0.0, "noise": 0.01 if amount is None else amount}
     if init not in noise:
         raise ModelError(f"init is {init!r}, but a reader's experts start by copy or noise")
+    if amount is not None and init != "noise":
+        raise ModelError(f"the amount by which experts differ is {amount:g}, but copies are exact", hint="init=noise")
     settings = {**_UPCYCLING_DEFAULTS, **settings, "sparse_layers": None if layers is None else list(layers)}
     model = RagmoeBertForQuestionAnswering.from_dense(path, expert_noise=noise[init], seed=seed, **settings)
     notes = ["its question-answering head is untrained: ragmoe train makes a reader of it"]

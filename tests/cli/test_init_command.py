@@ -68,6 +68,12 @@ def test_a_bert_becomes_a_reader(ragmoe: Any, tmp_path: Path) -> None:
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) > 20
     code, _, err = ragmoe("init", *words[:3], tmp_path / "two", "--init", "drop")
     assert code == 1 and "a reader's experts start by copy or noise" in err
+    code, _, err = ragmoe("init", *words[:3], tmp_path / "two", "--amount", 0.1)
+    assert code == 1 and "differ is 0.1, but copies are exact" in err.replace("\n", " ")
+    words = ["--base", tmp_path / "bert", "--out", tmp_path / "two", "--expert-kind", "ffn", "--init", "noise"]
+    assert ragmoe("init", *words)[0] == 0
+    up = load(tmp_path / "two").moe_layers[0].experts.fused.up_proj
+    assert not up[0].equal(up[1])
 
 
 @pytest.mark.parametrize(

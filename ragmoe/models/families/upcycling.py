@@ -1,8 +1,6 @@
 """How decoders come to have a gate that sees neighbours: dense ones are upcycled, sparse ones exchange their gates.
 
-    made = from_pretrained_base("models/llama", experts=8, top_k=2, gate="retrieval", expert_kind="lora")
-    made.model.save_pretrained("runs/llama-retrieval")
-
+What makes a bundle of either is ``ragmoe.models.initialising.init``.
 Source: Komatsuzaki et al. 2022, "Sparse Upcycling".
 """
 
@@ -16,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ragmoe._errors import ModelError
 from ragmoe._quiet import quiet_loading
@@ -64,9 +62,7 @@ UPCYCLED = {
 }
 # What every decoder's gate may be told, upcycled or exchanged; the rest belongs to the experts.
 _OF_EXPERTS = {"experts", "top_k", "expert_kind", "expert_rank"}
-_SETTINGS = {f.name for f in dataclasses.fields(RoutingConfig)} - {
-    f.name for f in dataclasses.fields(RoutingConfig.__mro__[1])
-}
+_SETTINGS = {f.name for f in dataclasses.fields(RoutingConfig)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}
 
 
 def exchange_base_gates(path: str, base: Any, settings: dict[str, Any]) -> Made:
