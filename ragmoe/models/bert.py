@@ -24,7 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPreTrainedModel
 
 from ragmoe.experts import FeedForward
-from ragmoe.gates import Routing, Tokens, gate_class
+from ragmoe.gates import Routing, Tokens
 from ragmoe.models.attention import RoutedSelfAttention
 from ragmoe.models.availability import AvailabilityMixin
 from ragmoe.models.config import OWN_WEIGHTS, SPECIAL_CANDIDATES, RagmoeBertConfig
@@ -143,23 +143,6 @@ class RagmoeBertPreTrainedModel(SparseModel, BertPreTrainedModel):
     _can_record_outputs: ClassVar[dict[str, Any]] = {}
     # forward takes any keyword, which Trainer would read as "divides its loss by num_items_in_batch itself".
     accepts_loss_kwargs = False
-
-    @property
-    def sparse_layers(self) -> list[int]:
-        """The places of the MoE layers among all layers."""
-        return self.config.resolved_sparse_layers()
-
-    @property
-    def gate_sees_neighbours(self) -> bool:
-        """Whether the gate, or the neighbours' summary, would do anything with neighbours."""
-        looks = gate_class(self.config.gate).uses_neighbours or self.config.neighbour_summary
-        return bool(self.sparse_layers) and looks
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, NeighbourSummary):
-            module.reset_parameters()
 
 
 class RagmoeBertModel(RagmoeBertPreTrainedModel):

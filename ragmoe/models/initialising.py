@@ -54,22 +54,36 @@ def init(
         ModelError: there is no such checkpoint, no layer of it can be changed, or a setting means nothing to it.
         BundleError: ``out`` holds a bundle already.
     """
-    path = base_path(str(base))
     if Path(out).is_dir() and any(Path(out).iterdir()):
         raise BundleError(f"{out} is not empty", hint="--out names a folder that is not there yet")
+    made = make(base, layers=layers, init=init, amount=amount, seed=seed, **settings)
+    made.model.save_pretrained(out, message=f"{made.how} of {base}")
+    made.notes.extend(_copy_tokenizer(base_path(str(base)), Path(out)))
+    return made
+
+
+def make(
+    base: str | os.PathLike[str],
+    *,
+    layers: Sequence[int] | None = None,
+    init: str | None = None,
+    amount: float | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Made:
+    """``init`` without saving anything."""
+    path = base_path(str(base))
     config = _config(path)
-    make = _MAKERS.get(config.model_type)
-    if make is None or layers == []:
+    maker = _MAKERS.get(config.model_type)
+    if maker is None or layers == []:
         raise ModelError(
             f"no layer was changed: {path} is a {config.model_type!r} model, "
-            + ("and no layers were asked for" if make else f"and those known are {', '.join(sorted(_MAKERS))}")
+            + ("and no layers were asked for" if maker else f"and those known are {', '.join(sorted(_MAKERS))}")
             + f"; its modules are {', '.join(_modules(config))}"
         )
-    made = make(path, config, settings, layers=layers, init=init, amount=amount, seed=seed)
+    made = maker(path, config, settings, layers=layers, init=init, amount=amount, seed=seed)
     if not made.layers:
         raise ModelError(f"no layer was changed: {path} has no sparse layer; it has {', '.join(_modules(config))}")
-    made.model.save_pretrained(out, message=f"{made.how} of {base}")
-    made.notes.extend(_copy_tokenizer(path, Path(out)))
     return made
 
 

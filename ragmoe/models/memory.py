@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ragmoe._errors import ModelError
 from ragmoe.gates import gate_class
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
     from ragmoe.index import Index
 
 
-class MemoryMixin(nn.Module):
-    """``recall`` for a model with gates.
+class MemoryMixin:
+    """``recall`` and ``check_index`` for a model with gates.
 
     Attributes:
         bundle_digests: of the versions of the bundle it was loaded from or saved to, newest first.
@@ -35,6 +34,21 @@ class MemoryMixin(nn.Module):
 
         @property
         def expert_names(self) -> list[str]: ...
+
+        @property
+        def gate_sees_neighbours(self) -> bool: ...
+
+    def check_index(self, index: Index) -> None:
+        """Raise ModelError unless the index was made with the encoder that the gate learned to read."""
+        trained = self.config.encoder
+        if self.gate_sees_neighbours and trained:
+            have = index.manifest.encoder
+            if have.digest != trained["digest"]:
+                raise ModelError(
+                    f"the model's gate was trained on embeddings of {trained['id']} ({trained['digest'][:12]}), "
+                    f"the index holds those of {have.id} ({have.digest[:12]})",
+                    hint=f"ragmoe index build SOURCE --encoder {trained['id']} --out DIR",
+                )
 
     def memory(self, index: Index) -> ExpertMemory | None:
         """The expert memory that the gates use with an index; None for gates without memory."""

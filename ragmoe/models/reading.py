@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragmoe._errors import ModelError
@@ -84,7 +84,7 @@ class _Output:
     routing: SequenceRouting | None
 
 
-class ReaderMixin(MemoryMixin):
+class ReaderMixin(MemoryMixin, nn.Module):
     """``read``, ``answer`` and ``route`` for a question-answering model.
 
     Attributes:
@@ -140,18 +140,6 @@ class ReaderMixin(MemoryMixin):
         found = index.neighbours(questions, max(N, passages))
         read = [index.passages(ids[:passages]) for ids in found.passage_ids]
         return self.read(questions, read, self.recall(found.first(N), index))
-
-    def check_index(self, index: Index) -> None:
-        """Raise ModelError unless the index was made with the encoder that the gate learned to read."""
-        trained = self.config.encoder
-        if self.gate_sees_neighbours and trained:
-            have = index.manifest.encoder
-            if have.digest != trained["digest"]:
-                raise ModelError(
-                    f"the model's gate was trained on embeddings of {trained['id']} ({trained['digest'][:12]}), "
-                    f"the index holds those of {have.id} ({have.digest[:12]})",
-                    hint=f"ragmoe index build SOURCE --encoder {trained['id']} --out DIR",
-                )
 
     @torch.no_grad()
     def read(

@@ -10,8 +10,9 @@ from transformers import initialization as init
 
 from ragmoe._errors import ModelError
 from ragmoe.experts import AUTO, Experts
-from ragmoe.gates import Gate, Selection
+from ragmoe.gates import Gate, Selection, gate_class
 from ragmoe.models.saving import BundleMixin
+from ragmoe.moe import NeighbourSummary
 from ragmoe.moe.layer import experts_a_token
 
 
@@ -42,8 +43,19 @@ class SparseModel(BundleMixin):
             # Not saved, so from_pretrained leaves it as uninitialised memory.
             init.ones_(module.available)
             init.zeros_(module.balance_bias)
-        if isinstance(module, Gate | Selection | Experts):
+        if isinstance(module, Gate | Selection | Experts | NeighbourSummary):
             module.reset_parameters()
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The places of the sparse layers among all layers."""
+        return self.config.resolved_sparse_layers()
+
+    @property
+    def gate_sees_neighbours(self) -> bool:
+        """Whether the gate, or the neighbours' summary, would do anything with neighbours."""
+        looks = gate_class(self.config.gate).uses_neighbours or self.config.neighbour_summary
+        return bool(self.sparse_layers) and looks
 
     @property
     def gates(self) -> list[Gate]:

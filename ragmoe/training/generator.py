@@ -1,6 +1,6 @@
 """Fine-tuning a generator: any causal language model on prompts with passages, by the same runs as a reader.
 
-A base that is a folder of a causal language model is trained as it is, gates and experts included where it has them.
+The base is a causal language model, with gates and experts where it has them or ``model`` says so.
 """
 
 from __future__ import annotations
@@ -11,31 +11,27 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer
 
-from ragmoe._errors import BundleError, ConfigError, DataError
-from ragmoe._quiet import quiet_loading
+from ragmoe._errors import BundleError, DataError
 from ragmoe.corpus.types import Question
-from ragmoe.generation.batches import IGNORED, sees_neighbours
-from ragmoe.generation.generator import STYLE_NAME, Generator, is_generator
+from ragmoe.generation.batches import IGNORED
+from ragmoe.generation.generator import STYLE_NAME, Generator
 from ragmoe.generation.prompts import PromptStyle
 from ragmoe.index import Index
 from ragmoe.moe import RoutingStatistics
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import GenerateConfig, TrainingConfig
 from ragmoe.training.data import CACHE_NAME, SPARE_NEIGHBOURS, Retrieved, check_passages, training_questions
+from ragmoe.training.decoders import decoder_parameters, is_decoder, open_decoder
 from ragmoe.training.generator_data import GeneratorCollator, GeneratorDataset, answerable_from, fitting
-from ragmoe.training.trainer import RagmoeTrainer, freeze
-
-_WHOLE = "all"
-_PARTS = ("gate", "experts", "gate+experts")
+from ragmoe.training.trainer import RagmoeTrainer
 
 
 def trains_generator(config: TrainingConfig) -> bool:
     """Whether the base is a causal language model; a Hub id is one where ``generate`` is given."""
-    base = Path(config.base)
-    return is_generator(base) if base.is_dir() else config.generate is not None
+    return is_decoder(config.base) if Path(config.base).is_dir() else config.generate is not None
 
 
 class GeneratorTrainer(RagmoeTrainer):
@@ -108,8 +104,7 @@ class GeneratorRun:
     @property
     def parameters(self) -> dict[str, int]:
         """Total, active and trained."""
-        counts = Generator(self.model, self.collator.tokenizer, self.style).parameter_counts()
-        return {**counts, "trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad)}
+        return decoder_parameters(self.model)
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
@@ -133,13 +128,11 @@ def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show
         ConfigError: settings that are a reader's, or that the model has no use for.
         DataError: nothing can be learned from the questions, or there is room for none of them.
     """
-    _check(config)
     generate = config.generate or GenerateConfig()
     index = Index.open(config.data.index)
     questions = training_questions(config.data)
     style = PromptStyle(generate.without_gold, config.raft.max_length, generate.max_answer_tokens)
-    generator = _opened(config, style)
-    generator.check_index(index)
+    generator = Generator(*open_decoder(config, index, config.raft.neighbours), style)
     known = [question for question in questions if answerable_from(question)]
     check_passages(known, index)
     raw = config.data.question_field == "question_raw"
@@ -171,40 +164,3 @@ def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show
     )
     collator = GeneratorCollator(generator.prompts, sees_neighbours=generator.gate_sees_neighbours, raw=raw)
     return GeneratorRun(config, index, generator.model, style, dataset, collator, len(questions) - len(fit))
-
-
-def _opened(config: TrainingConfig, style: PromptStyle) -> Generator:
-    """The base, ready to be trained in fp32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with quiet_loading():
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
-    if config.train.what != _WHOLE and not getattr(model, "sparse_layers", None):
-        raise ConfigError(f"train.what is {config.train.what!r}, but the base {config.base} has no sparse layer")
-    freeze(model, config.train.what)
-    if config.train.dropout is not None or config.train.attention_dropout is not None:
-        raise ConfigError("train.dropout is set, but a generator is trained with its own: leave it out")
-    if sees_neighbours(model):
-        settings: Any = model.config
-        settings.neighbours = config.raft.neighbours
-    return Generator(model, AutoTokenizer.from_pretrained(config.base), style)
-
-
-def _check(config: TrainingConfig) -> None:
-    """Refuse what only a reader has."""
-    for name, given in (
-        ("model", config.model),
-        ("start", config.start),
-        ("new_expert", config.new_expert),
-        ("expert_noise", config.expert_noise),
-    ):
-        if given:
-            raise ConfigError(
-                f"{name} is {given!r}, but the base {config.base} is a causal language model, trained as it is",
-                hint=f"leave {name} out",
-            )
-    if config.train.what not in (_WHOLE, *_PARTS):
-        raise ConfigError(
-            f"train.what is {config.train.what!r}; for a causal language model expected one of: "
-            f"{', '.join((_WHOLE, *_PARTS))}"
-        )

@@ -12,16 +12,18 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from ragmoe.gates import Routing
-from ragmoe.moe import MoELayer, RoutingStatistics, StepTotals
+from ragmoe.moe import RoutingStatistics, StepTotals
 from ragmoe.training.config import OptimiserConfig
 from ragmoe.training.totals import step_sums, step_tokens
 
 # What a parameter belongs to, by its name; the first that matches.
 _PARTS = (
     ("gate", ".moe.gate."),
+    ("gate", ".mlp.gate."),
     ("gate", ".summary."),
     ("gate", ".internal_xlora_classifier."),
     ("experts", ".moe.experts."),
+    ("experts", ".mlp.experts."),
     ("head", "qa_outputs"),
     ("head", "special_outputs"),
 )
@@ -170,16 +172,16 @@ class RagmoeTrainer(Trainer):
     def _lost(self, layers: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
         """What capacity has cost, layer by layer, where it is limited or a selection leaves tokens out."""
         model: Any = self.model
-        if not any(layer.gate.leaves_empty for layer in model.moe_layers):
+        if not any(gate.leaves_empty for gate in model.gates):
             return {}
         return {name: [layer[name] for layer in layers] for name in ("overflow", "unserved")}
 
     def update_balance_bias(self) -> None:
         """Move every gate's balance bias by the load of one optimiser step, over all its micro-batches."""
         if rate := self.optimiser_config.balance_bias_rate:
-            layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
-            for layer, load_E in zip(layers, self._step_routing.load_LE, strict=True):
-                layer.gate.update_balance_bias(torch.from_numpy(load_E).to(layer.gate.balance_bias), rate)
+            model: Any = self.model
+            for gate, load_E in zip(model.gates, self._step_routing.load_LE, strict=True):
+                gate.update_balance_bias(torch.from_numpy(load_E).to(gate.balance_bias), rate)
             self._step_routing = self._new_statistics()
 
     # Trainer's own ways load with strict=False and without our format: experts would stay at initialisation.

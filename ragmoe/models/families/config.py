@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from ragmoe._errors import ModelError
 from ragmoe.gates import gate_class, selection_class
 from ragmoe.models.config import OWN_WEIGHTS, check_gate, check_names
-from ragmoe.moe import routing_loss
+from ragmoe.moe import RoutingLoss, routing_loss
 from ragmoe.moe.block import block_class
 
 
@@ -33,6 +33,8 @@ class RoutingConfig(PreTrainedConfig):
         sparse_layers: which layers are sparse; None means those that the family's own fields say.
         balance_loss, z_loss: weights of the routing losses ``load_balance`` and ``z``. They take the place of the
             family's ``router_aux_loss_coef``, whose loss pools the layers, so that imbalances cancel.
+        neighbour_summary: add what a token's attention finds among the neighbours to its state before each sparse
+            feed-forward network, whatever the gate sees: a control, see ``RagmoeBertConfig``.
         losses: weights of further routing losses by name (see ``ragmoe.moe.loss_names()``).
         expert_ids, expert_names: one for each expert; None means that they count from 0 and are unnamed.
         encoder, index_digest: of the index the model was trained with.
@@ -54,6 +56,7 @@ class RoutingConfig(PreTrainedConfig):
     sparse_layers: list[int] | None = None
     balance_loss: float | int = 0.01
     z_loss: float | int = 0.001
+    neighbour_summary: bool = False
     losses: dict[str, float | int] | None = None
     expert_ids: list[int] | None = None
     expert_names: list[str] | None = None
@@ -98,6 +101,10 @@ class RoutingConfig(PreTrainedConfig):
         """The weight of every routing loss by name; those of weight zero are not computed."""
         own = {name: getattr(self, field) for name, field in OWN_WEIGHTS.items()}
         return {name: weight for name, weight in {**own, **(self.losses or {})}.items() if weight}
+
+    def further_losses(self) -> dict[str, RoutingLoss]:
+        """The routing losses of ``losses``, by name; ConfigError lists what exists where one does not."""
+        return {name: routing_loss(name) for name in self.losses or {}}
 
     def check(self) -> None:
         """Raise ModelError where settings contradict each other; called when a model is built."""

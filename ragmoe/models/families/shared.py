@@ -22,11 +22,12 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from ragmoe.gates import Gate, Routing, gate_class
+from ragmoe.gates import Gate, Routing
 from ragmoe.models.availability import AvailabilityMixin
 from ragmoe.models.loss import routing_losses
+from ragmoe.models.memory import MemoryMixin
 from ragmoe.models.sparse import SparseModel
-from ragmoe.moe import StepTotals
+from ragmoe.moe import NeighbourSummary, StepTotals
 from ragmoe.moe.block import BlockParts, NeighbourGate, SparseBlock, block_class
 from ragmoe.moe.losses import LossInputs, loss_inputs
 from ragmoe.neighbours import Neighbours
@@ -64,16 +65,21 @@ class NeighbourLayer(nn.Module):
             self.mlp = block_class(config.expert_kind)(config, self.parts, sparse.index(layer_idx))
         else:
             self.mlp = self.parts.mlp(config)
+        self.summary: NeighbourSummary | None = None
+        if layer_idx in sparse and config.neighbour_summary:
+            self.summary = NeighbourSummary(config.hidden_size, config.neighbour_width, config.gate_width)
 
     def forward(self, hidden_states: Tensor, neighbours: Neighbours | None = None, **kwargs: Any) -> Tensor:
         """As the family's own, with the neighbours handed to the gate by argument."""
         attended_BTD, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         x_BTD = hidden_states + attended_BTD
+        if self.summary is not None:
+            x_BTD = self.summary(x_BTD, neighbours)
         h_BTD = self.post_attention_layernorm(x_BTD)
         return x_BTD + (self.mlp(h_BTD, neighbours) if isinstance(self.mlp, SparseBlock) else self.mlp(h_BTD))
 
 
-class Decoder(AvailabilityMixin, SparseModel):
+class Decoder(AvailabilityMixin, SparseModel, MemoryMixin):
     """What the model and the language model of a family share."""
 
     # Rounded to half precision, its small steps would be lost.
@@ -84,16 +90,6 @@ class Decoder(AvailabilityMixin, SparseModel):
         # The family would look for the weight of its own gate; the inner gate is initialised for itself.
         if not isinstance(module, NeighbourGate):
             super()._init_weights(module)
-
-    @property
-    def sparse_layers(self) -> list[int]:
-        """The places of the sparse layers among all layers."""
-        return self.config.resolved_sparse_layers()
-
-    @property
-    def gate_sees_neighbours(self) -> bool:
-        """Whether the gate would do anything with neighbours."""
-        return bool(self.sparse_layers) and gate_class(self.config.gate).uses_neighbours
 
 
 class DecoderModel(Decoder):

@@ -1,0 +1,89 @@
+"""The base of a run that trains a causal language model, on prompts or on documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ragmoe._errors import ConfigError
+from ragmoe._quiet import quiet_loading
+from ragmoe.generation.batches import sees_neighbours
+from ragmoe.generation.generator import is_generator
+from ragmoe.index import Index
+from ragmoe.training.config import TrainingConfig
+from ragmoe.training.trainer import freeze
+
+_WHOLE = "all"
+_PARTS = ("gate", "experts", "gate+experts")
+
+
+def is_decoder(base: str) -> bool:
+    """Whether a base is the folder of a causal language model."""
+    return Path(base).is_dir() and is_generator(base)
+
+
+def open_decoder(config: TrainingConfig, index: Index, neighbours: int) -> tuple[Any, Any]:
+    """The base and its tokenizer, ready to be trained in fp32.
+
+    With ``model`` given it gets gates and experts first, as by ``ragmoe init``; else it is trained as it is.
+
+    Args:
+        neighbours: how many the gate will see.
+
+    Raises:
+        ConfigError: a setting is a reader's, or means nothing to this base.
+        ModelError: the base cannot be what ``model`` says, or its gate has learned from another encoder.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ragmoe.models.initialising import make
+
+    _check(config)
+    encoder = index.manifest.encoder
+    with quiet_loading():
+        if config.model:
+            given = {"neighbour_width": encoder.width, **config.model}
+            model = make(config.base, seed=config.seed, **given).model.float()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
+    if config.train.what != _WHOLE and not getattr(model, "sparse_layers", None):
+        raise ConfigError(f"train.what is {config.train.what!r}, but the base {config.base} has no sparse layer")
+    freeze(model, config.train.what)
+    if sees_neighbours(model):
+        model.check_index(index)
+        model.config.neighbours = neighbours
+        model.config.encoder = {"id": encoder.id, "digest": encoder.digest}
+        model.config.index_digest = index.digest
+    return model, AutoTokenizer.from_pretrained(config.base)
+
+
+def decoder_parameters(model: Any) -> dict[str, int]:
+    """Total, active and trained parameters of a model, sparse or not."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if hasattr(model, "parameter_counts"):
+        return {**model.parameter_counts(), "trained": trained}
+    total = sum(p.numel() for p in model.parameters())
+    return {"total": total, "active": total, "trained": trained}
+
+
+def _check(config: TrainingConfig) -> None:
+    """Refuse what only a reader has."""
+    for name, given in (
+        ("start", config.start),
+        ("new_expert", config.new_expert),
+        ("expert_noise", config.expert_noise),
+    ):
+        if given:
+            raise ConfigError(
+                f"{name} is {given!r}, but the base {config.base} is a causal language model",
+                hint=f"leave {name} out; how its experts start is model.init and model.amount",
+            )
+    if config.train.what not in (_WHOLE, *_PARTS):
+        raise ConfigError(
+            f"train.what is {config.train.what!r}; for a causal language model expected one of: "
+            f"{', '.join((_WHOLE, *_PARTS))}"
+        )
+    if config.train.dropout is not None or config.train.attention_dropout is not None:
+        raise ConfigError("train.dropout is set, but a causal language model is trained with its own: leave it out")
