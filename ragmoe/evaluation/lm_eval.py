@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ragmoe._errors import ConfigError
 from ragmoe.evaluation.harness import HarnessModel
 from ragmoe.generation.generator import Generator
@@ -34,7 +36,7 @@ class RagmoeLM(HarnessModel, LM):
         pretrained: folder of a causal language model.
         index: folder of an index that the context retrieves from; none shows the gate no neighbours.
         batch_size: sequences of a batch; ``auto`` takes as many as 8192 tokens hold.
-        device: where the model is put; none leaves it where it is.
+        device: where the model is put; none, or a GPU where there is none, leaves it where it is.
     """
 
     def __init__(
@@ -42,7 +44,8 @@ class RagmoeLM(HarnessModel, LM):
     ) -> None:
         LM.__init__(self)
         generator = Generator.load(pretrained)
-        if device is not None:
+        # The harness's command line says cuda:0 where nothing is said, wherever it runs.
+        if device is not None and not (device.startswith("cuda") and not torch.cuda.is_available()):
             generator.model.to(device)
         opened: Any = None
         if index is not None:

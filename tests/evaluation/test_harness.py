@@ -226,6 +226,8 @@ def test_the_harness_runs_a_local_task(tmp_path: Path) -> None:
         model_args=f"pretrained={tmp_path}/model",
         tasks=list(kinds),
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        # As its command line says it, also where there is no GPU.
+        device="cuda:0",
         bootstrap_iters=0,
     )
     model = HarnessModel(made)
