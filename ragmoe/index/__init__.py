@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ragmoe.index.build import BuildOptions, build_index, plan_build
+from ragmoe.index.change import plan_add, plan_merge, plan_remove
 from ragmoe.index.encoder import Encoder, load_encoder
 from ragmoe.index.folder import Hit, Index
 from ragmoe.index.manifest import Manifest
@@ -18,7 +19,10 @@ __all__ = [
     "Retriever",
     "build_index",
     "load_encoder",
+    "plan_add",
     "plan_build",
+    "plan_merge",
+    "plan_remove",
     "retriever_names",
     "verify_index",
 ]
