@@ -37,6 +37,7 @@ from ragmoe.cli.index_change import (
     merge,
     remove,
 )
+from ragmoe.cli.index_exchange import EXPORT_EXAMPLES, IMPORT_EXAMPLES, export, import_
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Passage
@@ -47,6 +48,8 @@ app = typer.Typer(help="Build, search, inspect and verify indexes.", no_args_is_
 app.command(epilog=ADD_EXAMPLES)(add)
 app.command(epilog=REMOVE_EXAMPLES)(remove)
 app.command(epilog=MERGE_EXAMPLES)(merge)
+app.command(epilog=EXPORT_EXAMPLES)(export)
+app.command("import", epilog=IMPORT_EXAMPLES)(import_)
 
 
 class LongChoice(StrEnum):

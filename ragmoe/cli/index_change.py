@@ -74,7 +74,7 @@ def add(
 
         return plan_add(folder, sources, encoder=encoder, domain=domain, on_error=on_error.value, resume=resume)
 
-    _run(folder, plan, "nothing to add: all of it is there already", dry_run, as_json)
+    run_command(folder, plan, "nothing to add: all of it is there already", dry_run, as_json)
 
 
 def remove(
@@ -99,7 +99,7 @@ def remove(
 
         return plan_remove(folder, ids=names, domain=domain, resume=resume)
 
-    _run(folder, plan, "nothing to remove: all of it is gone already", dry_run, as_json)
+    run_command(folder, plan, "nothing to remove: all of it is gone already", dry_run, as_json)
 
 
 def merge(
@@ -121,10 +121,10 @@ def merge(
 
         return plan_merge(first, second, out, resume=resume, overwrite=overwrite)
 
-    _run(out, plan, "", dry_run, as_json)
+    run_command(out, plan, "", dry_run, as_json)
 
 
-def _run(folder: Path, make: Callable[[], BuildPlan | None], nothing: str, dry_run: bool, as_json: bool) -> None:
+def run_command(folder: Path, make: Callable[[], BuildPlan | None], nothing: str, dry_run: bool, as_json: bool) -> None:
     """Plan, show the plan, and do it."""
     from ragmoe.index.manifest import read_manifest
 

@@ -128,8 +128,11 @@ class Bm25Searcher:
         import bm25s
 
         try:
+            # Mapped, an array whose header names more than its file holds is refused; read, it would be allotted first.
+            for path in folder.glob("*.npy"):
+                np.load(path, mmap_mode="r", allow_pickle=False)
             self._index: Any = bm25s.BM25.load(str(folder), load_corpus=False)
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, TypeError, ValueError, KeyError, EOFError) as error:
             raise IndexFolderError(f"{folder} is damaged: {error}") from error
         self._rows = rows
 

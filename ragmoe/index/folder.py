@@ -17,7 +17,7 @@ from ragmoe.corpus.chunking import Chunk
 from ragmoe.corpus.types import Passage
 from ragmoe.index.bm25 import Bm25Searcher, bm25_name
 from ragmoe.index.encoder import Encoder, check_same, load_encoder
-from ragmoe.index.manifest import Manifest, read_manifest
+from ragmoe.index.manifest import Manifest, file_record, read_manifest
 from ragmoe.index.retrievers import DEFAULT, Queries, Ranking, make_retriever
 from ragmoe.index.store import PassageStore
 from ragmoe.index.vectors import FaissSearcher, unit_rows
@@ -148,12 +148,19 @@ class Index:
     @cached_property
     def faiss(self) -> FaissSearcher:
         """The FAISS side, read at first use."""
-        return FaissSearcher(self._file(faiss_name(self.manifest.generation)), self.embeddings, self.manifest.faiss)
+        name = faiss_name(self.manifest.generation)
+        path = self._file(name)
+        # faiss trusts what it reads: what is not as it was written does not reach it.
+        self._check_digests([name])
+        return FaissSearcher(path, self.embeddings, self.manifest.faiss)
 
     @cached_property
     def bm25(self) -> Bm25Searcher:
         """The BM25 side, read at first use."""
-        return Bm25Searcher(self._file(bm25_name(self.manifest.generation)), len(self))
+        name = bm25_name(self.manifest.generation)
+        path = self._file(name)
+        self._check_digests([file for file in self.manifest.files if file.startswith(f"{name}/")])
+        return Bm25Searcher(path, len(self))
 
     def encode(self, queries: Sequence[str]) -> NDArray[np.float32]:
         """The vectors of queries, float32 (B, R), unit length, with the query prompt."""
@@ -240,6 +247,13 @@ class Index:
             raise UsageError(f"{k} passages were asked for; expected at least 1")
         found = make_retriever(retriever or self.retriever, self)
         return found.rank(queries, min(k, len(self))) if queries.texts else []
+
+    def _check_digests(self, names: Sequence[str]) -> None:
+        for name in names:
+            if file_record(self.folder / name) != self.manifest.files[name]:
+                raise IndexFolderError(
+                    f"{self.folder} is damaged: {name} was changed", hint=f"see: ragmoe index verify {self.folder}"
+                )
 
     def _file(self, name: str) -> Path:
         path = self.folder / name

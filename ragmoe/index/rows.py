@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -279,3 +280,13 @@ class MergedRows(Rows):
 def key(passage: Passage) -> bytes:
     """sha256 of what is encoded of a passage: two with the same have the same vector."""
     return hashlib.sha256(encoder_text(passage).encode()).digest()
+
+
+_T = TypeVar("_T")
+
+
+def blocks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    """The items in lists of ``size``, the last one shorter."""
+    rest = iter(items)
+    while block := list(islice(rest, size)):
+        yield block

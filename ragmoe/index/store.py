@@ -20,6 +20,8 @@ from ragmoe.corpus.types import Passage
 
 _PASSAGE = ("id", "title", "text", "domain", "doc_id", "split")
 _BATCH = 1024
+# Bytes that all fields of a passage but its text may have, far more than any do.
+_MOST_FIELDS = 1_000_000
 _COLUMNS = ("id", "title", "domain", "doc_id", "split", "source_id", "source_start", "windows")
 
 
@@ -128,7 +130,9 @@ def read_rows(folder: Path, generation: int) -> Iterator[tuple[Chunk, int]]:
                 for row in batch.to_pylist():
                     passage = Passage(**{key: row[key] for key in _PASSAGE})
                     yield Chunk(passage, row["source_id"], row["source_start"]), row["windows"]
-    except (pa.ArrowException, KeyError, ValueError) as error:
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise IndexFolderError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
@@ -143,19 +147,25 @@ class PassageStore:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
-            table = pq.read_table(folder / passages_name(generation), columns=list(_COLUMNS))
-            self._offsets: NDArray[np.int64] = np.load(folder / offsets_name(generation), mmap_mode="r")
-        except (pa.ArrowInvalid, pa.ArrowKeyError, ValueError, EOFError) as error:
-            raise IndexFolderError(f"{folder} is damaged: {str(error).splitlines()[0]}") from error
-        self._table = table
+        self._folder = folder
         size = (folder / texts_name(generation)).stat().st_size
+        try:
+            offsets = np.load(folder / offsets_name(generation), mmap_mode="r", allow_pickle=False)
+            self._offsets: NDArray[np.int64] = offsets
+            with pq.ParquetFile(folder / passages_name(generation)) as file:
+                _check_declared(file.metadata, len(offsets) - 1, size)
+                table = file.read(columns=list(_COLUMNS))
+            self.ids: list[str] = table.column("id").to_pylist()
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, TypeError, ValueError, EOFError) as error:
+            raise self._damaged(error) from error
+        self._table = table
         if self._offsets.shape != (table.num_rows + 1,) or int(self._offsets[-1]) != size:
             raise IndexFolderError(f"{folder} is damaged: passages, offsets and texts do not fit each other")
         # An empty file cannot be mapped; but there is no index without passages, and none of them is empty.
         with (folder / texts_name(generation)).open("rb") as file:
             self._texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.ids: list[str] = table.column("id").to_pylist()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -168,7 +178,7 @@ class PassageStore:
     @cached_property
     def domains(self) -> list[str]:
         """The domain of each row."""
-        return self._table.column("domain").to_pylist()
+        return [self._field("domain", row) for row in range(len(self))]
 
     @cached_property
     def windows(self) -> NDArray[np.int64]:
@@ -177,17 +187,39 @@ class PassageStore:
 
     def text(self, row: int) -> str:
         """The text of a row."""
-        return self._texts[int(self._offsets[row]) : int(self._offsets[row + 1])].decode()
+        try:
+            return self._texts[int(self._offsets[row]) : int(self._offsets[row + 1])].decode()
+        except UnicodeDecodeError as error:
+            raise self._damaged(error) from error
 
     def passage(self, row: int) -> Passage:
         """The passage of a row."""
-        fields = {key: self._table.column(key)[row].as_py() for key in ("id", "title", "domain", "doc_id", "split")}
-        return Passage(text=self.text(row), **fields)
+        names = ("id", "title", "domain", "doc_id", "split")
+        return Passage(text=self.text(row), **{name: self._field(name, row) for name in names})
 
     def chunk(self, row: int) -> Chunk:
         """The passage of a row with where it stands in what it was cut from."""
-        source, start = self._table.column("source_id")[row].as_py(), self._table.column("source_start")[row].as_py()
-        return Chunk(self.passage(row), source, start)
+        return Chunk(self.passage(row), self._field("source_id", row), self._field("source_start", row))
 
     def __iter__(self) -> Iterator[Passage]:
         return (self.passage(row) for row in range(len(self)))
+
+    def _field(self, name: str, row: int) -> Any:
+        try:
+            return self._table.column(name)[row].as_py()
+        except UnicodeDecodeError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> IndexFolderError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return IndexFolderError(f"{self._folder} is damaged: {reason}")
+
+
+def _check_declared(metadata: Any, rows: int, text_bytes: int) -> None:
+    """Refuse a parquet file that says it holds far more than the passages can: reading would allot it first."""
+    declared = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    most = 16 * text_bytes + _MOST_FIELDS * max(rows, 1)
+    if metadata.num_rows != rows or declared > most:
+        raise ValueError(
+            f"passages, offsets and texts do not fit each other: {metadata.num_rows} rows of {declared} bytes"
+        )

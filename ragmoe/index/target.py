@@ -144,12 +144,23 @@ def next_generation(folder: Path) -> int:
 
 def clean(folder: Path, manifest: Manifest) -> None:
     """Remove the files of all generations but the manifest's, and what an unfinished build left."""
-    for path, generation in _data_files(folder):
-        if generation != manifest.generation:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    sweep(folder)
     shutil.rmtree(folder / "partial", ignore_errors=True)
     (folder / f"{manifests.NAME}.part").unlink(missing_ok=True)
     memory.forget(folder, manifest.digest)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the files of generations that are not in force: what a run that died or met a full disk left takes room.
+
+    Where the manifest cannot be read, all stay: nobody knows which are in force.
+    """
+    now = current(folder)
+    if now is None and (folder / manifests.NAME).exists():
+        return
+    for path, generation in _data_files(folder):
+        if now is None or generation != now.generation:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _data_files(folder: Path) -> list[tuple[Path, int]]:

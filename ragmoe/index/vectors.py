@@ -6,6 +6,7 @@ candidates only; their scores are computed from the stored embeddings.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,10 @@ def build_faiss(
         index.add(unit_rows(embeddings, np.arange(start, min(start + _BLOCK, rows))))
         progress(min(start + _BLOCK, rows))
     nprobe, recall = (None, None) if choice.factory == "Flat" else _tune(index, embeddings)
-    faiss.write_index(index, str(path))
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise OSError(errno.EIO, "faiss could not write it whole", str(path)) from error
     return FaissRecord(factory=choice.factory, reason=choice.reason, nprobe=nprobe, recall_at_20=recall)
 
 

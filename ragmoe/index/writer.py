@@ -6,9 +6,8 @@ then are older generations removed. Whatever writes an index comes through here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,9 +21,9 @@ from ragmoe.index._crash import reached
 from ragmoe.index.blocks import Blocks, Encoded
 from ragmoe.index.folder import embeddings_name, faiss_name
 from ragmoe.index.manifest import ChunkingRecord, FaissRecord, LongPassagesRecord, Manifest
-from ragmoe.index.rows import Row
+from ragmoe.index.rows import Row, blocks
 from ragmoe.index.store import CorpusDigest, StoreWriter, read_rows, write_npy_header
-from ragmoe.index.target import clean, locked, next_generation
+from ragmoe.index.target import clean, locked, next_generation, sweep
 from ragmoe.index.vectors import build_faiss
 from ragmoe.index.windows import encode_passages, encoder_text
 
@@ -63,11 +62,16 @@ class Writer:
             if done is not None:
                 clean(self.folder, done)
                 return done
+            generation = next_generation(self.folder)
+            sweep(self.folder)
             self.plan.check_room()
-            return self._write()
+            try:
+                return self._write(generation)
+            except OSError:
+                sweep(self.folder)
+                raise
 
-    def _write(self) -> Manifest:
-        generation = next_generation(self.folder)
+    def _write(self, generation: int) -> Manifest:
         if self.plan.rows.keeps_memory:
             self.recorded = memory.recorded_with(self.plan.rows.known)
         names = self._embed(generation)
@@ -106,7 +110,7 @@ class Writer:
         try:
             with (self.folder / name).open("wb") as file:
                 write_npy_header(file, np.dtype(np.float16), (self.total, self.plan.how.encoder.width))
-                for number, rows in enumerate(_blocks(self.plan.rows, self.blocks.size)):
+                for number, rows in enumerate(blocks(self.plan.rows, self.blocks.size)):
                     vectors, windows = self._block(number, rows)
                     file.write(np.ascontiguousarray(vectors).tobytes())
                     store.add([row.chunk for row in rows], windows)
@@ -189,9 +193,3 @@ class Writer:
             versions={"ragmoe": __version__, **{name: version(name) for name in _VERSIONS}},
             files={name: manifests.file_record(self.folder / name) for name in sorted(names)},
         ).sealed()
-
-
-def _blocks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    rest = iter(rows)
-    while block := list(islice(rest, size)):
-        yield block

@@ -124,3 +124,17 @@ def test_what_cannot_fit_is_refused_with_numbers(
         assert not (tmp_path / "new").exists()
     assert run("index", "add", folder, source).code == 1
     assert run("index", "verify", folder).code == 0
+
+
+def test_export_and_import(run: Run, folder: Path, tmp_path: Path) -> None:
+    done = run("index", "export", folder, tmp_path / "x.parquet", "--to", "parquet")
+    assert done.code == 0 and done.out.startswith(f"{tmp_path / 'x.parquet'}: 2 passages of {folder} (")
+    words = ["index", "import", tmp_path / "x.parquet", tmp_path / "two.jsonl", "--out", tmp_path / "made"]
+    tried = run(*words, "--encoder", "minilm", "--windows", "--dry-run", "--json")
+    assert tried.json["passages"] == 2 and tried.json["to_encode"] == 0 and not (tmp_path / "made").exists()
+    done = run(*words, "--encoder", "minilm", "--windows")
+    assert done.code == 0 and done.out.startswith(f"{tmp_path / 'made'}: 2 passages, generation 1, ")
+    refused = run(*words, "--encoder", "other", "--overwrite")
+    assert refused.code == 1 and "holds other vectors than encoder 'stub-1'" in refused.err
+    assert run("index", "export", folder, tmp_path / "y", "--to", "csv").code == 2
+    assert run("index", "export", folder, tmp_path / "y", "--to", "beir", "--json").json["form"] == "beir"

@@ -1,6 +1,7 @@
 """Run by the crash tests: lets builds and changes of indexes die for good, in forked children.
 
     python crash_driver.py points STORE          at each crash point of each command: leaves STORE/COMMAND-POINT
+    python crash_driver.py limits STORE SIZE...  an addition, where no file can grow beyond a size
     python crash_driver.py random STORE SEED N   by kill -9 at N random moments, and checks what is left
 
 A real death by `os._exit` or SIGKILL: no `finally`, no `except`, no flush. Prints a line for each.
@@ -11,8 +12,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +36,7 @@ from ragmoe.index import (
     plan_remove,
     verify_index,
 )
+from ragmoe.index.manifest import read_manifest
 
 ALL = [str(row["id"]) for row in rows()]
 #: For each command: the ids before, and after. ``merge`` writes over an index of six.
@@ -87,12 +91,14 @@ def forked(work: Callable[[], object]) -> int:
     """The id of a child that does some work and leaves with 0."""
     child = os.fork()
     if child == 0:
+        code = 1
         try:
             work()
+            code = 0
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", flush=True)
-            os._exit(1)
-        os._exit(0)
+        finally:
+            os._exit(code)
     return child
 
 
@@ -145,6 +151,34 @@ def at_random(store: Path, seed: int, count: int) -> None:
         shutil.rmtree(folder)
 
 
+def at_limits(store: Path, sizes: list[int]) -> None:
+    """Let an addition meet a disk on which no file can grow beyond a size; go on with the next size."""
+    folder = Path(shutil.copytree(store / "add", store / "add-limited"))
+
+    def limited(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        go(store, "add", folder, resume=True)
+
+    for size in sizes:
+        code = ended(forked(lambda: limited(size)))  # noqa: B023
+        ended(forked(lambda: print(*verify_index(folder, encoder=StubEncoder()), end="", flush=True)))
+        print(size, code, read_manifest(folder).passages, flush=True)
+
+
+def drive(*words: object, timeout: int) -> list[list[str]]:
+    """Run this file in a process of its own; what it printed, by line and word."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, words)],
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=timeout,
+    )
+    return [line.split() for line in done.stdout.splitlines()]
+
+
 def main() -> None:
     blocks.BLOCK = 5
     mode, store = sys.argv[1], Path(sys.argv[2])
@@ -152,6 +186,8 @@ def main() -> None:
     prepare(store)
     if mode == "points":
         at_points(store)
+    elif mode == "limits":
+        at_limits(store, [int(size) for size in sys.argv[3:]])
     else:
         at_random(store, int(sys.argv[3]), int(sys.argv[4]))
 

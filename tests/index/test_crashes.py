@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import crash_driver
@@ -17,24 +14,10 @@ from ragmoe.index import _crash, blocks
 CASES = [(command, point) for command in crash_driver.BEFORE for point in _crash.POINTS]
 
 
-def drive(*words: object, timeout: int) -> list[list[str]]:
-    """What the driver printed, by line and word."""
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("crash_driver.py"), *map(str, words)],
-        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=timeout,
-    )
-    return [line.split() for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("crashed")
-    assert drive("points", store, timeout=200) == [[command, point, "9"] for command, point in CASES]
+    assert crash_driver.drive("points", store, timeout=200) == [[command, point, "9"] for command, point in CASES]
     return store
 
 
@@ -53,7 +36,7 @@ def test_killed_at_any_point_the_index_opens_and_the_command_goes_on(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    ends = drive("random", tmp_path, 7, 50, timeout=800)
+    ends = crash_driver.drive("random", tmp_path, 7, 50, timeout=800)
     assert len(ends) == 50 and all(words[-1] == "0" for words in ends), ends
     # All four commands were hit.
     assert {words[1] for words in ends} == set(crash_driver.BEFORE)
