@@ -94,6 +94,14 @@ def print_pairs(pairs: dict[str, str], stream: Any) -> None:
     console(stream).print(table)
 
 
+def print_lengths(lengths: list[tuple[int, int, int]]) -> None:
+    """A histogram of the lengths of passages, on stdout."""
+    most = max(count for _, _, count in lengths)
+    bars = {f"{first:,} to {last:,} B": f"{'█' * -(-40 * count // most)} {count:,}" for first, last, count in lengths}
+    console(sys.stdout).print("\nlengths of passages", highlight=False)
+    print_pairs(bars, sys.stdout)
+
+
 def plain(*cells: str) -> list[Any]:
     """Cells whose square brackets are text, not markup."""
     from rich.text import Text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from ragmoe.cli._index_output import (
     kept,
     plain,
     plan_summary,
+    print_lengths,
     print_pairs,
     print_plan,
     reads,
@@ -68,7 +70,8 @@ _BUILD_EXAMPLES = """Examples:
 _SEARCH_EXAMPLES = """Examples:
 
   ragmoe index search indexes/demo 'when is the deposit returned?' -k 3
-  ragmoe index search indexes/demo 'opening hours' --retriever bm25 --json"""
+  ragmoe index search indexes/demo 'opening hours' --retriever bm25 --json
+  ragmoe index search indexes/demo 'opening hours' --filter domain=archive"""
 
 SourcesArgument = Annotated[
     list[str] | None,
@@ -160,15 +163,27 @@ def search(
     encoder: Annotated[
         str | None, typer.Option(metavar="NAME", help="The encoder, where its folder has moved since the build.")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            metavar="KEY=VALUE",
+            help="Only passages of this domain, doc_id or split; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search an index: rank, score, domain, id, title and beginning of each passage."""
+    """Search an index: rank, score, domain, id, title and the best matching sentence of each passage."""
     if not query.strip():
         raise UsageError("the query is empty")
+    pairs = [pair.partition("=") for pair in only or ()]
+    if bad := [key for key, equals, _ in pairs if not equals]:
+        raise UsageError(f"--filter {bad[0]!r} is not of the form KEY=VALUE", hint="for example: --filter domain=law")
     from ragmoe.index.folder import Index
 
     index = Index.open(folder, encoder=encoder, retriever=retriever)
-    hits = index.search([query], k)[0]
+    hits = index.search([query], k, where={key: value for key, _, value in pairs})[0]
     found = [(hit, index.passage(hit.passage_id)) for hit in hits]
     if as_json:
         print_json(
@@ -181,17 +196,19 @@ def search(
     if not found:
         typer.echo("nothing found", err=True)
         return
-    print_hits(found)
+    print_hits(found, query)
 
 
 @app.command()
 def info(folder: IndexArgument, as_json: JsonOption = False) -> None:
     """Show what an index says about itself."""
-    from ragmoe.index.manifest import read_manifest
+    from ragmoe.index.folder import Index
+    from ragmoe.index.summary import NEARLY, summarise
 
-    manifest = read_manifest(folder)
+    index = Index.open(folder)
+    manifest, figures = index.manifest, summarise(index)
     if as_json:
-        print_json(manifest.model_dump())
+        print_json({**manifest.model_dump(), "summary": asdict(figures)})
         return
     encoder, long, cut = manifest.encoder, manifest.long_passages, manifest.chunking
     on_disk = sum(record.bytes for record in manifest.files.values())
@@ -202,6 +219,8 @@ def info(folder: IndexArgument, as_json: JsonOption = False) -> None:
             "encoder": f"{encoder.id} ({encoder.digest[:12]}), {reads(encoder)}",
             "prompts": f"query {encoder.query_prompt!r}, passage {encoder.passage_prompt!r}",
             "long passages": f"{long.longer:,} ({long.share:.1%}) exceed what the encoder reads: {LONG[long.mode]}",
+            "near-duplicates": f"{figures.near_duplicates:.1%} have another with a cosine of {NEARLY} or more "
+            f"({figures.sampled:,} looked at)",
             "chunking": chunking(cut.chunks, cut.words, cut.overlap, cut.rechunk),
             "faiss": f"{manifest.faiss.factory}: {manifest.faiss.reason}",
             "skipped lines": str(manifest.skipped),
@@ -210,6 +229,7 @@ def info(folder: IndexArgument, as_json: JsonOption = False) -> None:
         },
         sys.stdout,
     )
+    print_lengths(figures.lengths)
 
 
 @app.command()
@@ -237,7 +257,8 @@ def verify(
     typer.echo(f"{folder}: all is well")
 
 
-def print_hits(found: list[tuple[Hit, Passage]]) -> None:
+def print_hits(found: list[tuple[Hit, Passage]], query: str) -> None:
+    """A table of hits: what is longer than a line begins with the sentence that matches best, which is bold."""
     from rich.table import Table
 
     names = ("rank", "score", "domain", "id", "title")
@@ -249,8 +270,23 @@ def print_hits(found: list[tuple[Hit, Passage]]) -> None:
     for name in (*names, "text"):
         table.add_column(name, justify="right" if name in names[:2] else "left", no_wrap=True)
     for row, (_, p) in zip(rows, found, strict=True):
-        table.add_row(*plain(*row, _short(p.text, max(screen.width - used, 20))))
+        table.add_row(*plain(*row), _excerpt(p.text, query, max(screen.width - used, 20)))
     screen.print(table, soft_wrap=True)
+
+
+def _excerpt(text: str, query: str, length: int) -> Any:
+    from rich.text import Text
+
+    from ragmoe.index.summary import best_sentence
+
+    start, end = best_sentence(text, query)
+    before, sentence, after = (" ".join(part.split()) for part in (text[:start], text[start:end], text[end:]))
+    if before and len(f"{before} {sentence} {after}") > length:
+        before = "…"
+    shown = Text(f"{before} " if before else "")
+    shown.append(sentence, style="bold").append(f" {after}" if after else "")
+    shown.truncate(length, overflow="ellipsis")
+    return shown
 
 
 def _short(text: str, length: int) -> str:

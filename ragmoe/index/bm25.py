@@ -138,7 +138,7 @@ class Bm25Searcher:
 
     def search(self, queries: Sequence[str], k: int) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """For each query the best rows and their BM25 scores, best first (ties by row), at most ``k``."""
-        return [self._search_one(tokens, k) for tokens in _tokens(queries)]
+        return [self._search_one(tokens, k) for tokens in text_tokens(queries)]
 
     def _search_one(self, tokens: list[str], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         known = [token for token in tokens if token in self._index.vocab_dict]
@@ -159,7 +159,7 @@ def _token_blocks(texts: Iterable[str]) -> Iterator[list[list[str]]]:
     rest = iter(texts)
     first = True
     while block := list(islice(rest, _BLOCK)):
-        tokens = _tokens(block)
+        tokens = text_tokens(block)
         if first and not any(tokens):
             # Perhaps all are stop words, and bm25s cannot search without a vocabulary: a word that no query has.
             tokens[0] = ["\0"]
@@ -167,7 +167,8 @@ def _token_blocks(texts: Iterable[str]) -> Iterator[list[list[str]]]:
         yield tokens
 
 
-def _tokens(texts: Sequence[str]) -> list[list[str]]:
+def text_tokens(texts: Sequence[str]) -> list[list[str]]:
+    """The stems of each text, without stop words."""
     import bm25s
     import Stemmer  # type: ignore[import-not-found]
 

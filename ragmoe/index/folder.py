@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,9 +168,24 @@ class Index:
             return np.zeros((0, self.width), dtype=np.float32)
         return self.encoder.encode(queries, prompt=self.manifest.encoder.query_prompt)
 
-    def search(self, queries: Sequence[str], k: int = 10, *, retriever: str | None = None) -> list[list[Hit]]:
-        """The best passages of each query, at most ``k`` (fewer where the index or the shared words give no more)."""
-        rankings = self._rank(Queries(_listed(queries), self), k, retriever)
+    def search(
+        self,
+        queries: Sequence[str],
+        k: int = 10,
+        *,
+        retriever: str | None = None,
+        where: Mapping[str, str] | None = None,
+    ) -> list[list[Hit]]:
+        """The best passages of each query, at most ``k`` (fewer where the index or the shared words give no more).
+
+        Args:
+            where: only passages whose ``domain``, ``doc_id`` or ``split`` is the one named.
+
+        Raises:
+            UsageError: no passage is of that kind.
+        """
+        made = Queries(_listed(queries), self)
+        rankings = self._rank_where(made, k, retriever, where) if where else self._rank(made, k, retriever)
         return [
             [
                 Hit(self.passage_ids[row], int(row), float(score), rank)
@@ -241,6 +256,27 @@ class Index:
     def windows(self) -> NDArray[np.int64]:
         """int64 (passages,): how many windows of the encoder each passage fills."""
         return self._store.windows
+
+    def text_bytes(self) -> NDArray[np.int64]:
+        """int64 (passages,): the length of each text, in bytes of UTF-8."""
+        return self._store.sizes
+
+    def _rank_where(self, queries: Queries, k: int, retriever: str | None, where: Mapping[str, str]) -> list[Ranking]:
+        """As `_rank`, of some passages: deeper and deeper until enough of them were met."""
+        wanted_P = np.logical_and.reduce([self._store.matching(name, value) for name, value in where.items()])
+        if not wanted_P.any():
+            asked = ", ".join(f"{name}={value}" for name, value in where.items())
+            raise UsageError(
+                f"{self.folder} holds no passage with {asked}; domains: {', '.join(sorted(self.manifest.domains))}"
+            )
+        depth = k
+        while True:
+            depth = min(4 * depth, len(self))
+            found = [
+                (rows[wanted_P[rows]], scores[wanted_P[rows]]) for rows, scores in self._rank(queries, depth, retriever)
+            ]
+            if depth == len(self) or all(len(rows) >= k for rows, _ in found):
+                return [(rows[:k], scores[:k]) for rows, scores in found]
 
     def _rank(self, queries: Queries, k: int, retriever: str | None) -> list[Ranking]:
         if k < 1:

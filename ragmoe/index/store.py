@@ -14,11 +14,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ragmoe._errors import IndexFolderError
+from ragmoe._errors import IndexFolderError, UsageError
 from ragmoe.corpus.chunking import Chunk
 from ragmoe.corpus.types import Passage
 
 _PASSAGE = ("id", "title", "text", "domain", "doc_id", "split")
+_KINDS = ("domain", "doc_id", "split")
 _BATCH = 1024
 # Bytes that all fields of a passage but its text may have, far more than any do.
 _MOST_FIELDS = 1_000_000
@@ -184,6 +185,23 @@ class PassageStore:
     def windows(self) -> NDArray[np.int64]:
         """int64 (passages,): the windows that each row would need to be read whole."""
         return self._table.column("windows").to_numpy()
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """int64 (passages,): bytes of each text."""
+        return np.diff(self._offsets)
+
+    def matching(self, field: str, value: str) -> NDArray[np.bool_]:
+        """Which passages have a field of this value, bool (passages,).
+
+        Raises:
+            UsageError: passages have no such field to be told apart by.
+        """
+        import pyarrow.compute as pc
+
+        if field not in _KINDS:
+            raise UsageError(f"passages are told apart by {', '.join(_KINDS)}; got {field!r}")
+        return pc.equal(self._table.column(field), value).to_numpy()
 
     def text(self, row: int) -> str:
         """The text of a row."""

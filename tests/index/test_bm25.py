@@ -22,7 +22,7 @@ def test_scores_are_those_of_bm25s(block: int, tmp_path: Path, monkeypatch: pyte
     assert all(path.parent.name == "bm25-1" for path in files) and not (tmp_path / "scratch").exists()
     ours = bm25s.BM25.load(str(tmp_path / "bm25-1"))
     whole = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-    whole.index(bm25._tokens(texts), show_progress=False)
+    whole.index(bm25.text_tokens(texts), show_progress=False)
     known = set(ours.vocab_dict) - {"\0"}
     assert known == set(whole.vocab_dict)
     for word in known - {""}:
