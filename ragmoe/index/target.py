@@ -15,13 +15,21 @@ from filelock import FileLock, Timeout
 
 from ragmoe._errors import IndexFolderError, IndexLockedError
 from ragmoe._folders import expect_folder
+from ragmoe.index import card, memory
 from ragmoe.index import manifest as manifests
-from ragmoe.index import memory
 from ragmoe.index.manifest import Manifest
 
 _DATA_FILE = re.compile(r"^(passages|texts|offsets|embeddings|index|bm25)-(\d+)(\.\w+)?$")
 # ``.neighbours`` is where training keeps what it retrieved; it is keyed by the index's digest.
-_OURS = {manifests.NAME, f"{manifests.NAME}.part", "build.lock", "partial", ".neighbours", memory.FOLDER}
+_OURS = {
+    manifests.NAME,
+    f"{manifests.NAME}.part",
+    "build.lock",
+    f"{card.NAME}.part",
+    "partial",
+    ".neighbours",
+    memory.FOLDER,
+}
 _REPLACE = "replace it with --overwrite, or name another folder with --out"
 
 
@@ -64,7 +72,9 @@ class NewIndex(Target):
         if not self.folder.is_dir():
             return
         others = sorted(
-            path.name for path in self.folder.iterdir() if path.name not in _OURS and not _DATA_FILE.match(path.name)
+            path.name
+            for path in self.folder.iterdir()
+            if path.name not in _OURS and not _DATA_FILE.match(path.name) and not card.is_ours(path)
         )
         if others:
             raise IndexFolderError(
@@ -143,8 +153,9 @@ def next_generation(folder: Path) -> int:
 
 
 def clean(folder: Path, manifest: Manifest) -> None:
-    """Remove the files of all generations but the manifest's, and what an unfinished build left."""
+    """Remove the files of all generations but the manifest's and what an unfinished build left; write the card."""
     sweep(folder)
+    card.write_card(folder, manifest)
     shutil.rmtree(folder / "partial", ignore_errors=True)
     (folder / f"{manifests.NAME}.part").unlink(missing_ok=True)
     memory.forget(folder, manifest.digest)

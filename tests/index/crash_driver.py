@@ -82,7 +82,7 @@ def check(store: Path, command: str, folder: Path) -> str:
         if index.search(["the tide"], 1)[0][0].passage_id != "river-3":
             return "search"
         go(store, command, folder, resume=True)
-    left = {path.name for path in folder.iterdir()} - {"manifest.json", "build.lock"}
+    left = {path.name for path in folder.iterdir()} - {"manifest.json", "build.lock", "README.md"}
     generation = index.manifest.generation
     return "" if left == {name.split("/")[0] for name in Index.open(folder).manifest.files} else f"{generation} {left}"
 

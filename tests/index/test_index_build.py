@@ -47,7 +47,7 @@ def test_the_manifest_says_what_was_built(build: Build, tmp_path: Path) -> None:
     assert manifest.faiss.factory == "Flat" and "24 passages are at most 50,000" in manifest.faiss.reason
     assert manifest.intact and manifest == read_manifest(tmp_path / "index")
     on_disk = {p.relative_to(tmp_path / "index").as_posix() for p in (tmp_path / "index").rglob("*") if p.is_file()}
-    assert on_disk - set(manifest.files) <= {"manifest.json", "build.lock"}
+    assert on_disk - set(manifest.files) <= {"manifest.json", "build.lock", "README.md"}
     assert set(manifest.files) < on_disk
     assert verify_index(tmp_path / "index", encoder=StubEncoder()) == []
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from stub_encoder import StubEncoder
 
-from ragmoe import Index, UsageError
-from ragmoe.index import Manifest
+from ragmoe import Index, IndexFolderError, UsageError
+from ragmoe.index import Manifest, plan_remove
 from ragmoe.index.summary import best_sentence, summarise
 
 
@@ -44,6 +44,27 @@ def test_figures(build: Callable[..., Manifest], corpus: Path, tmp_path: Path) -
     vectors = index.embeddings.astype("float32")
     near = ((vectors @ vectors.T >= 0.95).sum(axis=1) > 1).mean()
     assert figures.near_duplicates == pytest.approx(near)
+
+
+def test_the_card_says_what_the_index_is(build: Callable[..., Manifest], tmp_path: Path) -> None:
+    first = build()
+    path = tmp_path / "index" / "README.md"
+    text = path.read_text()
+    assert "A ragmoe index of 24 passages" in text and "| river | 8 |" in text and f"`{first.digest}`" in text
+    assert "`stub-0`" in text and "9 passages (37.5%), encoded by `windows`" in text and "`Flat` (exact)" in text
+    assert build(overwrite=True).digest in path.read_text()
+    plan = plan_remove(tmp_path / "index", domain="river")
+    assert plan is not None
+    plan.run()
+    assert "A ragmoe index of 16 passages" in path.read_text() and "river" not in path.read_text()
+    # What a person wrote stays.
+    path.write_text("# My own\n")
+    plan = plan_remove(tmp_path / "index", domain="market")
+    assert plan is not None
+    plan.run()
+    assert path.read_text() == "# My own\n"
+    with pytest.raises(IndexFolderError, match=r"holds other things than an index: README\.md"):
+        build(overwrite=True)
 
 
 @pytest.mark.parametrize("retriever", ["dense", "bm25", "blend"])
