@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from ragmoe._room import free_memory
+
 OK, WARN, FAIL = "ok", "warn", "fail"
 
 PACKAGES = (
@@ -176,12 +178,13 @@ def offline_model() -> Iterator[Check]:
 
 def room() -> Iterator[Check]:
     """Memory that is free, and room on the disk of the working folder."""
-    free = _free_memory_gb()
+    free = free_memory()
     if free is None:
         yield Check("memory", OK, f"cannot be read on {platform.system()}")
     else:
-        low = free < LOW_MEMORY_GB
-        yield Check("memory", WARN if low else OK, f"{free:.1f} GB free", "Training may run out of it." if low else "")
+        low = free < LOW_MEMORY_GB * 1e9
+        advice = "Training may run out of it." if low else ""
+        yield Check("memory", WARN if low else OK, f"{free / 1e9:.1f} GB free", advice)
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
     low = disk < LOW_DISK_GB
     advice = "Indexes and models may not fit here." if low else ""
@@ -264,13 +267,3 @@ def _together(imports: str) -> tuple[str, str]:
     if answer["same"] < 0.99:
         return f"search finds {answer['same']:.0%} of what the matrix product finds", ""
     return "", f"search and matrix product agree; threads: torch {answer['torch']}, faiss {answer['faiss']}"
-
-
-def _free_memory_gb() -> float | None:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) / 1e6
-    except (OSError, ValueError):
-        pass
-    return None

@@ -72,7 +72,7 @@ def _run(console: Console, root: Path, out: Path) -> Outcome:
         index = index_of_recipe(root / "indexes" / "demo.yaml", progress=show.stage)
         show.say(f"   {len(index)} passages, {index.width} wide, {index.manifest.faiss.factory}: {index.folder}")
         show.say(f"2  Search: {SEARCH}")
-    print_hits([(hit, index.passage(hit.passage_id)) for hit in index.search([SEARCH], 3)[0]])
+    print_hits([(hit, index.passage(hit.passage_id)) for hit in index.search([SEARCH], 3)[0]], SEARCH)
     console.print(f"\n3  Ask the packaged starter, which has never seen this city: {SEARCH}", highlight=False)
     _answer(index, load("starter"), SEARCH)
     with progress() as show:

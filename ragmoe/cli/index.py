@@ -1,8 +1,9 @@
-"""``ragmoe index``: build, search, info, verify."""
+"""``ragmoe index``: build, search, info, verify; the commands that change an index stand in ``index_change``."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,24 +11,47 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import IndexFolderError, UsageError
+from ragmoe._room import size
+from ragmoe.cli._index_output import (
+    LONG,
+    built,
+    chunking,
+    console,
+    domains,
+    kept,
+    plain,
+    plan_summary,
+    print_lengths,
+    print_pairs,
+    print_plan,
+    reads,
+    run_plan,
+)
 from ragmoe.cli._output import JsonOption, print_json
-from ragmoe.cli._stopped import again, on_stop
+from ragmoe.cli._stopped import on_stop
+from ragmoe.cli.index_change import (
+    ADD_EXAMPLES,
+    MERGE_EXAMPLES,
+    REMOVE_EXAMPLES,
+    IndexArgument,
+    OnErrorChoice,
+    add,
+    merge,
+    remove,
+)
+from ragmoe.cli.index_exchange import EXPORT_EXAMPLES, IMPORT_EXAMPLES, export, import_
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Passage
-    from ragmoe.index.build import BuildOptions, BuildPlan
-    from ragmoe.index.encoder import Encoder
+    from ragmoe.index.build import BuildOptions
     from ragmoe.index.folder import Hit
-    from ragmoe.index.manifest import EncoderRecord, Manifest
 
 app = typer.Typer(help="Build, search, inspect and verify indexes.", no_args_is_help=True)
-
-
-class OnErrorChoice(StrEnum):
-    """What to do about a bad line."""
-
-    fail = "fail"
-    skip = "skip"
+app.command(epilog=ADD_EXAMPLES)(add)
+app.command(epilog=REMOVE_EXAMPLES)(remove)
+app.command(epilog=MERGE_EXAMPLES)(merge)
+app.command(epilog=EXPORT_EXAMPLES)(export)
+app.command("import", epilog=IMPORT_EXAMPLES)(import_)
 
 
 class LongChoice(StrEnum):
@@ -46,9 +70,9 @@ _BUILD_EXAMPLES = """Examples:
 _SEARCH_EXAMPLES = """Examples:
 
   ragmoe index search indexes/demo 'when is the deposit returned?' -k 3
-  ragmoe index search indexes/demo 'opening hours' --retriever bm25 --json"""
+  ragmoe index search indexes/demo 'opening hours' --retriever bm25 --json
+  ragmoe index search indexes/demo 'opening hours' --filter domain=archive"""
 
-IndexArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The index folder.", show_default=False)]
 SourcesArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -113,20 +137,19 @@ def build(
     options = _options(recipe, {key: value for key, value in flags.items() if value is not None}, resume, overwrite)
     from ragmoe.index.build import plan_build
 
-    with on_stop(lambda: _kept(options.out)):
+    with on_stop(lambda: kept(options.out)):
         plan = plan_build(options)
-        _print_plan(plan)
+        print_plan(plan)
+        plan.check_room()
         if dry_run:
             if as_json:
-                print_json(_plan_summary(plan))
+                print_json(plan_summary(plan))
             return
-        manifest = _run(plan)
+        manifest = run_plan(plan)
     if as_json:
-        print_json({"out": str(options.out), "skipped_lines": plan.skipped, **manifest.model_dump()})
+        print_json({"out": str(options.out), "skipped_lines": list(plan.rows.skipped), **manifest.model_dump()})
     else:
-        typer.echo(
-            f"{options.out}: {manifest.passages:,} passages, generation {manifest.generation}, {manifest.digest[:12]}"
-        )
+        typer.echo(built(options.out, manifest))
 
 
 @app.command(epilog=_SEARCH_EXAMPLES)
@@ -140,15 +163,27 @@ def search(
     encoder: Annotated[
         str | None, typer.Option(metavar="NAME", help="The encoder, where its folder has moved since the build.")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            metavar="KEY=VALUE",
+            help="Only passages of this domain, doc_id or split; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search an index: rank, score, domain, id, title and beginning of each passage."""
+    """Search an index: rank, score, domain, id, title and the best matching sentence of each passage."""
     if not query.strip():
         raise UsageError("the query is empty")
+    pairs = [pair.partition("=") for pair in only or ()]
+    if bad := [key for key, equals, _ in pairs if not equals]:
+        raise UsageError(f"--filter {bad[0]!r} is not of the form KEY=VALUE", hint="for example: --filter domain=law")
     from ragmoe.index.folder import Index
 
     index = Index.open(folder, encoder=encoder, retriever=retriever)
-    hits = index.search([query], k)[0]
+    hits = index.search([query], k, where={key: value for key, _, value in pairs})[0]
     found = [(hit, index.passage(hit.passage_id)) for hit in hits]
     if as_json:
         print_json(
@@ -161,28 +196,32 @@ def search(
     if not found:
         typer.echo("nothing found", err=True)
         return
-    print_hits(found)
+    print_hits(found, query)
 
 
 @app.command()
 def info(folder: IndexArgument, as_json: JsonOption = False) -> None:
     """Show what an index says about itself."""
-    from ragmoe.index.manifest import read_manifest
+    from ragmoe.index.folder import Index
+    from ragmoe.index.summary import NEARLY, summarise
 
-    manifest = read_manifest(folder)
+    index = Index.open(folder)
+    manifest, figures = index.manifest, summarise(index)
     if as_json:
-        print_json(manifest.model_dump())
+        print_json({**manifest.model_dump(), "summary": asdict(figures)})
         return
     encoder, long, cut = manifest.encoder, manifest.long_passages, manifest.chunking
-    size = sum(record.bytes for record in manifest.files.values())
-    _print_pairs(
+    on_disk = sum(record.bytes for record in manifest.files.values())
+    print_pairs(
         {
-            "folder": f"{folder} (generation {manifest.generation}, {_size(size)} in {len(manifest.files)} files)",
-            "passages": f"{manifest.passages:,}: {_domains(manifest.domains)}",
-            "encoder": f"{encoder.id} ({encoder.digest[:12]}), {_reads(encoder)}",
+            "folder": f"{folder} (generation {manifest.generation}, {size(on_disk)} in {len(manifest.files)} files)",
+            "passages": f"{manifest.passages:,}: {domains(manifest.domains)}",
+            "encoder": f"{encoder.id} ({encoder.digest[:12]}), {reads(encoder)}",
             "prompts": f"query {encoder.query_prompt!r}, passage {encoder.passage_prompt!r}",
-            "long passages": f"{long.longer:,} ({long.share:.1%}) exceed what the encoder reads: {_LONG[long.mode]}",
-            "chunking": _chunking(cut.chunks, cut.words, cut.overlap, cut.rechunk),
+            "long passages": f"{long.longer:,} ({long.share:.1%}) exceed what the encoder reads: {LONG[long.mode]}",
+            "near-duplicates": f"{figures.near_duplicates:.1%} have another with a cosine of {NEARLY} or more "
+            f"({figures.sampled:,} looked at)",
+            "chunking": chunking(cut.chunks, cut.words, cut.overlap, cut.rechunk),
             "faiss": f"{manifest.faiss.factory}: {manifest.faiss.reason}",
             "skipped lines": str(manifest.skipped),
             "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
@@ -190,6 +229,7 @@ def info(folder: IndexArgument, as_json: JsonOption = False) -> None:
         },
         sys.stdout,
     )
+    print_lengths(figures.lengths)
 
 
 @app.command()
@@ -217,20 +257,36 @@ def verify(
     typer.echo(f"{folder}: all is well")
 
 
-def print_hits(found: list[tuple[Hit, Passage]]) -> None:
+def print_hits(found: list[tuple[Hit, Passage]], query: str) -> None:
+    """A table of hits: what is longer than a line begins with the sentence that matches best, which is bold."""
     from rich.table import Table
 
     names = ("rank", "score", "domain", "id", "title")
     rows = [(str(hit.rank), f"{hit.score:.4f}", p.domain, p.id, _short(p.title, 40)) for hit, p in found]
-    console = _console(sys.stdout)
+    screen = console(sys.stdout)
     # Ids must stay whole, to be copied: only the text gives way to a narrow terminal.
     used = sum(max(len(cell) for cell in column) + 2 for column in zip(names, *rows, strict=True))
     table = Table(box=None, pad_edge=False)
     for name in (*names, "text"):
         table.add_column(name, justify="right" if name in names[:2] else "left", no_wrap=True)
     for row, (_, p) in zip(rows, found, strict=True):
-        table.add_row(*_plain(*row, _short(p.text, max(console.width - used, 20))))
-    console.print(table, soft_wrap=True)
+        table.add_row(*plain(*row), _excerpt(p.text, query, max(screen.width - used, 20)))
+    screen.print(table, soft_wrap=True)
+
+
+def _excerpt(text: str, query: str, length: int) -> Any:
+    from rich.text import Text
+
+    from ragmoe.index.summary import best_sentence
+
+    start, end = best_sentence(text, query)
+    before, sentence, after = (" ".join(part.split()) for part in (text[:start], text[start:end], text[end:]))
+    if before and len(f"{before} {sentence} {after}") > length:
+        before = "…"
+    shown = Text(f"{before} " if before else "")
+    shown.append(sentence, style="bold").append(f" {after}" if after else "")
+    shown.truncate(length, overflow="ellipsis")
+    return shown
 
 
 def _short(text: str, length: int) -> str:
@@ -256,109 +312,3 @@ def _options(recipe: Path | None, flags: dict[str, Any], resume: bool, overwrite
     if not given.get("out"):
         raise UsageError("no folder to write to: --out DIR is missing")
     return BuildOptions(**given, resume=resume, overwrite=overwrite)
-
-
-def _run(plan: BuildPlan) -> Manifest:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console(sys.stderr)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        return plan.run(progress)
-
-
-def _kept(out: Path) -> str:
-    """What a build that was stopped has left, and the command that goes on with it."""
-    encoded = "what is encoded so far is kept" if (out / "partial").is_dir() else "nothing is encoded yet"
-    return f"{encoded}; go on with: {again('--resume')}"
-
-
-_LONG = {"windows": "each is encoded as the token-weighted mean of overlapping windows", "truncate": "each is cut"}
-
-
-def _chunking(chunks: int, words: int, overlap: int, rechunk: bool) -> str:
-    if chunks:
-        return f"{chunks:,} passages are chunks of at most {words} words, overlap {overlap}"
-    return (
-        f"none was cut: none has more than {words} words"
-        if rechunk
-        else (f"none was cut: what has an id stays whole (--rechunk cuts it too), the rest has at most {words} words")
-    )
-
-
-def _print_plan(plan: BuildPlan) -> None:
-    options, encoder = plan.options, plan.encoder
-    skipped = f"{len(plan.skipped)}" + (f", the first: {plan.skipped[0]}" if plan.skipped else "")
-    _print_pairs(
-        {
-            "passages": f"{len(plan.chunks):,}: {_domains(plan.domains)}",
-            "skipped lines": skipped,
-            "chunking": _chunking(plan.cut, options.chunk_words, options.chunk_overlap, options.rechunk),
-            "encoder": f"{encoder.id}, {_reads(encoder)}",
-            "long passages": f"about {plan.longer_share:.1%} are longer than that: {_LONG[options.long_passages]}",
-            "faiss": f"{plan.choice.factory}: {plan.choice.reason}",
-            "needs about": f"{_size(plan.disk_bytes)} of disk, {_size(plan.memory_bytes)} of memory beside the encoder",
-        },
-        sys.stderr,
-    )
-
-
-def _reads(encoder: Encoder | EncoderRecord) -> str:
-    return f"width {encoder.width}, reads {encoder.max_length} tokens"
-
-
-def _plan_summary(plan: BuildPlan) -> dict[str, Any]:
-    return {
-        "dry_run": True,
-        "passages": len(plan.chunks),
-        "domains": plan.domains,
-        "skipped": len(plan.skipped),
-        "skipped_lines": plan.skipped,
-        "chunks": plan.cut,
-        "encoder": plan.encoder.id,
-        "longer_share": plan.longer_share,
-        "faiss": {"factory": plan.choice.factory, "reason": plan.choice.reason},
-        "disk_bytes": plan.disk_bytes,
-        "memory_bytes": plan.memory_bytes,
-    }
-
-
-def _print_pairs(pairs: dict[str, str], stream: Any) -> None:
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    for name, value in pairs.items():
-        table.add_row(*_plain(name, value))
-    _console(stream).print(table)
-
-
-def _plain(*cells: str) -> list[Any]:
-    """Cells whose square brackets are text, not markup."""
-    from rich.text import Text
-
-    return [Text(cell) for cell in cells]
-
-
-def _console(stream: Any) -> Any:
-    from rich.console import Console
-
-    # Into a pipe rich would fold at 80 columns, in the middle of ids.
-    return Console(file=stream, width=None if stream.isatty() else 160)
-
-
-def _domains(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name or '(no domain)'} {count:,}" for name, count in counts.items())
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from ragmoe._errors import DataError
+from ragmoe._keys import KeyTable
 from ragmoe.corpus.chunking import Chunk, check_sizes, chunk_passage
 from ragmoe.corpus.records import READERS, Record, read_hub
 from ragmoe.corpus.sources import source_files
@@ -48,7 +49,7 @@ class PassageReader:
     def chunks(self) -> Iterator[Chunk]:
         """The passages with where each stands in what it was cut from."""
         self.skipped = []
-        places: dict[str, str] = {}
+        places = KeyTable()
         for record, name in self._records():
             passage, has_id = self._passage(record, name)
             if passage is None:
@@ -59,8 +60,8 @@ class PassageReader:
                 if cut
                 else [Chunk(passage, passage.id)]
             ):
-                first = places.setdefault(chunk.passage.id, record.place)
-                if first is not record.place:
+                first = places.put(chunk.passage.id, record.place)
+                if first is not None:
                     self._bad(record.place, f"id {chunk.passage.id!r} stands already at {first}")
                     continue
                 yield chunk

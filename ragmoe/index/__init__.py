@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from ragmoe.index.build import BuildOptions, build_index, plan_build
+from ragmoe.index.change import plan_add, plan_merge, plan_remove
 from ragmoe.index.encoder import Encoder, load_encoder
+from ragmoe.index.export import export_index
 from ragmoe.index.folder import Hit, Index
+from ragmoe.index.given import ImportOptions, plan_import
 from ragmoe.index.manifest import Manifest
 from ragmoe.index.retrievers import Retriever, retriever_names
 from ragmoe.index.verify import verify_index
@@ -13,12 +16,18 @@ __all__ = [
     "BuildOptions",
     "Encoder",
     "Hit",
+    "ImportOptions",
     "Index",
     "Manifest",
     "Retriever",
     "build_index",
+    "export_index",
     "load_encoder",
+    "plan_add",
     "plan_build",
+    "plan_import",
+    "plan_merge",
+    "plan_remove",
     "retriever_names",
     "verify_index",
 ]

@@ -5,7 +5,11 @@ Saved as plain numpy arrays and JSON under the index's generation; loaded at fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ from ragmoe._errors import IndexFolderError
 
 #: Recorded in the manifest. Stems and k1 were measured: see eval/results/retrieval_core7.md.
 SETTINGS: dict[str, Any] = {"method": "lucene", "k1": 1.2, "b": 0.75, "stopwords": "english", "stemmer": "english"}
+#: Texts in memory at a time.
+_BLOCK = 4096
 
 
 def bm25_name(generation: int) -> str:
@@ -23,19 +29,96 @@ def bm25_name(generation: int) -> str:
     return f"bm25-{generation}"
 
 
-def build_bm25(folder: Path, texts: Sequence[str]) -> list[Path]:
-    """Index texts and write the result to ``folder``; returns its files."""
+def build_bm25(folder: Path, texts: Iterable[str], scratch: Path) -> list[Path]:
+    """Index texts and write the result to ``folder``; returns its files.
+
+    bm25s itself holds all tokens of all texts in memory. Here they are counted block by block, and the scores are
+    sorted into place on the disk; only the vocabulary stays in memory.
+
+    Args:
+        scratch: a folder for what is needed in between, about as large as the result; made and removed here.
+    """
     import bm25s
 
-    tokens = _tokens(texts)
-    if not any(tokens):
-        # Stop words only: bm25s cannot make an empty vocabulary, so it gets a word that no query has.
-        tokens[0] = ["\0"]
     index = bm25s.BM25(method=SETTINGS["method"], k1=SETTINGS["k1"], b=SETTINGS["b"])
-    index.index(tokens, show_progress=False)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    counted = _Counted(scratch, texts)
+    index.scores = counted.scores()
+    # Only other methods than this one score words that are not there.
+    index.nonoccurrence_array = None
+    index.vocab_dict = {**counted.vocabulary, "": len(counted.vocabulary)}
     folder.mkdir(parents=True, exist_ok=True)
     index.save(str(folder), show_progress=False)
+    del index, counted
+    shutil.rmtree(scratch)
     return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+class _Counted:
+    """How often each text has each of its words.
+
+    Files: the numbers of the words and the counts of each text, and for each text how many words it has, each once and
+    in all.
+    """
+
+    def __init__(self, scratch: Path, texts: Iterable[str]) -> None:
+        self.vocabulary: dict[str, int] = {}
+        self._scratch = scratch
+        self._blocks: list[tuple[int, int]] = []
+        self._texts = self._tokens = 0
+        found: Counter[int] = Counter()
+        with self._files("wb") as (words, counts, sizes):
+            for block in _token_blocks(texts):
+                rows = [Counter(self._number(token) for token in tokens) for tokens in block]
+                flat = [number for row in rows for number in row]
+                found.update(flat)
+                words.write(np.asarray(flat, dtype=np.int32).tobytes())
+                counts.write(np.asarray([n for row in rows for n in row.values()], dtype=np.int32).tobytes())
+                lengths = [len(tokens) for tokens in block]
+                pairs = list(zip(map(len, rows), lengths, strict=True))
+                sizes.write(np.asarray(pairs, dtype=np.int32).tobytes())
+                self._blocks.append((len(block), len(flat)))
+                self._texts += len(block)
+                self._tokens += sum(lengths)
+        self._found = np.asarray([found[number] for number in range(len(self.vocabulary))], dtype=np.int64)
+
+    def scores(self) -> dict[str, Any]:
+        """What bm25s keeps: for each word the texts that have it, in order, and the score it gives each."""
+        starts = np.concatenate([[0], np.cumsum(self._found)])
+        data = _on_disk(self._scratch / "data", np.dtype(np.float32), int(starts[-1]))
+        rows = _on_disk(self._scratch / "rows", np.dtype(np.int32), int(starts[-1]))
+        # As bm25s has it, so that scores are the same to the last bit: natural logarithm, rounded to single precision.
+        idf = np.log(1 + (self._texts - self._found + 0.5) / (self._found + 0.5)).astype(np.float32)
+        free = starts[:-1].copy()
+        first, k1, b = 0, SETTINGS["k1"], SETTINGS["b"]
+        for words, counts, sizes in self._read():
+            owner = np.repeat(np.arange(len(sizes)), sizes[:, 0])
+            length = b * sizes[owner, 1] / (self._tokens / self._texts)
+            scores = idf[words] * (counts / (k1 * ((1 - b) + length) + counts))
+            order = np.argsort(words, kind="stable")
+            sorted_words = words[order]
+            kinds, begins, many = np.unique(sorted_words, return_index=True, return_counts=True)
+            place = free[sorted_words] + np.arange(len(order)) - np.repeat(begins, many)
+            data[place], rows[place] = scores[order], first + owner[order]
+            free[kinds] += many
+            first += len(sizes)
+        return {"data": data, "indices": rows, "indptr": starts, "num_docs": self._texts}
+
+    def _read(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int32]]]:
+        with self._files("rb") as (words, counts, sizes):
+            for texts, entries in self._blocks:
+                many = np.frombuffer(counts.read(4 * entries), dtype=np.int32).astype(np.float64)
+                pairs = np.frombuffer(sizes.read(8 * texts), dtype=np.int32).reshape(-1, 2)
+                yield np.frombuffer(words.read(4 * entries), dtype=np.int32), many, pairs
+
+    @contextmanager
+    def _files(self, mode: str) -> Iterator[list[Any]]:
+        with ExitStack() as stack:
+            yield [stack.enter_context((self._scratch / name).open(mode)) for name in ("words", "counts", "sizes")]
+
+    def _number(self, token: str) -> int:
+        return self.vocabulary.setdefault(token, len(self.vocabulary))
 
 
 class Bm25Searcher:
@@ -45,14 +128,17 @@ class Bm25Searcher:
         import bm25s
 
         try:
+            # Mapped, an array whose header names more than its file holds is refused; read, it would be allotted first.
+            for path in folder.glob("*.npy"):
+                np.load(path, mmap_mode="r", allow_pickle=False)
             self._index: Any = bm25s.BM25.load(str(folder), load_corpus=False)
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, TypeError, ValueError, KeyError, EOFError) as error:
             raise IndexFolderError(f"{folder} is damaged: {error}") from error
         self._rows = rows
 
     def search(self, queries: Sequence[str], k: int) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """For each query the best rows and their BM25 scores, best first (ties by row), at most ``k``."""
-        return [self._search_one(tokens, k) for tokens in _tokens(queries)]
+        return [self._search_one(tokens, k) for tokens in text_tokens(queries)]
 
     def _search_one(self, tokens: list[str], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         known = [token for token in tokens if token in self._index.vocab_dict]
@@ -68,7 +154,21 @@ class Bm25Searcher:
         return rows[order].astype(np.int64), scores[rows[order]]
 
 
-def _tokens(texts: Sequence[str]) -> list[list[str]]:
+def _token_blocks(texts: Iterable[str]) -> Iterator[list[list[str]]]:
+    """The tokens of the texts, a block at a time."""
+    rest = iter(texts)
+    first = True
+    while block := list(islice(rest, _BLOCK)):
+        tokens = text_tokens(block)
+        if first and not any(tokens):
+            # Perhaps all are stop words, and bm25s cannot search without a vocabulary: a word that no query has.
+            tokens[0] = ["\0"]
+        first = False
+        yield tokens
+
+
+def text_tokens(texts: Sequence[str]) -> list[list[str]]:
+    """The stems of each text, without stop words."""
     import bm25s
     import Stemmer  # type: ignore[import-not-found]
 
@@ -76,3 +176,12 @@ def _tokens(texts: Sequence[str]) -> list[list[str]]:
     return bm25s.tokenize(
         list(texts), stopwords=SETTINGS["stopwords"], stemmer=stemmer, return_ids=False, show_progress=False
     )
+
+
+def _on_disk(path: Path, dtype: np.dtype, size: int) -> NDArray[Any]:
+    """An array over a file of its own, all of it allotted now: a full disk raises here and not at a write to it."""
+    left = max(size * dtype.itemsize, 1)
+    with path.open("wb") as file:
+        while left:
+            left -= file.write(bytes(min(left, 1 << 20)))
+    return np.memmap(path, dtype=dtype, mode="r+", shape=(size,))

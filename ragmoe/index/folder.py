@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from ragmoe.corpus.chunking import Chunk
 from ragmoe.corpus.types import Passage
 from ragmoe.index.bm25 import Bm25Searcher, bm25_name
 from ragmoe.index.encoder import Encoder, check_same, load_encoder
-from ragmoe.index.manifest import Manifest, read_manifest
+from ragmoe.index.manifest import Manifest, file_record, read_manifest
 from ragmoe.index.retrievers import DEFAULT, Queries, Ranking, make_retriever
 from ragmoe.index.store import PassageStore
 from ragmoe.index.vectors import FaissSearcher, unit_rows
@@ -148,12 +148,19 @@ class Index:
     @cached_property
     def faiss(self) -> FaissSearcher:
         """The FAISS side, read at first use."""
-        return FaissSearcher(self._file(faiss_name(self.manifest.generation)), self.embeddings, self.manifest.faiss)
+        name = faiss_name(self.manifest.generation)
+        path = self._file(name)
+        # faiss trusts what it reads: what is not as it was written does not reach it.
+        self._check_digests([name])
+        return FaissSearcher(path, self.embeddings, self.manifest.faiss)
 
     @cached_property
     def bm25(self) -> Bm25Searcher:
         """The BM25 side, read at first use."""
-        return Bm25Searcher(self._file(bm25_name(self.manifest.generation)), len(self))
+        name = bm25_name(self.manifest.generation)
+        path = self._file(name)
+        self._check_digests([file for file in self.manifest.files if file.startswith(f"{name}/")])
+        return Bm25Searcher(path, len(self))
 
     def encode(self, queries: Sequence[str]) -> NDArray[np.float32]:
         """The vectors of queries, float32 (B, R), unit length, with the query prompt."""
@@ -161,9 +168,24 @@ class Index:
             return np.zeros((0, self.width), dtype=np.float32)
         return self.encoder.encode(queries, prompt=self.manifest.encoder.query_prompt)
 
-    def search(self, queries: Sequence[str], k: int = 10, *, retriever: str | None = None) -> list[list[Hit]]:
-        """The best passages of each query, at most ``k`` (fewer where the index or the shared words give no more)."""
-        rankings = self._rank(Queries(_listed(queries), self), k, retriever)
+    def search(
+        self,
+        queries: Sequence[str],
+        k: int = 10,
+        *,
+        retriever: str | None = None,
+        where: Mapping[str, str] | None = None,
+    ) -> list[list[Hit]]:
+        """The best passages of each query, at most ``k`` (fewer where the index or the shared words give no more).
+
+        Args:
+            where: only passages whose ``domain``, ``doc_id`` or ``split`` is the one named.
+
+        Raises:
+            UsageError: no passage is of that kind.
+        """
+        made = Queries(_listed(queries), self)
+        rankings = self._rank_where(made, k, retriever, where) if where else self._rank(made, k, retriever)
         return [
             [
                 Hit(self.passage_ids[row], int(row), float(score), rank)
@@ -235,11 +257,39 @@ class Index:
         """int64 (passages,): how many windows of the encoder each passage fills."""
         return self._store.windows
 
+    def text_bytes(self) -> NDArray[np.int64]:
+        """int64 (passages,): the length of each text, in bytes of UTF-8."""
+        return self._store.sizes
+
+    def _rank_where(self, queries: Queries, k: int, retriever: str | None, where: Mapping[str, str]) -> list[Ranking]:
+        """As `_rank`, of some passages: deeper and deeper until enough of them were met."""
+        wanted_P = np.logical_and.reduce([self._store.matching(name, value) for name, value in where.items()])
+        if not wanted_P.any():
+            asked = ", ".join(f"{name}={value}" for name, value in where.items())
+            raise UsageError(
+                f"{self.folder} holds no passage with {asked}; domains: {', '.join(sorted(self.manifest.domains))}"
+            )
+        depth = k
+        while True:
+            depth = min(4 * depth, len(self))
+            found = [
+                (rows[wanted_P[rows]], scores[wanted_P[rows]]) for rows, scores in self._rank(queries, depth, retriever)
+            ]
+            if depth == len(self) or all(len(rows) >= k for rows, _ in found):
+                return [(rows[:k], scores[:k]) for rows, scores in found]
+
     def _rank(self, queries: Queries, k: int, retriever: str | None) -> list[Ranking]:
         if k < 1:
             raise UsageError(f"{k} passages were asked for; expected at least 1")
         found = make_retriever(retriever or self.retriever, self)
         return found.rank(queries, min(k, len(self))) if queries.texts else []
+
+    def _check_digests(self, names: Sequence[str]) -> None:
+        for name in names:
+            if file_record(self.folder / name) != self.manifest.files[name]:
+                raise IndexFolderError(
+                    f"{self.folder} is damaged: {name} was changed", hint=f"see: ragmoe index verify {self.folder}"
+                )
 
     def _file(self, name: str) -> Path:
         path = self.folder / name

@@ -8,15 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from ragmoe._errors import IndexFolderError
 
 NAME = "manifest.json"
 FORMAT = 1
+# A manifest has some kilobytes, and a line for each domain.
+_MOST_BYTES = 64_000_000
+_MOST_PASSAGES = 2**40
+_FILE = r"(passages-{0}\.parquet|texts-{0}\.bin|offsets-{0}\.npy|embeddings-{0}\.npy|index-{0}\.faiss|bm25-{0}/[\w.]+)"
+_NEEDED = ("passages-{0}.parquet", "texts-{0}.bin", "offsets-{0}.npy", "embeddings-{0}.npy", "index-{0}.faiss")
 _BUILD = "build one: ragmoe index build SOURCE... --out DIR"
 
 
@@ -73,8 +79,8 @@ class Manifest(_Strict):
     """Everything an index says about itself; ``digest`` is the sha256 of all the rest."""
 
     format: int
-    generation: int
-    passages: int
+    generation: int = Field(ge=1)
+    passages: int = Field(ge=1, le=_MOST_PASSAGES)
     domains: dict[str, int]
     skipped: int
     encoder: EncoderRecord
@@ -88,6 +94,19 @@ class Manifest(_Strict):
     versions: dict[str, str]
     files: dict[str, FileRecord]
     digest: str = ""
+
+    @field_validator("files")
+    @classmethod
+    def _only_its_own(cls, files: dict[str, FileRecord], info: ValidationInfo) -> dict[str, FileRecord]:
+        """Names of files are read from here: they are those of the generation, and none leads elsewhere."""
+        generation = info.data.get("generation", 0)
+        for name in files:
+            if not re.fullmatch(_FILE.format(generation), name) or ".." in name:
+                raise ValueError(f"{name!r} is no file of generation {generation}")
+        for name in _NEEDED:
+            if name.format(generation) not in files:
+                raise ValueError(f"{name.format(generation)!r} is not among them")
+        return files
 
     def sealed(self) -> Manifest:
         """The same with its digest filled in."""
@@ -121,12 +140,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / NAME
     try:
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            raise IndexFolderError(f"{path} has {size} bytes; expected at most {_MOST_BYTES}", hint=_rebuild(folder))
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise IndexFolderError(_missing(folder), hint=_BUILD) from None
     except NotADirectoryError:
         raise IndexFolderError(f"{folder} is a file; an index is a folder with a {NAME}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise IndexFolderError(f"{path} is damaged: {error}", hint=_rebuild(folder)) from None
     have = content.get("format") if isinstance(content, dict) else None
     if have != FORMAT:
@@ -146,11 +167,16 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def manifest_text(manifest: Manifest) -> str:
+    """What the file of a manifest holds, to the byte."""
+    return json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False) + "\n"
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
     """Write a sealed manifest beside the one in force, durably; `commit` puts it in force."""
     part = folder / f"{NAME}.part"
     with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False) + "\n")
+        file.write(manifest_text(manifest))
         file.flush()
         os.fsync(file.fileno())
     return part

@@ -20,6 +20,7 @@ from ragmoe._errors import IndexFolderError
 
 if TYPE_CHECKING:
     from ragmoe.index.folder import Index
+    from ragmoe.index.rows import OldIndex
     from ragmoe.neighbours import Neighbours
 
 FOLDER = "memory"
@@ -94,29 +95,14 @@ class ExpertMemory:
 
     def save(self, index: Index) -> Path:
         """Write it beside the index's embeddings, whole or not at all; returns the file."""
-        from safetensors.numpy import save_file
-
         path = memory_path(index, self.bundle)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        about = {
-            "bundle": self.bundle,
-            "index": self.index,
-            "expert_ids": json.dumps(self.expert_ids),
-            "layers": json.dumps(self.layers),
-        }
-        try:
-            path.parent.mkdir(exist_ok=True)
-            save_file({"affinity": self.affinity_PLE, "questions": self.questions_P}, part, metadata=about)
-            part.replace(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise IndexFolderError(f"cannot write {path}: {error.strerror}") from None
+        _write(path, self)
         return path
 
 
 def memory_path(index: Index, bundle: str) -> Path:
     """Where the memory of a bundle (by its digest) lies, whether or not it exists."""
-    return index.folder / FOLDER / f"{bundle[:16]}.safetensors"
+    return _path(index.folder, bundle, index.digest)
 
 
 def read_memory(index: Index, bundle: str) -> ExpertMemory | None:
@@ -125,28 +111,94 @@ def read_memory(index: Index, bundle: str) -> ExpertMemory | None:
     Raises:
         IndexFolderError: the file is damaged.
     """
+    # Earlier versions named the bundle alone.
+    for path in (memory_path(index, bundle), index.folder / FOLDER / f"{bundle[:16]}.safetensors"):
+        memory = _read(path) if path.is_file() else None
+        if memory is not None and memory.bundle == bundle and memory.index == index.digest:
+            return memory
+    return None
+
+
+def recorded_with(known: Sequence[OldIndex]) -> list[tuple[int, ExpertMemory]]:
+    """All that is recorded with some indexes, each with the number of rows before its own.
+
+    Raises:
+        IndexFolderError: a file is damaged.
+    """
+    found, first = [], 0
+    for old in known:
+        for path in sorted((old.folder / FOLDER).glob("*.safetensors")):
+            memory = _read(path)
+            if memory.index == old.manifest.digest:
+                found.append((first, memory))
+        first += old.manifest.passages
+    return found
+
+
+def carry_over(
+    folder: Path, digest: str, recorded: Sequence[tuple[int, ExpertMemory]], origins: Sequence[NDArray[np.int64]]
+) -> None:
+    """Write what was recorded anew for an index whose rows are others'; it counts once that index is in force.
+
+    A passage that stays keeps what was recorded of it, and of a new one nothing is recorded.
+
+    Args:
+        digest: of the new index.
+        recorded: what `recorded_with` found.
+        origins: for each new row the old one, -1 where there is none; in pieces.
+    """
+    for bundle in dict.fromkeys(memory.bundle for _, memory in recorded):
+        # All of one bundle have its experts and layers.
+        parts = [(first, memory) for first, memory in recorded if memory.bundle == bundle]
+        at_P = np.concatenate(origins)
+        affinity_PLE = np.zeros((len(at_P), *parts[0][1].affinity_PLE.shape[1:]), dtype=np.float16)
+        questions_P = np.zeros(len(at_P), dtype=np.int32)
+        for first, memory in parts:
+            mine = np.flatnonzero((at_P >= first) & (at_P < first + len(memory.questions_P)))
+            affinity_PLE[mine] = memory.affinity_PLE[at_P[mine] - first]
+            questions_P[mine] = memory.questions_P[at_P[mine] - first]
+        moved = replace(parts[0][1], affinity_PLE=affinity_PLE, questions_P=questions_P, index=digest)
+        _write(_path(folder, bundle, digest), moved)
+
+
+def _path(folder: Path, bundle: str, index: str) -> Path:
+    # The index is named too, so that what is carried over to the next one can lie beside until that is in force.
+    return folder / FOLDER / f"{bundle[:16]}-{index[:16]}.safetensors"
+
+
+def _write(path: Path, memory: ExpertMemory) -> None:
+    from safetensors.numpy import save_file
+
+    part = path.with_suffix(f".{os.getpid()}.part")
+    about = {
+        "bundle": memory.bundle,
+        "index": memory.index,
+        "expert_ids": json.dumps(memory.expert_ids),
+        "layers": json.dumps(memory.layers),
+    }
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_file({"affinity": memory.affinity_PLE, "questions": memory.questions_P}, part, metadata=about)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise IndexFolderError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _read(path: Path) -> ExpertMemory:
     from safetensors import SafetensorError, safe_open
 
-    path = memory_path(index, bundle)
-    if not path.is_file():
-        return None
     try:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
             affinity_PLE, questions_P = file.get_tensor("affinity"), file.get_tensor("questions")
-        memory = ExpertMemory(
-            affinity_PLE,
-            questions_P,
-            json.loads(about["expert_ids"]),
-            json.loads(about["layers"]),
-            about["bundle"],
-            about["index"],
-        )
+        lists = (json.loads(about["expert_ids"]), json.loads(about["layers"]))
+        return ExpertMemory(affinity_PLE, questions_P, *lists, about["bundle"], about["index"])
     except (SafetensorError, KeyError, ValueError) as error:
+        folder = path.parent.parent
         raise IndexFolderError(
-            f"{path} is damaged: {error}", hint=f"ragmoe index annotate {index.folder} --model BUNDLE --questions FILE"
+            f"{path} is damaged: {error}", hint=f"ragmoe index annotate {folder} --model BUNDLE --questions FILE"
         ) from None
-    return memory if memory.bundle == bundle and memory.index == index.digest else None
 
 
 def forget(folder: Path, digest: str) -> None:

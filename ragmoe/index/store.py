@@ -6,16 +6,23 @@ import hashlib
 import json
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ragmoe._errors import IndexFolderError
+from ragmoe._errors import IndexFolderError, UsageError
 from ragmoe.corpus.chunking import Chunk
 from ragmoe.corpus.types import Passage
 
+_PASSAGE = ("id", "title", "text", "domain", "doc_id", "split")
+_KINDS = ("domain", "doc_id", "split")
+_BATCH = 1024
+# Bytes that all fields of a passage but its text may have, far more than any do.
+_MOST_FIELDS = 1_000_000
 _COLUMNS = ("id", "title", "domain", "doc_id", "split", "source_id", "source_start", "windows")
 
 
@@ -34,38 +41,100 @@ def offsets_name(generation: int) -> str:
     return f"offsets-{generation}.npy"
 
 
+class CorpusDigest:
+    """sha256 over all fields of all passages, in order."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def update(self, p: Passage) -> None:
+        """Take in the next passage."""
+        row = [p.id, p.title, p.text, p.domain, p.doc_id, p.split]
+        self._digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def hexdigest(self) -> str:
+        """The digest of the passages so far."""
+        return self._digest.hexdigest()
+
+
 def corpus_digest(passages: Iterable[Passage]) -> str:
     """sha256 over all fields of all passages, in order."""
-    digest = hashlib.sha256()
-    for p in passages:
-        row = [p.id, p.title, p.text, p.domain, p.doc_id, p.split]
-        digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    digest = CorpusDigest()
+    for passage in passages:
+        digest.update(passage)
     return digest.hexdigest()
 
 
-def write_store(folder: Path, generation: int, chunks: Sequence[Chunk], windows: NDArray[np.int64]) -> list[str]:
-    """Write the three files of the passages; returns their names."""
+class StoreWriter:
+    """Writes the three files of the passages, some at a time.
+
+    Args:
+        total: how many there will be.
+    """
+
+    def __init__(self, folder: Path, generation: int, total: int) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        kinds = {"source_start": pa.int64(), "windows": pa.int64()}
+        names = (*_PASSAGE, "source_id", "source_start", "windows")
+        self._schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
+        self.names = [passages_name(generation), texts_name(generation), offsets_name(generation)]
+        self._open = ExitStack()
+        self._parquet = self._open.enter_context(
+            pq.ParquetWriter(folder / self.names[0], self._schema, compression="zstd")
+        )
+        self._texts = self._open.enter_context((folder / self.names[1]).open("wb"))
+        self._offsets = self._open.enter_context((folder / self.names[2]).open("wb"))
+        write_npy_header(self._offsets, np.dtype(np.int64), (total + 1,))
+        self._size = 0
+        self._offsets.write(np.zeros(1, dtype=np.int64).tobytes())
+
+    def add(self, chunks: Sequence[Chunk], windows: NDArray[np.int64]) -> None:
+        """The next passages, and the windows that each needs."""
+        import pyarrow as pa
+
+        passages = [chunk.passage for chunk in chunks]
+        columns: dict[str, Any] = {key: [getattr(p, key) for p in passages] for key in _PASSAGE}
+        columns["source_id"] = [chunk.source_id for chunk in chunks]
+        columns["source_start"] = [chunk.start for chunk in chunks]
+        self._parquet.write_table(pa.table({**columns, "windows": windows}, schema=self._schema))
+        sizes = [self._texts.write(passage.text.encode()) for passage in passages]
+        ends = self._size + np.cumsum(sizes, dtype=np.int64)
+        self._offsets.write(ends.tobytes())
+        self._size = int(ends[-1])
+
+    def close(self) -> None:
+        """Finish the files; what was written stays also where something failed."""
+        self._open.close()
+
+
+def write_npy_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Begin an ``.npy`` file whose rows are then written: a full disk raises, where a mapped file would kill."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def read_rows(folder: Path, generation: int) -> Iterator[tuple[Chunk, int]]:
+    """All passages of an index and the windows of each, in order, a batch in memory at a time.
+
+    Raises:
+        IndexFolderError: the file is damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    passages = [chunk.passage for chunk in chunks]
-    table = pa.table(
-        {
-            **{
-                key: [getattr(p, key) for p in passages] for key in ("id", "title", "text", "domain", "doc_id", "split")
-            },
-            "source_id": [chunk.source_id for chunk in chunks],
-            "source_start": pa.array([chunk.start for chunk in chunks], pa.int64()),
-            "windows": pa.array(windows, pa.int64()),
-        }
-    )
-    pq.write_table(table, folder / passages_name(generation), compression="zstd")
-    offsets = np.zeros(len(passages) + 1, dtype=np.int64)
-    with (folder / texts_name(generation)).open("wb") as file:
-        for i, passage in enumerate(passages):
-            offsets[i + 1] = offsets[i] + file.write(passage.text.encode())
-    np.save(folder / offsets_name(generation), offsets, allow_pickle=False)
-    return [passages_name(generation), texts_name(generation), offsets_name(generation)]
+    path = folder / passages_name(generation)
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH):
+                for row in batch.to_pylist():
+                    passage = Passage(**{key: row[key] for key in _PASSAGE})
+                    yield Chunk(passage, row["source_id"], row["source_start"]), row["windows"]
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise IndexFolderError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
 class PassageStore:
@@ -79,19 +148,25 @@ class PassageStore:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        try:
-            table = pq.read_table(folder / passages_name(generation), columns=list(_COLUMNS))
-            self._offsets: NDArray[np.int64] = np.load(folder / offsets_name(generation), mmap_mode="r")
-        except (pa.ArrowInvalid, pa.ArrowKeyError, ValueError, EOFError) as error:
-            raise IndexFolderError(f"{folder} is damaged: {str(error).splitlines()[0]}") from error
-        self._table = table
+        self._folder = folder
         size = (folder / texts_name(generation)).stat().st_size
+        try:
+            offsets = np.load(folder / offsets_name(generation), mmap_mode="r", allow_pickle=False)
+            self._offsets: NDArray[np.int64] = offsets
+            with pq.ParquetFile(folder / passages_name(generation)) as file:
+                _check_declared(file.metadata, len(offsets) - 1, size)
+                table = file.read(columns=list(_COLUMNS))
+            self.ids: list[str] = table.column("id").to_pylist()
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, TypeError, ValueError, EOFError) as error:
+            raise self._damaged(error) from error
+        self._table = table
         if self._offsets.shape != (table.num_rows + 1,) or int(self._offsets[-1]) != size:
             raise IndexFolderError(f"{folder} is damaged: passages, offsets and texts do not fit each other")
         # An empty file cannot be mapped; but there is no index without passages, and none of them is empty.
         with (folder / texts_name(generation)).open("rb") as file:
             self._texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.ids: list[str] = table.column("id").to_pylist()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -104,26 +179,65 @@ class PassageStore:
     @cached_property
     def domains(self) -> list[str]:
         """The domain of each row."""
-        return self._table.column("domain").to_pylist()
+        return [self._field("domain", row) for row in range(len(self))]
 
     @cached_property
     def windows(self) -> NDArray[np.int64]:
         """int64 (passages,): the windows that each row would need to be read whole."""
         return self._table.column("windows").to_numpy()
 
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """int64 (passages,): bytes of each text."""
+        return np.diff(self._offsets)
+
+    def matching(self, field: str, value: str) -> NDArray[np.bool_]:
+        """Which passages have a field of this value, bool (passages,).
+
+        Raises:
+            UsageError: passages have no such field to be told apart by.
+        """
+        import pyarrow.compute as pc
+
+        if field not in _KINDS:
+            raise UsageError(f"passages are told apart by {', '.join(_KINDS)}; got {field!r}")
+        return pc.equal(self._table.column(field), value).to_numpy()
+
     def text(self, row: int) -> str:
         """The text of a row."""
-        return self._texts[int(self._offsets[row]) : int(self._offsets[row + 1])].decode()
+        try:
+            return self._texts[int(self._offsets[row]) : int(self._offsets[row + 1])].decode()
+        except UnicodeDecodeError as error:
+            raise self._damaged(error) from error
 
     def passage(self, row: int) -> Passage:
         """The passage of a row."""
-        fields = {key: self._table.column(key)[row].as_py() for key in ("id", "title", "domain", "doc_id", "split")}
-        return Passage(text=self.text(row), **fields)
+        names = ("id", "title", "domain", "doc_id", "split")
+        return Passage(text=self.text(row), **{name: self._field(name, row) for name in names})
 
     def chunk(self, row: int) -> Chunk:
         """The passage of a row with where it stands in what it was cut from."""
-        source, start = self._table.column("source_id")[row].as_py(), self._table.column("source_start")[row].as_py()
-        return Chunk(self.passage(row), source, start)
+        return Chunk(self.passage(row), self._field("source_id", row), self._field("source_start", row))
 
     def __iter__(self) -> Iterator[Passage]:
         return (self.passage(row) for row in range(len(self)))
+
+    def _field(self, name: str, row: int) -> Any:
+        try:
+            return self._table.column(name)[row].as_py()
+        except UnicodeDecodeError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> IndexFolderError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return IndexFolderError(f"{self._folder} is damaged: {reason}")
+
+
+def _check_declared(metadata: Any, rows: int, text_bytes: int) -> None:
+    """Refuse a parquet file that says it holds far more than the passages can: reading would allot it first."""
+    declared = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    most = 16 * text_bytes + _MOST_FIELDS * max(rows, 1)
+    if metadata.num_rows != rows or declared > most:
+        raise ValueError(
+            f"passages, offsets and texts do not fit each other: {metadata.num_rows} rows of {declared} bytes"
+        )

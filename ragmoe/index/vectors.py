@@ -6,6 +6,7 @@ candidates only; their scores are computed from the stored embeddings.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +25,18 @@ _SCALAR_LIMIT = 10_000_000
 _BLOCK = 65_536
 _RECALL_TARGET = 0.98
 _SAMPLE = 200
+# faiss asks for 39 at least, and takes 256 at most, which for 16,384 lists would be gigabytes.
+_TRAIN_EACH = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A FAISS factory string, why it was chosen, and the memory it takes, in bytes a passage."""
+    """A FAISS factory string, why it was chosen, the memory it takes in bytes a passage, and that of its training."""
 
     factory: str
     reason: str
     bytes_each: int
+    train_bytes: int = 0
 
 
 def choose_factory(count: int, width: int) -> Choice:
@@ -40,17 +44,18 @@ def choose_factory(count: int, width: int) -> Choice:
     if count <= FLAT_LIMIT:
         return Choice("Flat", f"{count:,} passages are at most {FLAT_LIMIT:,}: exact search is fast enough", 4 * width)
     lists = int(2 ** np.round(np.log2(4 * np.sqrt(count))))
+    train = 4 * width * min(count, _TRAIN_EACH * lists)
     if count <= _FULL_LIMIT:
         reason = (
             f"{count:,} passages are more than {FLAT_LIMIT:,}: {lists} lists (4 roots of the count) of full vectors"
         )
-        return Choice(f"IVF{lists},Flat", reason, 4 * width + 8)
+        return Choice(f"IVF{lists},Flat", reason, 4 * width + 8, train)
     if count <= _SCALAR_LIMIT:
         reason = f"{count:,} passages are more than {_FULL_LIMIT:,}: {lists} lists of vectors at 8 bits a dimension"
-        return Choice(f"IVF{lists},SQ8", reason, width + 8)
+        return Choice(f"IVF{lists},SQ8", reason, width + 8, train)
     parts = next(parts for parts in range(max(width // 4, 1), 0, -1) if width % parts == 0)
     reason = f"{count:,} passages are more than {_SCALAR_LIMIT:,}: {lists} lists of vectors as {parts} codes of 8 bits"
-    return Choice(f"IVF{lists},PQ{parts}", reason, parts + 8)
+    return Choice(f"IVF{lists},PQ{parts}", reason, parts + 8, train)
 
 
 def build_faiss(
@@ -61,14 +66,17 @@ def build_faiss(
     rows, width = embeddings.shape
     index = faiss.index_factory(width, choice.factory, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
-        # faiss itself takes at most 256 points a list; reading more would only fill the memory.
-        sample = np.sort(np.random.default_rng(0).choice(rows, size=min(rows, 256 * index.nlist), replace=False))
+        sample = np.random.default_rng(0).choice(rows, size=min(rows, _TRAIN_EACH * index.nlist), replace=False)
+        sample.sort()
         index.train(unit_rows(embeddings, sample))
     for start in range(0, rows, _BLOCK):
         index.add(unit_rows(embeddings, np.arange(start, min(start + _BLOCK, rows))))
         progress(min(start + _BLOCK, rows))
     nprobe, recall = (None, None) if choice.factory == "Flat" else _tune(index, embeddings)
-    faiss.write_index(index, str(path))
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise OSError(errno.EIO, "faiss could not write it whole", str(path)) from error
     return FaissRecord(factory=choice.factory, reason=choice.reason, nprobe=nprobe, recall_at_20=recall)
 
 

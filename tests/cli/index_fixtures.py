@@ -42,6 +42,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("ragmoe.index.build.load_encoder", load)
     monkeypatch.setattr("ragmoe.index.folder.load_encoder", load)
+    monkeypatch.setattr("ragmoe.index.change.load_encoder", load)
+    monkeypatch.setattr("ragmoe.index.given.load_encoder", load)
 
     def call(*words: object) -> Ended:
         capsys.readouterr()

@@ -107,6 +107,6 @@ def test_more_threads_than_cores_is_a_warning(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_little_room_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_checks, "_free_memory_gb", lambda: 1.0)
+    monkeypatch.setattr(_checks, "free_memory", lambda: 10**9)
     monkeypatch.setattr(_checks.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1e9})())
     assert [check.status for check in _checks.room()] == [WARN, WARN]

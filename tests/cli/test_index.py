@@ -242,6 +242,27 @@ def test_search_json(run: Run, folder: Path, retriever: str) -> None:
     assert hit == {"rank": 1, "id": "b", "domain": "market", "title": "Bread", "text": PASSAGES[1]["text"]}
 
 
+def test_search_of_one_domain(run: Run, folder: Path) -> None:
+    words = ["index", "search", folder, "bread at dawn", "--json"]
+    assert [hit["id"] for hit in run(*words, "--filter", "domain=river").json] == ["a"]
+    assert run(*words, "--filter", "domain=river", "--filter", "split=dev").code == 2
+    for given, message in (
+        ("domain=sea", "holds no passage with domain=sea; domains: archive, market, river"),
+        ("colour=red", "passages are told apart by domain, doc_id, split; got 'colour'"),
+        ("river", "--filter 'river' is not of the form KEY=VALUE"),
+    ):
+        refused = run(*words, "--filter", given)
+        assert refused.code == 2 and message in refused.err
+
+
+def test_a_long_hit_begins_with_the_sentence_that_matches(run: Run, tmp_path: Path) -> None:
+    text = "The bridge is old. " * 20 + "Bread is baked at dawn by Mr. Miller! It is sold at noon."
+    source = write(tmp_path / "x.jsonl", {"id": "x", "text": text})
+    assert run("index", "build", source, "--out", tmp_path / "i").code == 0
+    done = run("index", "search", tmp_path / "i", "when is bread baked")
+    assert "… Bread is baked at dawn by Mr. Miller! It is sold" in done.out.splitlines()[1]
+
+
 def test_search_that_finds_nothing(run: Run, folder: Path) -> None:
     assert run("index", "search", folder, "zebra", "--retriever", "bm25", "--json").json == []
     done = run("index", "search", folder, "zebra", "--retriever", "bm25")
@@ -285,7 +306,11 @@ def test_an_encoder_mismatch_names_both_and_the_way_out(run: Run, folder: Path) 
 def test_info(run: Run, folder: Path) -> None:
     done = run("index", "info", folder)
     assert done.code == 0 and "archive 1, market 1, river 1" in done.out and "Flat: 3 passages" in done.out
-    assert run("index", "info", folder, "--json").json == json.loads((folder / "manifest.json").read_text())
+    assert "lengths of passages" in done.out and "█" in done.out
+    assert "0.0% have another with a cosine of 0.95 or more (3 looked at)" in done.out
+    told = run("index", "info", folder, "--json").json
+    assert told.pop("summary")["sampled"] == 3
+    assert told == json.loads((folder / "manifest.json").read_text())
 
 
 def test_verify(run: Run, folder: Path) -> None:

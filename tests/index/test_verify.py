@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from stub_encoder import StubEncoder
 
 from ragmoe import Index, IndexFolderError
 from ragmoe.index import verify_index
-from ragmoe.index.manifest import NAME, FileRecord, Manifest, file_record, read_manifest
+from ragmoe.index.manifest import FileRecord, Manifest, commit, file_record, read_manifest, write_manifest
 
 KINDS = (
     "passages-1.parquet",
@@ -29,7 +28,8 @@ def reseal(folder: Path) -> None:
     manifest = read_manifest(folder)
     files: dict[str, FileRecord] = {name: file_record(folder / name) for name in manifest.files}
     sealed: Manifest = manifest.model_copy(update={"files": files}).sealed()
-    (folder / NAME).write_text(json.dumps(sealed.model_dump()))
+    write_manifest(folder, sealed)
+    commit(folder)
 
 
 def verify(folder: Path) -> list[str]:

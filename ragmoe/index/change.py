@@ -1,0 +1,169 @@
+"""Changing an index: add passages, remove some, merge two. Nothing that has a vector is encoded again.
+
+Each writes a new generation, as a build does: readers see the old index or the new one, and what was stopped goes on
+with ``resume``. What `ragmoe index annotate` recorded goes with the passages that stay.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from ragmoe._errors import DataError, EncoderMismatchError, IndexFolderError, UsageError
+from ragmoe.corpus.passages import OnError, read_passages
+from ragmoe.index.encoder import Encoder, check_same, load_encoder
+from ragmoe.index.manifest import Manifest, read_manifest
+from ragmoe.index.plan import BuildPlan, How, make_plan, read_contents
+from ragmoe.index.rows import AddedRows, KeptRows, MergedRows, OldIndex
+from ragmoe.index.target import NewIndex, SameIndex, clean, locked
+
+Folder = str | os.PathLike[str]
+
+
+def plan_add(
+    folder: Folder,
+    sources: Collection[str],
+    *,
+    encoder: str | Encoder | None = None,
+    domain: str | None = None,
+    on_error: OnError = "fail",
+    resume: bool = False,
+) -> BuildPlan | None:
+    """Read what is to be added to an index; None where all of it is there already.
+
+    Text is cut and encoded as the index was built. A passage of which the same is encoded is passed over and counted.
+
+    Args:
+        encoder: a name or an `Encoder`; the one that the index names if None.
+        domain: of records that name none.
+
+    Raises:
+        DataError: a bad line or source, or an id that is taken by another text.
+        EncoderMismatchError: the encoder is not the one that made the index.
+        IndexFolderError: there is no index, or it is damaged.
+    """
+    path = Path(folder)
+    base = read_manifest(path)
+    target = SameIndex(path, resume, base)
+    target.check()
+    cut = base.chunking
+    reader = read_passages(
+        list(sources),
+        domain=domain,
+        chunk_words=cut.words,
+        chunk_overlap=cut.overlap,
+        rechunk=cut.rechunk,
+        on_error=on_error,
+    )
+    rows = AddedRows(OldIndex(path, base), reader, on_error)
+    contents = read_contents(rows)
+    if not contents.new:
+        if not rows.duplicates:
+            lines = rows.skipped
+            bad = f"; {len(lines)} bad lines were skipped, the first: {lines[0]}" if lines else ""
+            raise DataError(f"no passages in {', '.join(sources)}{bad}")
+        _finish(path, base)
+        return None
+    made = _encoder_of(base, encoder, path)
+    return make_plan(target, rows, How.of(base), made, contents)
+
+
+def plan_remove(
+    folder: Folder, *, ids: Collection[str] = (), domain: str | None = None, resume: bool = False
+) -> BuildPlan | None:
+    """Read what is left of an index without some passages; None where ``resume`` finds them gone already.
+
+    Args:
+        ids: of the passages that go; or else
+        domain: the passages of this domain go.
+
+    Raises:
+        UsageError: no ids and no domain, or both; or nothing would be left.
+        DataError: the index has no such id or domain.
+        IndexFolderError: there is no index, or it is damaged.
+    """
+    path = Path(folder)
+    base = read_manifest(path)
+    if bool(ids) == (domain is not None):
+        raise UsageError(f"{len(ids)} ids and {'a' if domain is not None else 'no'} domain; expected one of the two")
+    target = SameIndex(path, resume, base)
+    target.check()
+    rows = KeptRows(OldIndex(path, base), ids=frozenset(ids), domain=domain)
+    missing, wanted = rows.missing(), len(frozenset(ids)) or 1
+    if missing and resume and len(missing) == wanted:
+        _finish(path, base)
+        return None
+    if missing:
+        has = ", ".join(name or "(no domain)" for name in base.domains)
+        what = f"{len(missing)} of {wanted} ids, such as" if ids else "the domain"
+        there = "" if ids else f"; there are: {has}"
+        raise DataError(f"{path} does not hold {what} {missing[0]!r}{there}; nothing was removed")
+    return make_plan(target, rows, How.of(base), None, read_contents(rows))
+
+
+def plan_merge(
+    first: Folder, second: Folder, out: Folder, *, resume: bool = False, overwrite: bool = False
+) -> BuildPlan:
+    """Read two indexes that are to become one; both stay as they are.
+
+    Text that is added later is cut as in the first.
+
+    Raises:
+        EncoderMismatchError: they were made by different encoders, or in different ways; names both.
+        DataError: an id is in both, with different texts.
+        IndexFolderError: one is no index or damaged, or ``out`` may not be written to.
+    """
+    a, b = Path(first), Path(second)
+    manifests = read_manifest(a), read_manifest(b)
+    _check_alike(a, b, *manifests)
+    target = NewIndex(Path(out), resume, overwrite)
+    if target.folder.resolve() in (a.resolve(), b.resolve()):
+        raise IndexFolderError(f"{out} is one of the two; expected a folder of its own", hint="name another with --out")
+    target.check()
+    rows = MergedRows([OldIndex(a, manifests[0]), OldIndex(b, manifests[1])])
+    return make_plan(target, rows, How.of(manifests[0]), None, read_contents(rows))
+
+
+def _finish(folder: Path, base: Manifest) -> None:
+    """Clear away what a run left that was stopped after its commit."""
+    with locked(folder):
+        SameIndex(folder, base=base).check()
+        clean(folder, base)
+
+
+def _encoder_of(manifest: Manifest, encoder: str | Encoder | None, folder: Path) -> Encoder:
+    record = manifest.encoder
+    made = load_encoder(record.id if encoder is None else encoder)
+    check_same(built_with=(record.id, record.digest, record.width), got=made, folder=folder)
+    if made.max_length != record.max_length:
+        raise EncoderMismatchError(
+            f"{folder} was built with encoder {record.id!r} reading {record.max_length} tokens, "
+            f"but {made.id!r} reads {made.max_length} now"
+        )
+    return made
+
+
+def _check_alike(a: Path, b: Path, first: Manifest, second: Manifest) -> None:
+    """Refuse to mix vectors that cannot be compared. The encoder's id is only what its weights were called."""
+    kinds = [
+        {
+            **manifest.encoder.model_dump(exclude={"id"}),
+            "metric": manifest.metric,
+            "normalised": manifest.normalised,
+            "long passages": manifest.long_passages.mode,
+            "window overlap": manifest.long_passages.window_overlap,
+        }
+        for manifest in (first, second)
+    ]
+    differing = [name for name in kinds[0] if kinds[0][name] != kinds[1][name]]
+    if differing:
+        said = [
+            f"{folder} has encoder {manifest.encoder.id!r} with "
+            + ", ".join(f"{name} {str(kind[name])[:12]!r}" for name in differing)
+            for folder, manifest, kind in ((a, first, kinds[0]), (b, second, kinds[1]))
+        ]
+        raise EncoderMismatchError(
+            f"two indexes of different vectors cannot be merged: {said[0]}; {said[1]}",
+            hint=f"build one of them anew: ragmoe index build ... --out {b} --encoder {first.encoder.id} --overwrite",
+        )

@@ -1,0 +1,179 @@
+"""The folder that an index is written to: what it may hold before, the lock, and what goes afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ragmoe._errors import IndexFolderError, IndexLockedError
+from ragmoe._folders import expect_folder
+from ragmoe.index import card, memory
+from ragmoe.index import manifest as manifests
+from ragmoe.index.manifest import Manifest
+
+_DATA_FILE = re.compile(r"^(passages|texts|offsets|embeddings|index|bm25)-(\d+)(\.\w+)?$")
+# ``.neighbours`` is where training keeps what it retrieved; it is keyed by the index's digest.
+_OURS = {
+    manifests.NAME,
+    f"{manifests.NAME}.part",
+    "build.lock",
+    f"{card.NAME}.part",
+    "partial",
+    ".neighbours",
+    memory.FOLDER,
+}
+_REPLACE = "replace it with --overwrite, or name another folder with --out"
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """A folder that a generation is to be written to.
+
+    Attributes:
+        resume: go on with what was stopped.
+    """
+
+    folder: Path
+    resume: bool = False
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse a folder that is not to be written to; asked before anything is read, and again under the lock."""
+
+    def finished(self, corpus_digest: str, encoding: list[object], begun: bool) -> Manifest | None:
+        """With ``resume``: the index in force if it is what is to be written (what was stopped, was so at the end).
+
+        Args:
+            begun: blocks of just this work are there.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class NewIndex(Target):
+    """A folder of its own: new, empty, or with an index that is to be replaced."""
+
+    overwrite: bool = False
+
+    def check(self) -> None:
+        there = expect_folder(self.folder, IndexFolderError)
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise IndexFolderError(
+                f"{self.folder} cannot be written: {there} is not writable", hint="name another with --out"
+            )
+        if not self.folder.is_dir():
+            return
+        others = sorted(
+            path.name
+            for path in self.folder.iterdir()
+            if path.name not in _OURS and not _DATA_FILE.match(path.name) and not card.is_ours(path)
+        )
+        if others:
+            raise IndexFolderError(
+                f"{self.folder} holds other things than an index: {', '.join(others[:8])}",
+                hint="name a new folder with --out",
+            )
+        if (self.folder / manifests.NAME).exists() and not (self.overwrite or self.resume):
+            raise IndexFolderError(f"{self.folder} holds an index already", hint=_REPLACE)
+
+    def finished(self, corpus_digest: str, encoding: list[object], begun: bool) -> Manifest | None:
+        now = current(self.folder)
+        if not self.resume or now is None:
+            return None
+        if (now.corpus_digest, encoding_of(now)) == (corpus_digest, encoding):
+            return now
+        if not (self.overwrite or begun):
+            raise IndexFolderError(
+                f"{self.folder} holds an index already, and no stopped build of these sources", hint=_REPLACE
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class SameIndex(Target):
+    """The folder of an index that gets another generation of itself."""
+
+    base: Manifest | None = None
+
+    def check(self) -> None:
+        now = manifests.read_manifest(self.folder)
+        if self.base is None or now.digest != self.base.digest:
+            raise IndexFolderError(f"{self.folder} was changed meanwhile", hint="give the command again")
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise IndexFolderError(f"{self.folder} cannot be written")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for writing, made if need be.
+
+    Raises:
+        IndexLockedError: somebody else holds it.
+        IndexFolderError: whatever goes wrong with files inside, the disk being full among it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "build.lock", timeout=0):
+            yield
+    except Timeout:
+        raise IndexLockedError(
+            f"{folder} is locked: another process is building this index", hint="wait until it has finished"
+        ) from None
+    except OSError as error:
+        raise IndexFolderError(
+            f"{folder} cannot be written: {error.strerror or error}; an index that was there is untouched",
+            hint="make room or mend the rights, then go on with --resume",
+        ) from error
+
+
+def encoding_of(manifest: Manifest) -> list[object]:
+    """What decides a passage's vector: two builds with the same have the same vectors for the same text."""
+    return [manifest.encoder.model_dump(), manifest.long_passages.mode, manifest.long_passages.window_overlap]
+
+
+def current(folder: Path) -> Manifest | None:
+    """The manifest in force, None where there is none or it cannot be read."""
+    try:
+        return manifests.read_manifest(folder)
+    except IndexFolderError:
+        return None
+
+
+def next_generation(folder: Path) -> int:
+    """A number that no file of the folder has yet."""
+    return 1 + max((number for _, number in _data_files(folder)), default=0)
+
+
+def clean(folder: Path, manifest: Manifest) -> None:
+    """Remove the files of all generations but the manifest's and what an unfinished build left; write the card."""
+    sweep(folder)
+    card.write_card(folder, manifest)
+    shutil.rmtree(folder / "partial", ignore_errors=True)
+    (folder / f"{manifests.NAME}.part").unlink(missing_ok=True)
+    memory.forget(folder, manifest.digest)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the files of generations that are not in force: what a run that died or met a full disk left takes room.
+
+    Where the manifest cannot be read, all stay: nobody knows which are in force.
+    """
+    now = current(folder)
+    if now is None and (folder / manifests.NAME).exists():
+        return
+    for path, generation in _data_files(folder):
+        if now is None or generation != now.generation:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _data_files(folder: Path) -> list[tuple[Path, int]]:
+    matches = ((path, _DATA_FILE.match(path.name)) for path in folder.iterdir())
+    return [(path, int(match.group(2))) for path, match in matches if match]

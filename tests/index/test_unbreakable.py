@@ -1,0 +1,179 @@
+"""Damage, full disks and hostile files: found, said, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from crash_driver import drive
+from stub_encoder import StubEncoder
+
+from ragmoe import Index, IndexFolderError, RagmoeError
+from ragmoe.index import plan_add, verify_index
+from ragmoe.index.manifest import NAME, Manifest, commit, read_manifest, write_manifest
+
+FILES = (
+    NAME, "passages-1.parquet", "texts-1.bin", "offsets-1.npy", "embeddings-1.npy", "index-1.faiss",
+    "bm25-1/data.csc.index.npy", "bm25-1/indices.csc.index.npy", "bm25-1/indptr.csc.index.npy",
+    "bm25-1/params.index.json", "bm25-1/vocab.index.json",
+)  # fmt: skip
+
+
+def damages(content: bytes) -> list[bytes]:
+    """The content with a byte flipped in each of 24 regions, and cut at five places."""
+    made = []
+    for place in np.linspace(0, len(content) - 1, 24).astype(int).tolist():
+        made.append(content[:place] + bytes([content[place] ^ 0xD5]) + content[place + 1 :])
+    return made + [content[: int(share * len(content))] for share in (0, 0.1, 0.5, 0.9)] + [content[:-1]]
+
+
+def said(work: Callable[[], object]) -> str:
+    """What is wrong, in our own words: an error's message, or what was returned; '' if nothing."""
+    try:
+        return str(work() or "")
+    except RagmoeError as error:
+        return error.message
+
+
+def use(folder: Path) -> None:
+    """Open an index, search it, and read all of it."""
+    index = Index.open(folder, encoder=StubEncoder())
+    for retriever in ("dense", "bm25"):
+        index.search(["the honey of the market"], 24, retriever=retriever)
+    assert len(list(index.chunks())) == len(index.domains) == 24
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_region_of_each_file_is_guarded(name: str, folder: Path) -> None:
+    """`verify` finds whatever was flipped or cut; using the index without it errs in our own words or works."""
+    path = folder / name
+    content = path.read_bytes()
+    for damaged in damages(content):
+        path.write_bytes(damaged)
+        if name == NAME:
+            assert said(lambda: verify_index(folder, encoder=StubEncoder()))
+        else:
+            assert verify_index(folder, encoder=StubEncoder())
+        # Whatever else it raises is a crash, and fails here.
+        said(lambda: use(folder))
+    path.write_bytes(content)
+    assert verify_index(folder, encoder=StubEncoder()) == []
+
+
+def changed(folder: Path, **fields: Any) -> None:
+    """Put a manifest in force that says something else, with a digest that is right."""
+    manifest = read_manifest(folder)
+    write_manifest(folder, Manifest.model_construct(**{**dict(manifest), **fields}).sealed())
+    commit(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret-1.npy", "/etc/passwd-1", "bm25-1/../../secret-1", "bm25-1", ".ssh-1/id"])
+def test_paths_cannot_leave_the_folder(name: str, folder: Path) -> None:
+    files = read_manifest(folder).files
+    changed(folder, files={**files, name: files["texts-1.bin"]})
+    for reader in (Index.open, verify_index):
+        with pytest.raises(IndexFolderError, match=r"is damaged: files: .* is no file of generation 1"):
+            reader(folder)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"passages": 10**15}, {"passages": -1}, {"passages": 0}, {"generation": 0}, {"files": {}}]
+)
+def test_manifests_that_make_no_sense(fields: dict[str, Any], folder: Path) -> None:
+    changed(folder, **fields)
+    with pytest.raises(IndexFolderError, match="is damaged"):
+        Index.open(folder)
+
+
+def test_a_manifest_too_large_to_be_one_is_not_read(folder: Path) -> None:
+    with (folder / NAME).open("r+b") as file:
+        file.truncate(10**10)  # sparse: takes no room
+    with pytest.raises(IndexFolderError, match=r"has 10000000000 bytes; expected at most"):
+        Index.open(folder)
+
+
+def npy(shape: str, descr: str = "'<i8'") -> bytes:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(200)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".npy")])
+@pytest.mark.parametrize("content", [npy("(1000000000000,)"), npy("(25,)", "'|O'")], ids=["huge", "objects"])
+def test_absurd_arrays_are_refused_before_they_are_allotted(name: str, content: bytes, folder: Path) -> None:
+    """Digests and sizes agree: only the array's own header is hostile. Objects would be pickles."""
+    from ragmoe.index.manifest import file_record
+
+    (folder / name).write_bytes(content)
+    changed(folder, files={**read_manifest(folder).files, name: file_record(folder / name)})
+    with pytest.raises(IndexFolderError, match="is damaged"):
+        Index.open(folder, encoder=StubEncoder()).search(["honey"], retriever="bm25")
+
+
+def test_a_faiss_file_that_was_changed_is_not_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ragmoe._threads import import_faiss
+
+    path = folder / "index-1.faiss"
+    content = bytearray(path.read_bytes())
+    content[40] ^= 0xFF
+    path.write_bytes(content)
+    monkeypatch.setattr(import_faiss(), "read_index", lambda *_: pytest.fail("parsed"))
+    with pytest.raises(IndexFolderError, match=r"index-1\.faiss was changed"):
+        Index.open(folder, encoder=StubEncoder()).search(["honey"], retriever="dense")
+
+
+def test_nothing_of_the_package_unpickles() -> None:
+    import ragmoe
+
+    for path in Path(ragmoe.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "import pickle" not in text and "allow_pickle=True" not in text, path
+
+
+def test_a_full_disk_loses_nothing_and_says_so(tmp_path: Path) -> None:
+    """No file may grow beyond a limit, which grows, so that each kind of file is the one that does not fit."""
+    sizes = (100, 1_000, 2_500, 4_500, 6_500, 8_000, 1_000_000)
+    ends = [" ".join(words) for words in drive("limits", tmp_path, *sizes, timeout=100)]
+    refused = [end for end in ends if end.startswith("IndexFolderError: ")]
+    assert len(refused) >= 5 and ends[-1] == "1000000 0 24", ends
+    assert all("cannot be written: " in end and "an index that was there is untouched" in end for end in refused)
+    # After each, what was there before is all there.
+    assert [end.split()[1:] for end in ends if end[0].isdigit()][: len(refused)] == [["1", "10"]] * len(refused)
+
+
+def test_what_failed_gives_its_room_back(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ragmoe._threads import import_faiss
+
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"id": "new", "text": "The honey is new."}) + "\n")
+    before = {path.name for path in folder.iterdir()}
+
+    def full(*_: object) -> None:
+        raise RuntimeError("Error: 'ret == (size)' failed: write error")
+
+    plan = plan_add(folder, [str(more)], encoder=StubEncoder())
+    assert plan is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(import_faiss(), "write_index", full)
+        with pytest.raises(IndexFolderError, match="faiss could not write it whole"):
+            plan.run()
+    # What was encoded stays, for whoever makes room.
+    assert {path.name for path in folder.iterdir()} == before | {"partial"}
+    encoder = StubEncoder()
+    plan = plan_add(folder, [str(more)], encoder=encoder, resume=True)
+    assert plan is not None and plan.run().passages == 25 and encoder.encoded == []
+
+
+def test_a_reader_of_one_generation_never_sees_the_next(folder: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"id": "new", "text": "The honey is new."}) + "\n")
+    reader = Index.open(folder, encoder=StubEncoder())
+    found = reader.search(["honey"], 3, retriever="dense")
+    plan = plan_add(folder, [str(more)], encoder=StubEncoder())
+    assert plan is not None
+    plan.run()
+    assert reader.search(["honey"], 3, retriever="dense") == found and reader.find("new") is None
+    assert Index.open(folder, encoder=StubEncoder()).search(["The honey is new."], 1)[0][0].passage_id == "new"
