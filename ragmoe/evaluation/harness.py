@@ -70,7 +70,8 @@ class HarnessModel:
         """
         from ragmoe.corpus.types import Passage
         from ragmoe.evaluation.perplexity import document_losses
-        from ragmoe.training.language import LanguageConfig, LanguageDataset
+        from ragmoe.training.config import LanguageConfig
+        from ragmoe.training.language import LanguageDataset
 
         texts = [Passage(f"request-{at}", request.args[0]) for at, request in enumerate(requests)]
         if not any(text.text for text in texts):

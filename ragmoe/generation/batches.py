@@ -5,7 +5,7 @@ B sequences, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,3 +55,13 @@ def labelled_batch(
     batch = read_batch([[*before, *after] for before, after in pairs], padding, neighbours)
     labels = [[*([IGNORED] * len(before)), *after] for before, after in pairs]
     return batch | {"labels": pad(labels, IGNORED)}
+
+
+def decode_batch(tokenizer: Any, batch: Mapping[str, Tensor]) -> list[dict[str, str]]:
+    """What a labelled batch says, a row a sequence: ``sequence``, which is read, and ``target``, which is learned."""
+    learned_BT = batch["labels"] != IGNORED
+    read_BT = batch["attention_mask"].bool() & ~learned_BT
+    return [
+        {"sequence": tokenizer.decode(ids[read]), "target": tokenizer.decode(ids[learned])}
+        for ids, read, learned in zip(batch["input_ids"], read_BT, learned_BT, strict=True)
+    ]

@@ -204,7 +204,7 @@ def _train(work: Path, config: TrainingConfig, *, resume: bool, overwrite: bool,
         "steps": result.steps,
         "minutes": round(result.seconds / 60, 2) if result.seconds is not None else None,
         "parameters": {"trained": counts["trained"], "total": counts["total"]},
-        "questions": result.questions["fitted"],
+        "questions": result.learned_from["fitted"],
     }
     record.write_text(json.dumps(trained) + "\n", encoding="utf-8")
     return trained

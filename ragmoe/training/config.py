@@ -27,8 +27,11 @@ class DataConfig(_Strict):
 
     Attributes:
         questions: question files (jsonl); globs and ``${VARIABLES}`` are expanded, relative to the configuration file.
-            None at all only where ``new_expert.corpus`` says of which documents to make some.
-        index: index folder that the questions' passages come from.
+            None at all only where ``new_expert.corpus`` says of which documents to make some, or ``documents`` are
+            learned from.
+        documents: sources of whole documents, in the place of questions: a causal language model learns to predict
+            their words, with the neighbours of the words before (see ``LanguageConfig``).
+        index: index folder that the questions' passages, or the documents' neighbours, come from.
         question_field: ``question``, or ``question_raw`` to retrieve and read without the document's name.
         limit: use only so many questions, drawn by digest; None uses all.
         replay: question files of what a bundle knows already, mixed in against forgetting;
@@ -39,7 +42,8 @@ class DataConfig(_Strict):
             is calibrated for that.
     """
 
-    questions: list[str]
+    questions: list[str] = []
+    documents: list[str] = []
     index: str
     question_field: Literal["question", "question_raw"] = "question"
     limit: int | None = Field(None, ge=1)
@@ -89,6 +93,28 @@ class GenerateConfig(_Strict):
     no_context: float = Field(0.1, ge=0.0, le=1.0)
     without_gold: Literal["refuse", "memory"] = "refuse"
     max_answer_tokens: int = Field(64, ge=1)
+
+
+class LanguageConfig(_Strict):
+    """How documents are cut for language modelling, and what is retrieved for a chunk of them.
+
+    Attributes:
+        chunk_tokens: tokens that are predicted together, with the same neighbours.
+        context_tokens: how many tokens before a chunk are read with it and not predicted; the first one at least
+            depends on the last token before it.
+        query_chunks: how many of the chunks before it retrieve its neighbours.
+        neighbours: N, how many the gate sees.
+        retriever: None means the index's default.
+        drop_all, drop_each: neighbour dropout, as in ``RaftConfig``; for training alone.
+    """
+
+    chunk_tokens: int = Field(128, ge=1)
+    context_tokens: int = Field(1, ge=1)
+    query_chunks: int = Field(1, ge=1)
+    neighbours: int = Field(16, ge=1)
+    retriever: str | None = None
+    drop_all: float = Field(0.0, ge=0.0, le=1.0)
+    drop_each: float = Field(0.0, ge=0.0, le=1.0)
 
 
 class LoraConfig(_Strict):
@@ -177,11 +203,14 @@ class TrainingConfig(_Strict):
             trained on (``starter`` is the packaged one).
         start: what the dense base has learned already: a PEFT adapter (``warm-start`` is the packaged one, else a
             folder), or the dense network of a bundle with LoRA experts (``starter``, or a folder); None for nothing.
-        model: fields of ``RagmoeBertConfig``.
+        model: fields of ``RagmoeBertConfig``; of a causal language model what ``ragmoe init`` is told (``gate``,
+            ``experts``, ``top_k``, ``expert_kind``, ``layers``, ``init``, ``amount`` and others), or nothing to train
+            it as it is.
         expert_noise: relative noise that tells copied full experts apart.
         new_expert: for ``train.what: new_expert``, and only there.
         generate: for a base that is a causal language model, and only there; a folder of one needs none, and a Hub id
             is taken for one where this is given, be it empty (``generate: {}``).
+        language: for ``data.documents``, and only there; None takes its defaults.
         checkpoint_every: steps between checkpoints; 0 writes none.
         log_every: steps between lines of the history.
     """
@@ -195,6 +224,7 @@ class TrainingConfig(_Strict):
     train: OptimiserConfig = OptimiserConfig()
     new_expert: NewExpertConfig | None = None
     generate: GenerateConfig | None = None
+    language: LanguageConfig | None = None
     seed: int = 0
     checkpoint_every: int = Field(100, ge=0)
     log_every: int = Field(10, ge=1)
@@ -229,12 +259,9 @@ def load_config(
             raise UsageError(explain(error)) from None
         raise ConfigError(f"{name}: {explain(error)}") from None
     _check_model_keys(given)
-    if not config.data.questions and not (config.new_expert and config.new_expert.corpus):
-        raise ConfigError(
-            f"{name}: data.questions is empty: there is nothing to learn from",
-            hint="only a new expert can learn from documents alone: name them with --corpus (new_expert.corpus)",
-        )
+    _check_material(name, config)
     config.data.questions = [resolve(entry, folder) for entry in config.data.questions]
+    config.data.documents = [e if e.startswith("hub:") else resolve(e, folder) for e in config.data.documents]
     config.data.replay = [resolve(entry, folder) for entry in config.data.replay]
     if expert := config.new_expert:
         expert.others = [resolve(entry, folder) for entry in expert.others]
@@ -250,6 +277,21 @@ def load_config(
     if config.start not in (None, "warm-start", "starter"):
         config.start = resolve(config.start, folder)
     return config
+
+
+def _check_material(name: str, config: TrainingConfig) -> None:
+    """Refuse a run that has nothing to learn from, or both questions and documents."""
+    data = config.data
+    if data.documents and data.questions:
+        raise ConfigError(f"{name}: data.questions and data.documents exclude each other")
+    if config.language is not None and not data.documents:
+        raise ConfigError(f"{name}: language is given, but no data.documents to be cut as it says")
+    if not (data.documents or data.questions or (config.new_expert and config.new_expert.corpus)):
+        raise ConfigError(
+            f"{name}: data.questions is empty: there is nothing to learn from",
+            hint="a new expert can learn from documents alone (new_expert.corpus, --corpus), and a causal language "
+            "model from data.documents",
+        )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -285,8 +327,12 @@ def set_key(content: dict[str, Any], override: str) -> str:
 
 
 # Keys whose values are paths.
-_PATHS = {"base", "start", "data.index", "data.questions", "data.replay"}
+_PATHS = {"base", "start", "data.index", "data.questions", "data.documents", "data.replay"}
 _PATHS |= {"new_expert.corpus", "new_expert.others", "new_expert.unseen"}
+
+
+# What ``model`` may say of a causal language model beside settings.
+_OF_INIT = {"layers", "init", "amount"}
 
 
 def _number(value: Any) -> Any:
@@ -319,7 +365,7 @@ def _is_about(error: ValidationError, keys: set[str]) -> bool:
 
 def _check_model_keys(keys: set[str]) -> None:
     """UsageError for an unknown ``model.KEY``: what is below ``model`` is otherwise checked as the model is built."""
-    if names := [key.split(".")[1] for key in keys if key.startswith("model.")]:
+    if names := {key.split(".")[1] for key in keys if key.startswith("model.")} - _OF_INIT:
         from ragmoe.models.upcycling import check_settings
 
         check_settings(names, UsageError)

@@ -23,7 +23,6 @@ from ragmoe._differences import differences
 from ragmoe._errors import ConfigError, UsageError
 from ragmoe._folders import expect_folder
 from ragmoe.bundle import is_bundle
-from ragmoe.corpus.types import Question
 from ragmoe.generation.generator import STYLE_NAME
 from ragmoe.training.config import TrainingConfig, explain, read_yaml
 
@@ -88,14 +87,14 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 
 def start(
-    folder: Path, config: TrainingConfig, *, index: str, questions: Sequence[Question], bf16: bool, overwrite: bool
+    folder: Path, config: TrainingConfig, *, index: str, material: Sequence[object], bf16: bool, overwrite: bool
 ) -> bool:
     """Make the folder ready and say whether to train in bf16: as the run began, where it goes on.
 
     Raises:
-        ConfigError: the index or the questions have changed since the run began.
+        ConfigError: the index, or the questions or documents (``material``), have changed since the run began.
     """
-    now: dict[str, Any] = {"index": index, "questions": _digest(questions), "bf16": bf16}
+    now: dict[str, Any] = {"index": index, "questions": _digest(material), "bf16": bf16}
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     path = folder / STARTED_NAME
@@ -137,5 +136,5 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _digest(questions: Sequence[Question]) -> str:
-    return hashlib.sha256("\x1e".join(repr(question) for question in questions).encode()).hexdigest()
+def _digest(material: Sequence[object]) -> str:
+    return hashlib.sha256("\x1e".join(repr(one) for one in material).encode()).hexdigest()

@@ -5,7 +5,8 @@ The base is a causal language model, with gates and experts where it has them or
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,17 +15,17 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from ragmoe._errors import BundleError, DataError
+from ragmoe._errors import DataError
 from ragmoe.corpus.types import Question
 from ragmoe.generation.batches import IGNORED
-from ragmoe.generation.generator import STYLE_NAME, Generator
+from ragmoe.generation.generator import Generator
 from ragmoe.generation.prompts import PromptStyle
 from ragmoe.index import Index
 from ragmoe.moe import RoutingStatistics
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import GenerateConfig, TrainingConfig
 from ragmoe.training.data import CACHE_NAME, SPARE_NEIGHBOURS, Retrieved, check_passages, training_questions
-from ragmoe.training.decoders import decoder_parameters, is_decoder, open_decoder
+from ragmoe.training.decoders import decoder_parameters, is_decoder, open_decoder, save_checked
 from ragmoe.training.generator_data import GeneratorCollator, GeneratorDataset, answerable_from, fitting
 from ragmoe.training.trainer import RagmoeTrainer
 
@@ -96,7 +97,6 @@ class GeneratorRun:
     dataset: GeneratorDataset
     collator: GeneratorCollator
     left_out: int
-    held: list[Question] = field(default_factory=list)
     new_expert: None = None
 
     trainer_class: ClassVar[type[RagmoeTrainer]] = GeneratorTrainer
@@ -106,19 +106,20 @@ class GeneratorRun:
         """Total, active and trained."""
         return decoder_parameters(self.model)
 
-    @torch.no_grad()
+    @property
+    def material(self) -> Sequence[Question]:
+        """The questions."""
+        return self.dataset.questions
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is learned from."""
+        return {"fitted": len(self.dataset.questions), "held_out": 0, "left_out": self.left_out}
+
     def save(self, folder: Path) -> None:
         """Save, and make sure that what was saved says what was trained."""
         batch = self.collator([self.dataset[at] for at in range(min(2, len(self.dataset)))])
-        del batch["labels"]
-        generator = Generator(self.model.eval().float().cpu(), self.collator.tokenizer, self.style)
-        generator.save(folder)
-        again = Generator.load(folder).model.float()
-        difference = (self.model(**batch).logits - again(**batch).logits).abs().max().item()
-        if difference != 0.0:
-            # Without its style nobody takes it for a finished run.
-            (folder / STYLE_NAME).unlink()
-            raise BundleError(f"{folder} was saved, but its logits differ from the trained model's by {difference:.2e}")
+        save_checked(self.model, self.collator.tokenizer, self.style, batch, folder)
 
 
 def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show: Shows | None = None) -> GeneratorRun:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ragmoe.corpus.types import Passage, Question
-from ragmoe.generation.batches import IGNORED, labelled_batch, pad_token
+from ragmoe.generation.batches import decode_batch, labelled_batch, pad_token
 from ragmoe.generation.prompts import REFUSAL, Prompt, PromptMaker, WithoutGold
 from ragmoe.index import Index
 from ragmoe.neighbours import Neighbours
@@ -90,11 +90,6 @@ class GeneratorCollator:
         seen = Neighbours.stack([example.neighbours for example in examples]) if self.sees_neighbours else None
         return labelled_batch([(p.ids, p.answer_ids) for p in prompts], pad_token(self.tokenizer), seen)
 
-    def decoded(self, batch: dict[str, Tensor]) -> list[dict[str, str]]:
-        """What a batch says, a row a prompt: ``sequence`` and ``target``."""
-        learned_BT = batch["labels"] != IGNORED
-        read_BT = batch["attention_mask"].bool() & ~learned_BT
-        return [
-            {"sequence": self.tokenizer.decode(ids[read]), "target": self.tokenizer.decode(ids[learned])}
-            for ids, read, learned in zip(batch["input_ids"], read_BT, learned_BT, strict=True)
-        ]
+    def decoded(self, batch: Mapping[str, Tensor]) -> list[dict[str, str]]:
+        """What a batch says; see ``decode_batch``."""
+        return decode_batch(self.tokenizer, batch)

@@ -8,7 +8,7 @@ Retrieving from Trillions of Tokens".
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,45 +16,18 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ragmoe._errors import ConfigError, DataError
+from ragmoe._errors import DataError
 from ragmoe.corpus.leaks import LeakGuard
 from ragmoe.corpus.types import Passage
-from ragmoe.generation.batches import labelled_batch, pad_token
+from ragmoe.generation.batches import decode_batch, labelled_batch, pad_token
 from ragmoe.index import Index
 from ragmoe.neighbours import Neighbours
+from ragmoe.training.config import LanguageConfig
 from ragmoe.training.data import Retrieved
 from ragmoe.training.raft import drop_neighbours
 
 # Of the passages that a chunk retrieves many are of its own document, most of all in the corpus that is indexed.
 _SPARE = 100
-
-
-@dataclass(frozen=True)
-class LanguageConfig:
-    """How documents are cut and what is retrieved for a chunk.
-
-    Attributes:
-        chunk_tokens: tokens that are predicted together, with the same neighbours.
-        context_tokens: how many tokens before a chunk are read with it and not predicted; the first one at least
-            depends on the last token before it.
-        query_chunks: how many of the chunks before it retrieve its neighbours.
-        neighbours: N, how many the gate sees.
-        retriever: None means the index's default.
-        drop_all, drop_each: neighbour dropout, as in ``RaftConfig``; for training alone.
-    """
-
-    chunk_tokens: int = 128
-    context_tokens: int = 1
-    query_chunks: int = 1
-    neighbours: int = 16
-    retriever: str | None = None
-    drop_all: float = 0.0
-    drop_each: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("chunk_tokens", "context_tokens", "query_chunks", "neighbours"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} is {value}: expected at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +83,7 @@ class LanguageDataset(Dataset):
         index: None for models whose gate sees no neighbours.
         examples: how many are shown, pass after pass, each in a new order; None shows each chunk once, in its place.
         cache: folder where neighbours are kept between runs.
+        recall: what the model adds to the neighbours of a document of some domain (see ``MemoryMixin.recall``).
         progress: called with chunks retrieved for and chunks in all.
     """
 
@@ -123,11 +97,15 @@ class LanguageDataset(Dataset):
         cache: Path,
         examples: int | None = None,
         seed: int = 0,
+        recall: Callable[[Neighbours, str], Neighbours] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        self.recall = recall or (lambda neighbours, domain: neighbours)
         self.documents, self.config, self.seed = list(documents), config, seed
         self.chunks = cut_documents(documents, tokenizer, config)
         self.order = _order(len(self.chunks), examples, seed)
+        # Tokens of each chunk with what is read before it.
+        self.lengths = [len(chunk.before) + len(chunk.ids) for chunk in self.chunks]
         self.index, self.guard = index, None
         if index is None:
             return
@@ -158,12 +136,14 @@ class LanguageDataset(Dataset):
         index, guard, chunk = self.index, self.guard, self.chunks[place]
         if index is None or guard is None:
             return None
-        if not chunk.number:
-            return Neighbours.empty(1, index.width, self.config.neighbours)
-        grams = guard.grams(chunk.text)
-        return self._retrieved.neighbours(
-            self._query_of[place], self.config.neighbours, lambda row: guard.allows(chunk.document, grams, row)
-        )
+        if chunk.number:
+            grams = guard.grams(chunk.text)
+            found = self._retrieved.neighbours(
+                self._query_of[place], self.config.neighbours, lambda row: guard.allows(chunk.document, grams, row)
+            )
+        else:
+            found = Neighbours.empty(1, index.width, self.config.neighbours)
+        return self.recall(found, self.documents[chunk.document].domain)
 
 
 class LanguageCollator:
@@ -176,6 +156,10 @@ class LanguageCollator:
         rows = [example.neighbours for example in examples if example.neighbours is not None]
         pairs = [(example.chunk.before, example.chunk.ids) for example in examples]
         return labelled_batch(pairs, pad_token(self.tokenizer), Neighbours.stack(rows) if rows else None)
+
+    def decoded(self, batch: Mapping[str, Tensor]) -> list[dict[str, str]]:
+        """What a batch says; see ``decode_batch``."""
+        return decode_batch(self.tokenizer, batch)
 
 
 def _order(chunks: int, examples: int | None, seed: int) -> list[int]:

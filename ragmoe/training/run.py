@@ -39,6 +39,7 @@ from ragmoe.training.documents import made_questions
 from ragmoe.training.fitting import fit_gates
 from ragmoe.training.folder import CHECKPOINTS, HISTORY_NAME, check_out, is_started, last_checkpoint, start
 from ragmoe.training.generator import GeneratorRun, prepare_generator, trains_generator
+from ragmoe.training.language_run import LanguageRun, prepare_language
 from ragmoe.training.new_expert import NewExpert, begin_new_expert
 from ragmoe.training.totals import check_losses
 from ragmoe.training.trainer import RagmoeTrainer
@@ -54,7 +55,8 @@ class TrainResult:
         seconds: spent on training steps; None for a run that went on from a checkpoint.
         loss: mean training loss.
         parameters: total, active and trained.
-        questions: how many were fitted on, held out, and left out because nothing can be learned from them.
+        learned_from: of questions how many were fitted on, held out, and left out because nothing can be learned from
+            them; or how many documents, and chunks of them.
     """
 
     bundle: Path
@@ -63,7 +65,7 @@ class TrainResult:
     steps: int
     loss: float
     parameters: dict[str, int]
-    questions: dict[str, int]
+    learned_from: dict[str, int]
 
 
 @dataclass
@@ -83,6 +85,16 @@ class Run:
 
     trainer_class: ClassVar[type[RagmoeTrainer]] = RagmoeTrainer
 
+    @property
+    def material(self) -> Sequence[Any]:
+        """The questions that are fitted on."""
+        return self.dataset.questions
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is learned from."""
+        return {"fitted": len(self.dataset.questions), "held_out": len(self.held), "left_out": self.left_out}
+
     def save(self, folder: Path) -> Path | None:
         """Save the trained model; the folder of its adapter, where it was trained by one."""
         return _save(self, folder)
@@ -101,13 +113,18 @@ class Run:
         }
 
 
-def prepare(config: TrainingConfig, *, cache: Path | None = None, show: Shows | None = None) -> Run | GeneratorRun:
-    """Load questions and index, retrieve once, make the model of the base and decide what of it is trained.
+AnyRun = Run | GeneratorRun | LanguageRun
+
+
+def prepare(config: TrainingConfig, *, cache: Path | None = None, show: Shows | None = None) -> AnyRun:
+    """Load what is learned from and the index, retrieve once, make the model and decide what of it is trained.
 
     Args:
         cache: folder where neighbours of questions are kept between runs; None means in the index's own folder.
         show: told how far retrieving is, which takes minutes for many questions.
     """
+    if config.data.documents:
+        return prepare_language(config, cache=cache, show=show)
     make = prepare_generator if trains_generator(config) else prepare_reader
     return make(config, cache=cache, show=show)
 
@@ -181,7 +198,7 @@ def train(
     cache: str | os.PathLike[str] | None = None,
     show: Shows | None = None,
 ) -> TrainResult:
-    """Fine-tune a reader, or a generator where the base is a causal language model, and save it.
+    """Fine-tune a reader, or where the base is a causal language model a generator or that model, and save it.
 
     Args:
         config: YAML file, mapping or configuration; ``overrides`` are ``key.key=value``.
@@ -206,7 +223,7 @@ def train(
         folder,
         resolved,
         index=run.index.digest,
-        questions=run.dataset.questions,
+        material=run.material,
         bf16=wants_bf16(resolved.train.precision),
         overwrite=overwrite,
     )
@@ -229,11 +246,11 @@ def train(
         resolved.train.steps,
         loss,
         parameters,
-        {"fitted": len(run.dataset.questions), "held_out": len(run.held), "left_out": run.left_out},
+        run.counts,
     )
 
 
-def _trainer(run: Run | GeneratorRun, folder: Path, *, bf16: bool, show: Shows | None) -> RagmoeTrainer:
+def _trainer(run: AnyRun, folder: Path, *, bf16: bool, show: Shows | None) -> RagmoeTrainer:
     """The trainer of a run, with its history in place of Trainer's own printing."""
     from transformers import PrinterCallback
 

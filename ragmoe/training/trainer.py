@@ -30,6 +30,15 @@ _PARTS = (
 # What is trained beside the head, where ``train.what`` does not say it itself.
 _TRAINED = {"lora": {"gate", "experts"}, "xlora": {"gate"}}
 
+# The losses of a model's output that the log shows, with the names they have there.
+_LOSSES = {
+    "answer_loss": "answer_loss",
+    "language_loss": "language_loss",
+    "balance_loss": "balance_loss",
+    "aux_loss": "balance_loss",
+    "z_loss": "z_loss",
+}
+
 GateLesson = Callable[[Any, int, Sequence[Routing], Tensor], Tensor]
 
 
@@ -131,7 +140,7 @@ class RagmoeTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         totals = self._totals(model)
         output = model(**inputs) if totals is None else model(**inputs, step_totals=totals)
-        losses = {name: output.get(name) for name in ("answer_loss", "balance_loss", "z_loss")}
+        losses = {name: output.get(found) for found, name in _LOSSES.items() if found in output}
         losses |= {f"{name}_loss": value for name, value in (output.get("further_losses") or {}).items()}
         for name, value in losses.items():
             if value is not None:

@@ -13,7 +13,8 @@ from tiny_decoder import byte_tokenizer, tiny_llama
 from ragmoe import DataError, Passage
 from ragmoe.evaluation.metrics import citation_precision, citation_recall
 from ragmoe.evaluation.perplexity import DocumentLoss, compare_perplexity, document_losses, perplexity
-from ragmoe.training.language import LanguageConfig, LanguageDataset
+from ragmoe.training.config import LanguageConfig
+from ragmoe.training.language import LanguageDataset
 
 TWO = [
     DocumentLoss("a", "law", 20.0, 10),

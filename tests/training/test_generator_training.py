@@ -61,7 +61,7 @@ def test_it_learns_and_is_saved_as_a_generator(content: Config, world: Path, tmp
     result = train(content(**{"train.steps": 12}), out=tmp_path / "out")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     assert len(losses) == 12 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    assert result.questions == {"fitted": 36, "held_out": 0, "left_out": 0} and result.adapter is None
+    assert result.learned_from == {"fitted": 36, "held_out": 0, "left_out": 0} and result.adapter is None
     total = result.parameters["total"]
     assert result.parameters == {"total": total, "active": total, "trained": total}
     made = Generator.load(tmp_path / "out")
@@ -134,7 +134,7 @@ def test_a_dry_run_shows_prompts_and_answers(content: Config) -> None:
     made = prepare(load_config(content()))
     assert isinstance(made, GeneratorRun)
     report = describe(made)
-    assert report["questions"] == {"fitted": 36, "held_out": 0, "left_out": 0} and report["sparse_layers"] == []
+    assert report["learned_from"] == {"fitted": 36, "held_out": 0, "left_out": 0} and report["sparse_layers"] == []
     for row in report["first_batch"]:
         assert row["sequence"].endswith("\nAnswer:") and row["target"].endswith("</s>")
         assert "<pad>" not in row["sequence"] and row["target"] in report["text"]
@@ -143,7 +143,6 @@ def test_a_dry_run_shows_prompts_and_answers(content: Config) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"experts": 4}}, "model is {'experts': 4}, but the base .* is a causal language model"),
         ({"start": "warm-start"}, "start is 'warm-start'"),
         ({"train.what": "lora"}, "train.what is 'lora'; for a causal language model expected one of: all, gate"),
         ({"train.what": "gate"}, "has no sparse layer"),

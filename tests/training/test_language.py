@@ -10,15 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from stub_encoder import StubEncoder
 from tiny_decoder import byte_tokenizer
 
-from ragmoe import ConfigError, DataError, Index, Passage
+from ragmoe import DataError, Index, Passage
 from ragmoe.index import BuildOptions, build_index
-from ragmoe.training.language import LanguageCollator, LanguageConfig, LanguageDataset, cut_documents
+from ragmoe.training.config import LanguageConfig
+from ragmoe.training.language import LanguageCollator, LanguageDataset, cut_documents
 
 WORDS = [f"{a}{b}" for a in ("ri", "mo", "ta", "ke", "lu", "so") for b in ("ver", "nas", "tel", "bin", "dor", "gap")]
 CONFIG = LanguageConfig(chunk_tokens=200, neighbours=4)
+
+
+def changed_config(**changes: Any) -> LanguageConfig:
+    return CONFIG.model_copy(update=changes)
 
 
 def story(seed: int, words: int = 150) -> str:
@@ -63,12 +69,12 @@ def leaky(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(leaky: Path, cache: Path, documents: list[Passage] = DOCUMENTS, **changes: Any) -> LanguageDataset:
     index = Index.open(leaky, encoder=StubEncoder(max_length=400))
     given = {name: changes.pop(name) for name in ("examples", "seed") if name in changes}
-    return LanguageDataset(documents, index, byte_tokenizer(), replace(CONFIG, **changes), cache=cache, **given)
+    return LanguageDataset(documents, index, byte_tokenizer(), changed_config(**changes), cache=cache, **given)
 
 
 def test_every_token_is_predicted_once() -> None:
     tokenizer = byte_tokenizer()
-    chunks = cut_documents([*DOCUMENTS, Passage("empty", "")], tokenizer, replace(CONFIG, context_tokens=7))
+    chunks = cut_documents([*DOCUMENTS, Passage("empty", "")], tokenizer, changed_config(context_tokens=7))
     for place, document in enumerate(DOCUMENTS):
         own = [chunk for chunk in chunks if chunk.document == place]
         assert "".join(chunk.text for chunk in own) == document.text
@@ -83,7 +89,7 @@ def test_every_token_is_predicted_once() -> None:
     assert (batch["labels"] != -100).sum() == 400
     with pytest.raises(DataError, match="1 documents hold no token"):
         cut_documents([Passage("empty", "")], tokenizer, CONFIG)
-    with pytest.raises(ConfigError, match="query_chunks is 0"):
+    with pytest.raises(ValidationError, match="query_chunks"):
         LanguageConfig(query_chunks=0)
 
 
@@ -102,7 +108,7 @@ def test_planted_leaks_are_never_neighbours(leaky: Path, tmp_path: Path) -> None
     found = data.neighbours(place)
     assert found is not None and not set(found.passage_ids[0]) & planted
     assert found.passage_ids[0] == [name for name in unguarded if name not in planted][:4]
-    everything = replace(CONFIG, neighbours=len(data.index) - len(planted))
+    everything = changed_config(neighbours=len(data.index) - len(planted))
     data.config = everything
     assert set(data.neighbours(place).passage_ids[0]) == set(data.index.passage_ids) - planted
 
@@ -110,7 +116,7 @@ def test_planted_leaks_are_never_neighbours(leaky: Path, tmp_path: Path) -> None
 def test_a_guard_holds_back_no_more_than_it_must(leaky: Path, tmp_path: Path) -> None:
     data = dataset(leaky, tmp_path)
     place = next(i for i, chunk in enumerate(data.chunks) if chunk.document == 1 and chunk.number == 2)
-    data.config = replace(CONFIG, neighbours=len(data.index))
+    data.config = changed_config(neighbours=len(data.index))
     held = set(data.index.passage_ids) - set(data.neighbours(place).passage_ids[0])
     assert held == {name for name in data.index.passage_ids if name.startswith("d1#")}
     mask = data.neighbours(place).mask_BN[0]

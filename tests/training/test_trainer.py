@@ -41,7 +41,7 @@ def test_a_run_leaves_a_bundle_its_configuration_and_its_history(config: Config,
     assert sum(history[0]["load"][0]) == pytest.approx(1.0, abs=1e-4)
     assert load_config(tmp_path / "run" / "training.yaml") == load_config(config())
     assert not (tmp_path / "run" / "checkpoints").exists()
-    assert sum(result.questions.values()) == 36 and result.questions["left_out"] == 0
+    assert sum(result.learned_from.values()) == 36 and result.learned_from["left_out"] == 0
 
 
 @pytest.mark.parametrize("what", ["gate", "experts", "gate+experts", "all"])

@@ -1,0 +1,92 @@
+"""Language modelling by ``ragmoe train``: a causal language model on documents, by the same runs as a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ragmoe._errors import ConfigError
+from ragmoe.corpus import read_passages
+from ragmoe.corpus.types import Passage
+from ragmoe.generation.batches import sees_neighbours
+from ragmoe.generation.prompts import PromptStyle
+from ragmoe.index import Index
+from ragmoe.training.callbacks import Shows
+from ragmoe.training.config import LanguageConfig, TrainingConfig
+from ragmoe.training.data import CACHE_NAME
+from ragmoe.training.decoders import decoder_parameters, is_decoder, open_decoder, save_checked
+from ragmoe.training.generator import GeneratorTrainer
+from ragmoe.training.language import LanguageCollator, LanguageDataset
+from ragmoe.training.trainer import RagmoeTrainer
+
+
+@dataclass
+class LanguageRun:
+    """Everything a run needs, made from its configuration; see ``Run``."""
+
+    config: TrainingConfig
+    index: Index
+    model: Any
+    dataset: LanguageDataset
+    collator: LanguageCollator
+    new_expert: None = None
+
+    trainer_class: ClassVar[type[RagmoeTrainer]] = GeneratorTrainer
+
+    @property
+    def material(self) -> Sequence[Passage]:
+        """The documents."""
+        return self.dataset.documents
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is learned from."""
+        return {"documents": len(self.dataset.documents), "chunks": len(self.dataset.chunks)}
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Total, active and trained."""
+        return decoder_parameters(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Save, and make sure that what was saved says what was trained."""
+        # Whoever asks it questions later asks as any model is asked that was not taught how, within its positions.
+        positions = int(self.model.config.max_position_embeddings)
+        style = PromptStyle(max_length=min(PromptStyle.max_length, positions))
+        batch = self.collator([self.dataset[at] for at in range(min(2, len(self.dataset)))])
+        save_checked(self.model, self.collator.tokenizer, style, batch, folder)
+
+
+def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show: Shows | None = None) -> LanguageRun:
+    """``prepare`` for language modelling.
+
+    Raises:
+        ConfigError: the base is no causal language model, or does not reach over a chunk with its context.
+        DataError: the documents hold nothing to predict.
+    """
+    if not is_decoder(config.base):
+        raise ConfigError(
+            f"data.documents is given, but the base {config.base} is no folder of a causal language model",
+            hint="name one with base=FOLDER, or give data.questions to train a reader",
+        )
+    settings, train = config.language or LanguageConfig(), config.train
+    index = Index.open(config.data.index)
+    model, tokenizer = open_decoder(config, index, settings.neighbours)
+    length, positions = settings.context_tokens + settings.chunk_tokens, model.config.max_position_embeddings
+    if length > positions:
+        raise ConfigError(f"a chunk with its context has {length} tokens, but the base has {positions} positions")
+    dataset = LanguageDataset(
+        list(read_passages(config.data.documents)),
+        index if sees_neighbours(model) else None,
+        tokenizer,
+        settings,
+        cache=cache or index.folder / CACHE_NAME,
+        examples=train.steps * train.batch_size * train.accumulation,
+        seed=config.seed,
+        recall=lambda neighbours, domain: model.recall(neighbours, index, [domain]),
+        progress=partial(show.stage, "retrieving neighbours") if show else None,
+    )
+    return LanguageRun(config, index, model, dataset, LanguageCollator(tokenizer))

@@ -1,0 +1,124 @@
+"""Language modelling by ``train``: it learns from documents, with gates that it is given first, and resumes exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_decoder import byte_tokenizer, tiny_llama
+
+from ragmoe import ConfigError, load_decoder
+from ragmoe.generation import Generator
+from ragmoe.training import load_config, prepare, train
+from ragmoe.training.describe import describe
+from ragmoe.training.language_run import LanguageRun
+
+Config = Callable[..., dict[str, Any]]
+LANGUAGE = {"chunk_tokens": 24, "context_tokens": 8, "neighbours": 4}
+SPARSE = {
+    "gate": "retrieval", "experts": 2, "top_k": 2, "expert_kind": "lora", "expert_rank": 8, "gate_width": 8,
+    "expert_names": ["river", "market"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decoder")
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def content(config: Config, world: Path, base: Path) -> Config:
+    def make(**changes: Any) -> dict[str, Any]:
+        given = {
+            "base": str(base), "model": {}, "language": LANGUAGE, "data.questions": [],
+            "data.documents": [str(world / "corpus.jsonl")], "train.learning_rate": 5e-3, "train.steps": 4,
+        }  # fmt: skip
+        return config(**{**given, **changes})
+
+    return make
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_dense_model_learns_without_an_index_being_searched(content: Config, tmp_path: Path) -> None:
+    result = train(content(**{"train.steps": 12}), out=tmp_path / "out")
+    found = losses(tmp_path / "out")
+    assert sum(found[-3:]) < 0.9 * sum(found[:3])
+    # 76 to 80 bytes each, in chunks of 24.
+    assert result.learned_from == {"documents": 12, "chunks": 48}
+    # It may be trained on, and asked like any other.
+    assert Generator.load(tmp_path / "out").style.max_length == 1024
+
+
+def test_it_is_given_gates_and_resumes_exactly(content: Config, tmp_path: Path) -> None:
+    given = content(model=SPARSE, checkpoint_every=2)
+    whole = train(given, out=tmp_path / "whole")
+    assert whole.parameters["total"] > whole.parameters["active"] - 1 == whole.parameters["trained"] - 1
+    model = load_decoder(tmp_path / "whole")
+    assert (model.config.gate, model.config.neighbours, model.sparse_layers) == ("retrieval", 4, [0])
+    assert model.config.encoder["id"] and model.config.index_digest
+    assert model.gates[0].context.weight.any(), "the neighbours have taught the gate nothing"
+
+    class Stop:
+        def stage(self, name: str, done: int, total: int) -> None:
+            if name == "training" and done == 3:
+                raise KeyboardInterrupt
+
+        def line(self, text: str) -> None: ...
+
+    with pytest.raises(KeyboardInterrupt):
+        train(given, out=tmp_path / "torn", show=Stop())
+    train(given, out=tmp_path / "torn", resume=True)
+    again = load_decoder(tmp_path / "torn").state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
+
+
+def test_the_oracle_is_told_the_domain_and_the_control_the_summary(content: Config) -> None:
+    names = ["river", "market", "common"]
+    told = {"gate": "oracle", "experts": 3, "common_experts": 1, "expert_names": names}
+    run = prepare(load_config(content(model={**SPARSE, **told})))
+    assert isinstance(run, LanguageRun)
+    batch = run.collator([run.dataset[at] for at in range(16)])
+    domains = [run.dataset.documents[run.dataset[at].chunk.document].domain for at in range(16)]
+    assert batch["question_domain"].tolist() == [names.index(domain) for domain in domains]
+    summed = prepare(load_config(content(model={**SPARSE, "gate": "token", "neighbour_summary": True})))
+    summary = summed.model.model.layers[0].summary
+    with torch.no_grad():
+        same = summed.model(**batch).logits
+        torch.nn.init.normal_(summary.project)
+        other = summed.model(**batch).logits
+    changed_B = (same != other).flatten(1).any(dim=1)
+    # The first chunk of a document has no neighbours, and is told nothing.
+    assert torch.equal(changed_B, batch["neighbour_mask"].any(dim=1)) and changed_B.any() and not changed_B.all()
+
+
+def test_a_dry_run_shows_chunks(content: Config) -> None:
+    report = describe(prepare(load_config(content())))
+    assert report["learned_from"] == {"documents": 12, "chunks": 48}
+    assert "documents    12 in 48 chunks (0.33 passes)" in report["text"]
+    assert all(row["target"] for row in report["first_batch"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.questions": ["q.jsonl"]}, "data.questions and data.documents exclude each other"),
+        ({"data.documents": []}, "language is given, but no data.documents"),
+        ({"data.documents": [], "language": None}, "data.questions is empty"),
+        ({"language": {**LANGUAGE, "chunk_tokens": 2000}}, "a chunk with its context has 2008 tokens, but .* 1024 pos"),
+        ({"base": "minilm"}, "the base minilm is no folder of a causal language model"),
+        ({"train.what": "experts"}, "has no sparse layer"),
+    ],
+)
+def test_what_does_not_fit_is_refused(content: Config, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(load_config(content(**changes)))
