@@ -87,8 +87,8 @@ def exchange_base_gates(path: str, base: Any, settings: dict[str, Any]) -> Made:
     with quiet_loading():
         model, info = family.from_pretrained(path, config=config, output_loading_info=True)
     named = [
-        *(name for name in info["missing_keys"] if ".gate.inner." not in name),
-        *(name for name in info["unexpected_keys"] if ".gate.inner." not in name),
+        *(name for name in info["missing_keys"] if not _is_new(name)),
+        *(name for name in info["unexpected_keys"] if not _is_new(name)),
         *map(str, info["mismatched_keys"]),
     ]
     if named:
@@ -157,8 +157,13 @@ def _copy_rest(path: str, model: Any, dense: nn.Module) -> None:
     """Everything but the feed-forward networks that became sparse."""
     missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
     sparse = tuple(f"model.layers.{i}.mlp." for i in model.sparse_layers)
-    if wrong := [name for name in (*missing, *unexpected) if not name.startswith(sparse)]:
+    if wrong := [name for name in (*missing, *unexpected) if not (name.startswith(sparse) or _is_new(name))]:
         raise ModelError(f"the checkpoint {path} does not fit {model.config.model_type}: {wrong[:5]}")
+
+
+def _is_new(name: str) -> bool:
+    """Whether no checkpoint of the family has a tensor: what gates and the neighbours' summary are made of."""
+    return ".gate.inner." in name or ".summary." in name
 
 
 def _config(family: Any, fields: dict[str, Any], settings: dict[str, Any]) -> Any:
