@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,23 +62,20 @@ def experiment(
 ) -> None:
     """Train and evaluate the arms of an experiment and write its result; one that was stopped goes on."""
     set_data(data)
-    from ragmoe.evaluation.experiment import load_experiment
+    from ragmoe.evaluation.experiment import LanguageExperiment, load_experiment
     from ragmoe.evaluation.experiment_report import default_folder
     from ragmoe.evaluation.experiment_run import run_experiment
+    from ragmoe.evaluation.language_experiment import run_language_experiment
 
     loaded = load_experiment(file, overrides=overrides or (), seeds=_seeds(seeds))
     folder = out or default_folder(loaded)
     kept = f"what was trained and read so far is kept in {folder}, an arm in training from its last checkpoint on"
     with on_stop(lambda: f"{kept}; go on with: {again()}"), progress() as show:
-        outcome = run_experiment(
-            loaded,
-            out=out,
-            only=only or (),
-            say=show.say,
-            progress=show.questions,
-            index_progress=show.stage,
-            show_training=show,
-        )
+        told: dict[str, Any] = {"say": show.say, "index_progress": show.stage, "show_training": show}
+        if isinstance(loaded, LanguageExperiment):
+            outcome = run_language_experiment(loaded, out=out, only=only or (), **told)
+        else:
+            outcome = run_experiment(loaded, out=out, only=only or (), progress=show.questions, **told)
     _tell(outcome, as_json)
     complain(outcome.results, outcome.folder)
 
@@ -99,12 +96,16 @@ def report(
 ) -> None:
     """Write the result of an experiment from what was run already: tables, pictures, JSON; nothing is run."""
     set_data(data)
-    from ragmoe.evaluation.experiment import load_experiment
+    from ragmoe.evaluation.experiment import LanguageExperiment, load_experiment
     from ragmoe.evaluation.experiment_report import command_of, report_experiment
+    from ragmoe.evaluation.language_report import report_language_experiment
 
     loaded = load_experiment(file, overrides=overrides or (), seeds=_seeds(seeds))
     with progress() as show:
-        outcome = report_experiment(loaded, out=out, plots=plots, say=show.say)
+        if isinstance(loaded, LanguageExperiment):
+            outcome = report_language_experiment(loaded, out=out)
+        else:
+            outcome = report_experiment(loaded, out=out, plots=plots, say=show.say)
     _tell(outcome, as_json)
     complain(outcome.results, outcome.folder, again=command_of(loaded))
 

@@ -208,6 +208,20 @@ class Experiment(BaseModel):
             raise ConfigError(f"{self._path}: arm {arm}: {error.message}", hint=error.hint) from None
 
 
+class LanguageExperiment(Experiment):
+    """An experiment with language models: arms learn from documents, and are compared by perplexity on others.
+
+    Attributes:
+        documents: sources of those that are predicted, in the place of tasks.
+        perturbations: what else the gates are shown: no neighbours (``null``), or those of another document's chunk.
+    """
+
+    tasks: list[str | dict[str, Any]] = Field([], max_length=0)
+    goals: list[Goal] = Field([], max_length=0)
+    documents: list[str] = Field(min_length=1)
+    perturbations: list[Literal["null", "shuffled"]] = []
+
+
 def load_experiment(
     path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None
 ) -> Experiment:
@@ -225,7 +239,8 @@ def load_experiment(
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(content).__name__}")
     try:
-        experiment = Experiment.model_validate({**content, **({"seeds": list(seeds)} if seeds is not None else {})})
+        kind = LanguageExperiment if "documents" in content else Experiment
+        experiment = kind.model_validate({**content, **({"seeds": list(seeds)} if seeds is not None else {})})
     except ValidationError as error:
         raise ConfigError(
             f"{path}: {describe(error)}", hint=f"an experiment may have: {', '.join(Experiment.model_fields)}"

@@ -156,7 +156,7 @@ def gather(folder: ExperimentFolder, tasks: list[Task], command: str) -> Outcome
         details=[replace(table, command=command) for table in details],
         runs=runs,
         missing=missing,
-        lines=_head(folder, result, missing),
+        lines=head(folder, result, missing),
     )
 
 
@@ -215,7 +215,7 @@ def _committed(outcome: Outcome) -> Path | None:
     return experiment.resolve(experiment.result)
 
 
-def _head(folder: ExperimentFolder, result: Result, missing: Sequence[str]) -> list[str]:
+def head(folder: ExperimentFolder, result: Result, missing: Sequence[str]) -> list[str]:
     """What the Markdown begins with: where the figures come from."""
     experiment, where = folder.experiment, result.machine
     lines = [experiment.description.strip(), ""] if experiment.description else []

@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ from ragmoe._errors import DataError
 from ragmoe.evaluation.statistics import RESAMPLES, SEED, Comparison, resample
 
 if TYPE_CHECKING:
+    from ragmoe.gates import Routing
+    from ragmoe.moe import RoutingStatistics
+    from ragmoe.neighbours import Neighbours
     from ragmoe.training.language import LanguageDataset
 
 
@@ -57,24 +61,31 @@ def document_losses(
     model: Any,
     data: LanguageDataset,
     *,
+    shown: Callable[[int], Neighbours | None] | None = None,
+    statistics: RoutingStatistics | None = None,
     batch_chunks: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[DocumentLoss]:
     """The loss of a model on each document, chunk by chunk with the neighbours of what precedes (none are dropped).
 
     Args:
+        shown: other neighbours for a chunk, by its place; None means its own.
+        statistics: counts the routing by domain.
         progress: called with chunks read and chunks in all.
     """
     from ragmoe.generation.likelihood import log_likelihoods
     from ragmoe.neighbours import Neighbours
 
+    shown = shown or data.neighbours
     nats, tokens = [0.0] * len(data.documents), [0] * len(data.documents)
     for begin in range(0, len(data.chunks), batch_chunks):
         places = range(begin, min(begin + batch_chunks, len(data.chunks)))
         chunks = [data.chunks[place] for place in places]
-        rows = [row for place in places if (row := data.neighbours(place)) is not None]
+        rows = [row for place in places if (row := shown(place)) is not None]
         seen = Neighbours.stack(rows) if rows else None
-        found = log_likelihoods(model, [(chunk.before, chunk.ids) for chunk in chunks], seen)
+        domains = [data.documents[chunk.document].domain for chunk in chunks]
+        count = None if statistics is None else partial(_count, statistics, domains)
+        found = log_likelihoods(model, [(chunk.before, chunk.ids) for chunk in chunks], seen, count=count)
         for chunk, likelihood in zip(chunks, found, strict=True):
             nats[chunk.document] -= likelihood.nats
             tokens[chunk.document] += likelihood.tokens
@@ -82,6 +93,12 @@ def document_losses(
             progress(places[-1] + 1, len(data.chunks))
     rows_of = zip(data.documents, nats, tokens, strict=True)
     return [DocumentLoss(document.id, document.domain, nat, count) for document, nat, count in rows_of if count]
+
+
+def _count(
+    statistics: RoutingStatistics, domains: list[str], routings: Sequence[Routing], mask_S: Any, at: list[int]
+) -> None:
+    statistics.update(routings, mask_S, [domains[i] for i in at])
 
 
 def perplexity(losses: Sequence[DocumentLoss], *, resamples: int = RESAMPLES, seed: int = SEED) -> Perplexity:

@@ -5,17 +5,21 @@ B sequences, T positions, V words of the vocabulary, A tokens that are judged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ragmoe.gates import Routing
 from ragmoe.generation.batches import IGNORED, labelled_batch, sees_neighbours
 from ragmoe.neighbours import Neighbours
 
 #: What comes first, and what is judged after it, as tokens.
 Pair = tuple[Sequence[int], Sequence[int]]
+#: (routings, mask_S, places): those of a batch, and which of the continuations it holds, one a sequence.
+Count = Callable[[Sequence[Routing], Tensor, list[int]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ def log_likelihoods(
     *,
     padding: int = 0,
     batch_tokens: int = 8192,
+    count: Count | None = None,
 ) -> list[Likelihood]:
     """Judge continuations, each after its own beginning, which must not be empty.
 
@@ -48,6 +53,7 @@ def log_likelihoods(
         neighbours: a row for each pair, for models whose gate sees them; others are not given any.
         padding: the token that fills up.
         batch_tokens: tokens of a batch, padding included.
+        count: told of each batch's routings, of a model that has any.
     """
     if not all(before for before, _ in pairs):
         raise ValueError("a beginning is empty: nothing predicts the first token after it")
@@ -63,7 +69,11 @@ def log_likelihoods(
         batch = labelled_batch([pairs[i] for i in at], padding, seen.rows(at) if seen is not None else None)
         labels_BT = batch.pop("labels")[:, 1:].to(device)
         # No loss is wanted, and so no routing losses either.
-        logits_BTV = model(**{name: x.to(device) for name, x in batch.items()}).logits[:, :-1]
+        wanted = {"output_routings": True} if count is not None else {}
+        output = model(**{name: x.to(device) for name, x in batch.items()}, **wanted)
+        if count is not None:
+            count(output.routings, batch["attention_mask"].reshape(-1).bool().to(device), at)
+        logits_BTV = output.logits[:, :-1]
         judged_BT = labels_BT != IGNORED
         logits_AV, labels_A = logits_BTV[judged_BT].float(), labels_BT[judged_BT]
         nats_A = logits_AV.log_softmax(dim=-1).gather(1, labels_A.unsqueeze(1)).squeeze(1)

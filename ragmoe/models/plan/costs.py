@@ -106,8 +106,9 @@ def activation_bytes(layout: Layout, tokens: int, size: int = 4, *, checkpointin
     * queries, keys, values and what attention found. The scores are not kept, as in FlashAttention (Dao et al. 2022),
       which torch's own attention follows;
     * 2 H of a feed-forward network, 4 H of a gated one: before and after the activation, and what is multiplied;
-    * K (2 D + those 2 H or 4 H) of routed experts, which get a copy of the state and give one back; K (2 D + 3 H) of
-      LoRA experts, which act inside the dense network; 3 E of the gate;
+    * K (2 D + those 2 H or 4 H) of routed experts, which get a copy of the state and give one back; 3 E of the gate;
+    * K (2 D + 2 H) of LoRA experts, which act inside the dense network and leave H of its 2 H to be kept; with a single
+      expert a token 2 D + 3 H beside all of it;
     * V of the head, and V more in fp32, its log-softmax.
 
     With checkpointing each layer keeps its input alone, and one layer at a time the rest (Chen et al. 2016). What
@@ -137,7 +138,8 @@ def _kept(layout: Layout, layer: Layer, size: int) -> int:
     if routed := layer.routed:
         values += 3 * routed.experts + 2 * routed.top_k * D
         if routed.inside_dense:
-            values += routed.top_k * 3 * _hidden(layer.matrices["dense FFN"], D) // 2
+            hidden = _hidden(layer.matrices["dense FFN"], D)
+            values += hidden * 3 // 2 if routed.top_k == 1 else routed.top_k * hidden - hidden // 2
     norms = sum(_norm(width, plain, size) * _heads(width, layer, D) for width, plain in layer.norms)
     return size * values + norms
 

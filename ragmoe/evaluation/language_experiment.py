@@ -1,0 +1,164 @@
+"""Running an experiment with language models: train each arm on documents, and measure its loss on others.
+
+    ragmoe eval experiment eval/experiments/lm_domains.yaml --data DIR
+
+Everything that was done is taken up again, as in experiment_run.py; an arm's figures lie in ``perplexity.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ragmoe._errors import UsageError
+from ragmoe._folders import expect_folder
+from ragmoe.evaluation.experiment import LanguageExperiment
+from ragmoe.evaluation.experiment_folder import ExperimentFolder
+from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, write
+from ragmoe.evaluation.language_report import gather_language
+from ragmoe.evaluation.language_results import LanguageResults, documents_digest
+from ragmoe.evaluation.opening import index_of_recipe
+from ragmoe.evaluation.perplexity import document_losses
+from ragmoe.evaluation.perturbation import REAL
+
+if TYPE_CHECKING:
+    from ragmoe.corpus.types import Passage
+    from ragmoe.index import Index
+    from ragmoe.neighbours import Neighbours
+    from ragmoe.training.callbacks import Shows
+    from ragmoe.training.config import TrainingConfig
+    from ragmoe.training.language import LanguageDataset
+
+
+def run_language_experiment(
+    experiment: LanguageExperiment,
+    *,
+    out: str | Path | None = None,
+    only: Sequence[str] = (),
+    command: str | None = None,
+    say: Callable[[str], None] | None = None,
+    index_progress: Callable[[str, int, int], None] | None = None,
+    show_training: Shows | None = None,
+) -> Outcome:
+    """Run an experiment with language models, or go on with one; the arguments are those of ``run_experiment``.
+
+    Raises:
+        RagmoeError: a file or an index is wrong, or an arm in ``out`` was trained with another configuration.
+    """
+    from ragmoe.corpus import read_passages
+
+    if unknown := [name for name in only if name not in experiment.arm_names]:
+        raise UsageError(f"there is no arm {unknown[0]!r}; there are: {', '.join(experiment.arm_names)}")
+    root = Path(out) if out else default_folder(experiment)
+    expect_folder(root)
+    say = say or (lambda line: None)
+    documents = list(read_passages([str(experiment.resolve(source)) for source in experiment.documents]))
+    index = index_of_recipe(experiment.resolve(experiment.index), progress=index_progress)
+    folder = ExperimentFolder(experiment, root, index.digest)
+    for seed in experiment.seeds:
+        for arm in experiment.arm_names:
+            folder.check(arm, seed, experiment.training(arm, seed, index.folder))
+    digest = documents_digest(documents, index.digest)
+    for seed in experiment.seeds:
+        for arm in only or experiment.arm_names:
+            model, tokenizer, config = _model(folder, arm, seed, index, say, show_training)
+            known = LanguageResults.load(folder.place(arm, seed))
+            wanted = {REAL, *(experiment.perturbations if _is_shown(model) else ())}
+            if known is not None and known.documents == digest and known.losses.keys() == wanted:
+                continue
+            say(f"{arm}, seed {seed}: predicting {len(documents)} documents")
+            data = _dataset(model, tokenizer, config, documents, index, root / "cache")
+            _measure(model, data, index, sorted(wanted), digest).save(folder.place(arm, seed))
+    outcome = gather_language(folder, digest, command or command_of(experiment, only))
+    outcome.written = write(outcome)
+    return outcome
+
+
+def _model(
+    folder: ExperimentFolder, arm: str, seed: int, index: Index, say: Callable[[str], None], show: Shows | None
+) -> tuple[Any, Any, TrainingConfig]:
+    """An arm's model, trained first where it is not yet; its tokenizer; and its configuration."""
+    from ragmoe.generation import Generator
+    from ragmoe.training import train
+    from ragmoe.training.config import LanguageConfig
+    from ragmoe.training.decoders import open_decoder
+
+    config, bundle = folder.experiment.training(arm, seed, index.folder), folder.bundle(arm, seed)
+    if arm in folder.experiment.untrained_arms:
+        return *open_decoder(config, index, (config.language or LanguageConfig()).neighbours), config
+    if folder.trained(arm, seed):
+        say(f"{arm}, seed {seed}: trained already")
+    else:
+        say(f"{arm}, seed {seed}: training {config.train.steps} steps")
+        folder.begin(arm, seed)
+        done = train(config, out=bundle, resume=True, cache=folder.root / "cache", show=show)
+        folder.end(arm, seed, done.seconds)
+    generator = Generator.load(bundle)
+    return generator.model, generator.tokenizer, config
+
+
+def _is_shown(model: Any) -> bool:
+    """Whether other neighbours would be anything else to a model; what the oracle sees is no neighbour."""
+    from ragmoe.gates import gate_class
+    from ragmoe.generation.batches import sees_neighbours
+
+    return sees_neighbours(model) and not gate_class(model.config.gate).uses_domain
+
+
+def _dataset(
+    model: Any, tokenizer: Any, config: TrainingConfig, documents: Sequence[Passage], index: Index, cache: Path
+) -> LanguageDataset:
+    """The chunks to be predicted, each once, with their neighbours for a model whose gate sees them."""
+    from ragmoe.generation.batches import sees_neighbours
+    from ragmoe.training.config import LanguageConfig
+    from ragmoe.training.language import LanguageDataset
+
+    return LanguageDataset(
+        documents,
+        index if sees_neighbours(model) else None,
+        tokenizer,
+        config.language or LanguageConfig(),
+        cache=cache,
+        recall=lambda neighbours, domain: model.recall(neighbours, index, [domain]),
+    )
+
+
+def _measure(
+    model: Any, data: LanguageDataset, index: Index, conditions: Sequence[str], digest: str
+) -> LanguageResults:
+    from ragmoe.moe import RoutingStatistics
+    from ragmoe.training.decoders import decoder_parameters
+
+    layers = list(getattr(model, "sparse_layers", ()))
+    routed = RoutingStatistics(layers, model.config.experts) if layers and model.config.experts > 1 else None
+    shown: Mapping[str, Callable[[int], Neighbours | None]] = {
+        REAL: data.neighbours,
+        "null": partial(_none, data, index),
+        "shuffled": partial(_another, data),
+    }
+    losses = {
+        name: document_losses(model, data, shown=shown[name], statistics=routed if name == REAL else None)
+        for name in conditions
+    }
+    counts = decoder_parameters(model)
+    sizes = {name: counts[name] for name in ("active", "total")}
+    return LanguageResults(digest, sizes, losses, routed.summary() if routed is not None else None)
+
+
+def _none(data: LanguageDataset, index: Index, place: int) -> Neighbours:
+    from ragmoe.neighbours import Neighbours
+
+    empty = Neighbours.empty(1, index.width, data.config.neighbours)
+    return data.recall(empty, data.documents[data.chunks[place].document].domain)
+
+
+def _another(data: LanguageDataset, place: int) -> Neighbours | None:
+    """The neighbours of the chunk that lies half of all chunks further on, or of the next after it that has some."""
+    total = len(data.chunks)
+    for step in range(total):
+        other = (place + total // 2 + step) % total
+        if data.chunks[other].number and data.chunks[other].document != data.chunks[place].document:
+            return data.neighbours(other) if data.chunks[place].number else data.neighbours(place)
+    return data.neighbours(place)

@@ -1,0 +1,169 @@
+"""An experiment with language models, from training to its result: resumed, compared, and shown other neighbours."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from stub_encoder import StubEncoder
+from tiny_decoder import byte_tokenizer, tiny_llama
+
+from ragmoe import ConfigError, DataError
+from ragmoe.evaluation.experiment import LanguageExperiment, load_experiment
+from ragmoe.evaluation.language_experiment import run_language_experiment
+from ragmoe.evaluation.language_report import report_language_experiment
+from ragmoe.evaluation.language_results import FILE, LanguageResults
+from ragmoe.evaluation.result import Result
+from ragmoe.index import BuildOptions, build_index
+
+WORDS = {"river": "ferry quay tide barge mast rope", "market": "bread cheese apple honey scale coin"}
+SPARSE = {"experts": 2, "top_k": 1, "expert_kind": "lora", "expert_rank": 8, "gate_width": 8}
+
+
+def documents(split: int) -> str:
+    draw, rows = random.Random(split), []
+    for domain, words in WORDS.items():
+        for at in range(3):
+            text = " ".join(draw.choice(words.split()) for _ in range(30))
+            rows.append({"id": f"{domain}-{split}-{at}", "text": text, "domain": domain})
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents to learn from and others to predict, an index of the former, a base, and the experiment."""
+    folder = tmp_path_factory.mktemp("language")
+    for split, name in enumerate(("train", "valid")):
+        (folder / f"{name}.jsonl").write_text(documents(split))
+    source = (str(folder / "train.jsonl"),)
+    build_index(
+        BuildOptions(source, folder / "index", encoder=StubEncoder(), chunk_words=10, chunk_overlap=0, rechunk=True)
+    )
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    names = ["river", "market"]
+    spec: dict[str, Any] = {
+        "name": "small",
+        "index": "index",
+        "documents": ["valid.jsonl"],
+        "perturbations": ["null", "shuffled"],
+        "train": {
+            "base": "base",
+            "model": SPARSE,
+            "data": {"documents": ["train.jsonl"]},
+            "language": {"chunk_tokens": 48, "context_tokens": 8, "neighbours": 3},
+            "train": {"steps": 3, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"},
+            "checkpoint_every": 0,
+        },
+        "arms": {
+            "dense": {"model.gate": "token", "model.experts": 1},
+            "retrieval": {"model.gate": "retrieval"},
+            "oracle": {"model.gate": "oracle", "model.expert_names": names},
+        },
+        "untrained": {"untrained": "retrieval"},
+        "comparisons": [["retrieval", "dense"], ["dense", "untrained"]],
+        "notes": {"dense": "one expert"},
+        "result": "result.json",
+    }
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _stub_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "ragmoe.index.folder.load_encoder", lambda name: name if not isinstance(name, str) else StubEncoder()
+    )
+
+
+def load(folder: Path) -> LanguageExperiment:
+    found = load_experiment(folder / "experiment.yaml")
+    assert isinstance(found, LanguageExperiment)
+    return found
+
+
+def test_from_training_to_the_result_and_taken_up_again(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    part = run_language_experiment(load(folder), out=tmp_path, only=["dense"], say=said.append)
+    assert part.missing == ["untrained seed 0", "retrieval seed 0", "oracle seed 0"]
+    assert not (folder / "result.json").exists()
+    said.clear()
+    whole = run_language_experiment(load(folder), out=tmp_path, say=said.append)
+    assert not whole.missing and "dense, seed 0: trained already" in said
+    assert [line for line in said if "predicting" in line] == [
+        f"{arm}, seed 0: predicting 6 documents" for arm in ("untrained", "retrieval", "oracle")
+    ]
+    result = Result.read(folder / "result.json")
+    arms = result.arms
+    assert arms["dense"].perplexity < arms["untrained"].perplexity
+    assert set(arms["dense"].per_domain) == set(WORDS) and arms["dense"].per_domain["river"].f1 is None
+    # Each domain has one expert, and the oracle always takes it.
+    assert arms["oracle"].normalised_mi == pytest.approx(1.0) and arms["dense"].normalised_mi is None
+    pairs = [(c.a, c.b, c.setting) for c in result.comparisons]
+    assert pairs == [
+        ("retrieval", "dense", "valid"),
+        ("dense", "untrained", "valid"),
+        ("untrained", "untrained", "valid+null"),
+        ("untrained", "untrained", "valid+shuffled"),
+        ("retrieval", "retrieval", "valid+null"),
+        ("retrieval", "retrieval", "valid+shuffled"),
+    ]
+    drop = result.comparisons[1]
+    assert drop.metric == "perplexity_percent" and drop.high < 0
+    assert drop.difference == pytest.approx(
+        100 * (arms["dense"].perplexity / arms["untrained"].perplexity - 1), rel=1e-6
+    )
+    text = (folder / "result.md").read_text()
+    for words in ("### Perplexity", "### Comparisons", "by domain, %", "- dense: one expert", "valid+shuffled"):
+        assert words in text
+
+
+def test_an_untrained_retrieval_gate_makes_nothing_of_neighbours(folder: Path, tmp_path: Path) -> None:
+    experiment = load(folder)
+    run_language_experiment(experiment, out=tmp_path, only=["untrained"])
+    found = LanguageResults.load(tmp_path / "untrained" / "seed-0")
+    assert found is not None
+    assert found.losses["real"] == found.losses["null"] == found.losses["shuffled"]
+    # All bytes and none twice.
+    rows = [json.loads(line) for line in (folder / "valid.jsonl").read_text().splitlines()]
+    assert [loss.tokens for loss in found.losses["real"]] == [len(row["text"].encode()) for row in rows]
+    (tmp_path / "untrained" / "seed-0" / FILE).write_text("{")
+    with pytest.raises(DataError, match="holds nothing of the experiment small"):
+        report_language_experiment(experiment, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["t.yaml"]}, "tasks"),
+        ({"perturbations": ["wrong_domain"]}, "perturbations"),
+        ({"documents": []}, "documents"),
+    ],
+)
+def test_what_it_may_not_say(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    spec = {**yaml.safe_load((folder / "experiment.yaml").read_text()), **changes}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(tmp_path / "experiment.yaml")
+
+
+def test_the_command_line_knows_it_by_its_documents(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from typer.testing import CliRunner
+
+    from ragmoe.cli.main import app
+
+    monkeypatch.chdir(tmp_path)
+    file = os.path.relpath(folder / "experiment.yaml")
+    runner: Callable[..., Any] = CliRunner().invoke
+    made = runner(app, ["eval", "experiment", file, "--only", "untrained", "--out", "out"])
+    assert made.exit_code == 0 and "Perplexity" in made.output
+    again = runner(app, ["eval", "report", file, "--out", "out", "--json"])
+    assert again.exit_code == 0 and '"perplexity":' in again.output
