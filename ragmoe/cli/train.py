@@ -43,7 +43,7 @@ def train(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Fine-tune a reader, or a generator where the base is a causal language model, on questions and an index."""
+    """Fine-tune a reader or, of a causal language model, a generator on questions; or the latter on documents."""
     import json
     from dataclasses import asdict
 
@@ -73,7 +73,8 @@ def train(
         f"{counts['total'] / 1e6:.1f} M parameters, {counts['active'] / 1e6:.1f} M active for a token, "
         f"{counts['trained'] / 1e6:.2f} M trained"
     )
-    console.print(f'next: ragmoe ask {result.bundle} "a question" --index {resolved.data.index}')
+    if not resolved.data.documents:
+        console.print(f'next: ragmoe ask {result.bundle} "a question" --index {resolved.data.index}')
 
 
 def _kept(out: Path, every: int) -> str:

@@ -221,6 +221,11 @@ class LanguageExperiment(Experiment):
     documents: list[str] = Field(min_length=1)
     perturbations: list[Literal["null", "shuffled"]] = []
 
+    @field_validator("perturbations", mode="before")
+    @classmethod
+    def _bare_nulls(cls, value: object) -> object:
+        return ["null" if entry is None else entry for entry in value] if isinstance(value, list) else value
+
 
 def load_experiment(
     path: str | Path, *, overrides: Sequence[str] = (), seeds: Sequence[int] | None = None
@@ -238,12 +243,12 @@ def load_experiment(
     content = read_yaml(path, "experiment", "ragmoe eval experiment FILE.yaml")
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(content).__name__}")
+    kind = LanguageExperiment if "documents" in content else Experiment
     try:
-        kind = LanguageExperiment if "documents" in content else Experiment
         experiment = kind.model_validate({**content, **({"seeds": list(seeds)} if seeds is not None else {})})
     except ValidationError as error:
         raise ConfigError(
-            f"{path}: {describe(error)}", hint=f"an experiment may have: {', '.join(Experiment.model_fields)}"
+            f"{path}: {describe(error)}", hint=f"an experiment may have: {', '.join(kind.model_fields)}"
         ) from None
     for override in overrides:
         if "=" not in override:

@@ -74,7 +74,9 @@ def _line(record: dict[str, Any], steps: int, layers: Sequence[int]) -> str:
     """One line: losses, then load per expert (per cent), gate entropy (nats) and overflow of each sparse layer."""
     text = f"step {record['step']}/{steps}  loss {record['loss']:.3f}"
     if record["load"] and len(record["load"][0]) > 1:
-        text += f"  balance {record['balance_loss']:.3f}"
+        # A decoder does not compute a loss whose weight is zero.
+        if "balance_loss" in record:
+            text += f"  balance {record['balance_loss']:.3f}"
         for at, layer in enumerate(layers):
             shares = " ".join(f"{100 * share:.0f}" for share in record["load"][at])
             text += f"  layer {layer}: load {shares} entropy {record['gate_entropy'][at]:.2f}"

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "small",
         "index": "index",
         "documents": ["valid.jsonl"],
-        "perturbations": ["null", "shuffled"],
+        "perturbations": [None, "shuffled"],
         "train": {
             "base": "base",
             "model": SPARSE,

@@ -108,6 +108,21 @@ def test_a_dry_run_shows_chunks(content: Config) -> None:
     assert all(row["target"] for row in report["first_batch"])
 
 
+def test_losses_of_no_weight_are_left_out_of_the_log(content: Config, tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    class Show:
+        def stage(self, name: str, done: int, total: int) -> None: ...
+
+        def line(self, text: str) -> None:
+            lines.append(text)
+
+    for weight in (0.0, 0.01):
+        model = {**SPARSE, "balance_loss": weight}
+        train(content(model=model, **{"train.steps": 1}), out=tmp_path / str(weight), show=Show())
+    assert ["balance" in line for line in lines] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
