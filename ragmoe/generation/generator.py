@@ -8,6 +8,7 @@ Any Hugging Face causal language model will do; neighbours go to those whose gat
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,11 @@ def is_generator(folder: str | os.PathLike[str]) -> bool:
         return False
     names = config.get("architectures") if isinstance(config, dict) else None
     return any(str(name).endswith("ForCausalLM") for name in names or ())
+
+
+def register_decoders() -> None:
+    """Make our own families known to the Auto classes, which happens as they are imported."""
+    importlib.import_module("ragmoe.models.families")
 
 
 class Generator:
@@ -82,6 +88,7 @@ class Generator:
                 style = PromptStyle(**json.loads(file.read_text(encoding="utf-8")))
             except (ValueError, TypeError) as error:
                 raise ModelError(f"{file} is damaged: {error}") from None
+        register_decoders()
         with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(path).eval()
         return cls(model, AutoTokenizer.from_pretrained(path), style)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ragmoe._errors import BundleError, ConfigError
 from ragmoe._quiet import quiet_loading
 from ragmoe.generation.batches import sees_neighbours
-from ragmoe.generation.generator import STYLE_NAME, Generator, is_generator
+from ragmoe.generation.generator import STYLE_NAME, Generator, is_generator, register_decoders
 from ragmoe.generation.prompts import PromptStyle
 from ragmoe.index import Index
 from ragmoe.training.config import TrainingConfig
@@ -44,6 +44,7 @@ def open_decoder(config: TrainingConfig, index: Index, neighbours: int) -> tuple
     from ragmoe.models.initialising import make
 
     _check(config)
+    register_decoders()
     encoder = index.manifest.encoder
     with quiet_loading():
         if config.model:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +196,14 @@ def test_a_taught_answer_is_chosen(anna: Generator, index: Index) -> None:
         multiple_choice(anna, [Question("n", "?", ("a",), meta={"choices": ["b", "c"]})], index)
     with pytest.raises(DataError, match="no question was asked"):
         accuracy([])
+
+
+def test_a_decoder_with_gates_opens_in_a_process_that_knows_none_yet(tmp_path: Path) -> None:
+    from ragmoe.models.initialising import init
+
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    init(tmp_path / "base", out=tmp_path / "made", experts=2, expert_rank=8, gate_width=8)
+    code = f"from ragmoe.generation import Generator; print(Generator.load({str(tmp_path / 'made')!r}).config.gate)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "retrieval\n"), done.stderr

@@ -1,5 +1,7 @@
 """Decoders of Hugging Face with gates that see neighbours: one small file a family, what they share in shared.py.
 
+import ragmoe.models.families  # makes them known to the Auto classes
+
 model = AutoModelForCausalLM.from_pretrained("runs/mixtral-retrieval")
 neighbours = index.neighbours(prompts)
 model.generate(**tokenizer(prompts, return_tensors="pt"), **neighbours.tensors())
