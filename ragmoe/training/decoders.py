@@ -48,7 +48,9 @@ def open_decoder(config: TrainingConfig, index: Index, neighbours: int) -> tuple
     encoder = index.manifest.encoder
     with quiet_loading():
         if config.model:
-            given = {"neighbour_width": encoder.width, **config.model}
+            # An arm of an experiment takes back with null what all arms were given.
+            given = {name: value for name, value in config.model.items() if value is not None}
+            given = {"neighbour_width": encoder.width, **given}
             model = make(config.base, seed=config.seed, **given).model.float()
         else:
             model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)

@@ -10,6 +10,7 @@ import torch
 from small_families import BY_HAND, FIELDS, D, L, V, real
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ragmoe import ModelError
 from ragmoe.models.plan import Plan, activation_bytes, plan, read_layout
@@ -48,6 +49,26 @@ def test_gates_keep_what_is_theirs() -> None:
     kinds = plan(FIELDS["ragmoe_bert"], ["neighbour_summary=true"]).parameters_by_kind
     assert kinds["gate"] == 2 * (4 * D + 4 * 16 + 2 * (16 * (D + 32 + 32) + 16 + 1) + D * 16)
     assert kinds["attention"] == L * 4 * (D * D + D) and "other" not in kinds
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("ragmoe_mixtral", {"num_local_experts": 4, "expert_kind": "lora", "expert_rank": 8, "intermediate_size": 160}),
+        ("ragmoe_mixtral", {"num_local_experts": 4, "intermediate_size": 160, "neighbour_summary": True}),
+        ("ragmoe_qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 48, "sparse_layers": [1]}),
+        ("ragmoe_olmoe", {"num_experts": 4, "gate": "token"}),
+        ("ragmoe_glm4_moe", {"n_routed_experts": 4, "moe_intermediate_size": 48, "first_k_dense_replace": 1}),
+    ],
+)
+def test_decoders_with_gates_count_themselves_the_same(family: str, settings: dict[str, Any]) -> None:
+    sizes = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": L, "num_attention_heads": 4, "pad_token_id": 0}
+    found = plan({"model_type": family, **sizes, "num_experts_per_tok": 2, "neighbour_width": 32, **settings})
+    config = AutoConfig.for_model(family, **sizes, num_experts_per_tok=2, neighbour_width=32, **settings)
+    model = AutoModelForCausalLM.from_config(config)
+    assert {name: found.parameters[name] for name in ("total", "active")} == model.parameter_counts()
+    gates = sum(x.numel() for name, x in model.named_parameters() if ".gate.inner." in name or ".summary." in name)
+    assert found.parameters_by_kind["gate"] == gates and not found.notes
 
 
 def test_tied_weights_are_one_parameter_and_two_uses() -> None:

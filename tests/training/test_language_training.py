@@ -90,7 +90,8 @@ def test_the_oracle_is_told_the_domain_and_the_control_the_summary(content: Conf
     batch = run.collator([run.dataset[at] for at in range(16)])
     domains = [run.dataset.documents[run.dataset[at].chunk.document].domain for at in range(16)]
     assert batch["question_domain"].tolist() == [names.index(domain) for domain in domains]
-    summed = prepare(load_config(content(model={**SPARSE, "gate": "token", "neighbour_summary": True})))
+    full = {"gate": "token", "neighbour_summary": True, "expert_kind": "ffn", "expert_rank": None}
+    summed = prepare(load_config(content(model={**SPARSE, **full})))
     summary = summed.model.model.layers[0].summary
     with torch.no_grad():
         same = summed.model(**batch).logits

@@ -86,7 +86,7 @@ class _Found(NamedTuple):
         if not self.layer:
             between = any("embed" in word or word.isdecimal() for word in words)
             return "other" if between else "head"
-        if "moe.gate" in self.path or "summary" in words:
+        if "moe.gate" in self.path or "mlp.gate.inner" in self.path or "summary" in words:
             return "gate"
         outer = next((kind for word in words for kind, name in _OUTER if name in word), None)
         return outer or next((kind for kind, names in _INNER if names & set(words)), "other")

@@ -117,6 +117,7 @@ def _of_mapping(name: str, content: dict[str, Any], overrides: Sequence[str], pa
 
 def _of_fields(name: str, content: dict[str, Any], overrides: Sequence[str]) -> Planned:
     """A model by the fields of its configuration; those of a ``config.json`` may be of any version of transformers."""
+    from ragmoe.models.families import RoutingConfig
     from ragmoe.training.config import set_key
 
     changed = [set_key(content, override) for override in overrides]
@@ -130,7 +131,7 @@ def _of_fields(name: str, content: dict[str, Any], overrides: Sequence[str]) -> 
         raise ConfigError(f"{name} is no configuration of {content['model_type']!r}: {error}") from None
     notes = []
     named = content.get("architectures") or []
-    if named and not _named_class(config) and not isinstance(config, RagmoeBertConfig):
+    if named and not _named_class(config) and not isinstance(config, RagmoeBertConfig | RoutingConfig):
         notes.append(f"transformers has no {named[0]}: counted is its own model of type {config.model_type!r}.")
     dtype = str(content.get("dtype") or content.get("torch_dtype") or "float32")
     length = getattr(config, "max_length", None) if isinstance(config, RagmoeBertConfig) else None
@@ -159,8 +160,10 @@ def known_types() -> list[str]:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
+    from ragmoe.models.families import FAMILIES
+
     names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MASKED_LM_MAPPING_NAMES}
-    return sorted({*names, RagmoeBertConfig.model_type})
+    return sorted({*names, RagmoeBertConfig.model_type, *(f.config_class.model_type for f in FAMILIES.values())})
 
 
 def _check_fields(name: str, kind: Any, names: Iterable[str], error: type[RagmoeError] = ConfigError) -> None:
