@@ -248,7 +248,7 @@ class RagmoeBertForQuestionAnswering(AvailabilityMixin, ReaderMixin, RagmoeBertP
             neighbour_mask,
             neighbour_votes,
             question_domain,
-            asked_of_layers(self.config) if self.training and start_positions is not None else None,
+            asked_of_layers(self.config, step_totals) if self.training and start_positions is not None else None,
         )
         x_QTD = states[-1]
         if attention_mask is None:

@@ -60,8 +60,16 @@ def routing_losses(names: Iterable[str], inputs: Sequence[LossInputs], step: Ste
     return {name: torch.stack([of_layer(name, at) for at in range(len(inputs))]).mean() for name in names}
 
 
-def asked_of_layers(config: RagmoeBertConfig) -> Asked | None:
-    """What the further losses of a configuration ask of a layer besides its routing; None where that is nothing."""
+def asked_of_layers(config: RagmoeBertConfig, step: StepTotals | None = None) -> Asked | None:
+    """What the further losses of a configuration ask of a layer besides its routing; None where that is nothing.
+
+    Args:
+        step: what they are told of the optimiser step, where the batch is a part of it.
+    """
     losses = config.further_losses().values() if config.experts > 1 else ()
-    asked = Asked(any(loss.needs_swapped for loss in losses), any(loss.needs_outputs for loss in losses))
+    asked = Asked(
+        any(loss.needs_swapped for loss in losses),
+        any(loss.needs_outputs for loss in losses),
+        step.swap if step is not None else None,
+    )
     return asked if asked.swapped or asked.outputs else None

@@ -10,12 +10,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from ragmoe._registry import Registry
 from ragmoe.gates.routing import Routing
+
+if TYPE_CHECKING:
+    from ragmoe.moe.probe import Swap
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,17 @@ class Totals(NamedTuple):
 
 @dataclass(frozen=True)
 class StepTotals:
-    """The same for several losses and all sparse layers; ``sums`` has L rows a loss."""
+    """The same for several losses and all sparse layers; ``sums`` has L rows a loss.
+
+    Attributes:
+        swap: for a loss that compares two questions, the neighbours of others of the step, one a question of the
+            micro-batch that is told; None where no loss does.
+    """
 
     tokens: Tensor
     parts: int
     sums: Mapping[str, Tensor]
+    swap: Swap | None = None
 
     def of(self, name: str, layer: int) -> Totals:
         """For one loss in one of the sparse layers, which are counted from 0."""

@@ -5,6 +5,7 @@ S tokens of B questions, D model width, E experts, K experts a token, P pairs of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,12 +19,24 @@ from ragmoe.gates.routing import Routing, Tokens
 from ragmoe.neighbours import Neighbours
 
 
+class Swap(NamedTuple):
+    """For each question the neighbours of another, and whether the two can be compared, bool (B,)."""
+
+    other: Neighbours
+    compared_B: Tensor
+
+
 @dataclass(frozen=True)
 class Asked:
-    """Which parts of a ``Probe`` are wanted."""
+    """Which parts of a ``Probe`` are wanted.
+
+    Attributes:
+        swap: the other questions' neighbours; None takes another question of the same batch.
+    """
 
     swapped: bool
     outputs: bool
+    swap: Swap | None = None
 
 
 class Swapped(NamedTuple):
@@ -69,14 +82,18 @@ def take_probe(
         dense: the network that the experts stand beside, where there is one.
     """
     return Probe(
-        swapped_logits(gate, x_SD, neighbours, tokens) if asked.swapped and neighbours is not None else None,
+        swapped_logits(gate, x_SD, neighbours, tokens, asked.swap)
+        if asked.swapped and neighbours is not None
+        else None,
         own_outputs(experts, x_SD, routing, dense) if asked.outputs else None,
     )
 
 
-def swapped_logits(gate: Gate, x_SD: Tensor, neighbours: Neighbours, tokens: Tokens | None = None) -> Swapped:
-    """The gate's logits under each question's own neighbours and under another's; see ``swap``."""
-    other, compared_B = swap(neighbours)
+def swapped_logits(
+    gate: Gate, x_SD: Tensor, neighbours: Neighbours, tokens: Tokens | None = None, given: Swap | None = None
+) -> Swapped:
+    """The gate's logits under each question's own neighbours and under another's: those given, or see ``swap``."""
+    other, compared_B = swap(neighbours) if given is None else given
     tokens = Tokens.of(x_SD) if tokens is None else tokens
     own_SE, other_SE = (
         gate.placed_logits(x_SD, of, tokens).float().masked_fill(~gate.available, -torch.inf)
@@ -85,8 +102,8 @@ def swapped_logits(gate: Gate, x_SD: Tensor, neighbours: Neighbours, tokens: Tok
     return Swapped(own_SE, other_SE, compared_B.repeat_interleave(x_SD.shape[0] // len(neighbours)))
 
 
-def swap(neighbours: Neighbours) -> tuple[Neighbours, Tensor]:
-    """For each question the neighbours of another of the batch, and whether the two can be compared, bool (B,).
+def swap(neighbours: Neighbours) -> Swap:
+    """For each question the neighbours of another of these, and whether the two can be compared.
 
     The other question is the next in the order of their best scores: so it does not depend on the batch's own order.
     """
@@ -101,7 +118,17 @@ def swap(neighbours: Neighbours) -> tuple[Neighbours, Tensor]:
     partner_B[order_B] = order_B[after_B]
     other = neighbours.rows(partner_B)  # type: ignore[arg-type]
     same_B = (other.embeddings_BNR == neighbours.embeddings_BNR).flatten(1).all(dim=1)
-    return other, has_B & has_B[partner_B] & ~same_B
+    return Swap(other, has_B & has_B[partner_B] & ~same_B)
+
+
+def swap_in_step(batches: Sequence[Neighbours]) -> list[Swap]:
+    """``swap`` among all questions of an optimiser step, for each of its micro-batches."""
+    other, compared_B = swap(Neighbours.stack(batches))
+    found, begin = [], 0
+    for batch in batches:
+        rows = range(begin, begin := begin + len(batch))
+        found.append(Swap(other.rows(rows), compared_B[rows.start : rows.stop]))
+    return found
 
 
 def own_outputs(experts: Experts, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:

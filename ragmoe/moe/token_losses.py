@@ -104,7 +104,7 @@ class Context(TokenLoss):
     both distributions would have no gradient where they are alike, which is where a gate starts.
 
     Tokens count 0 whose question, or the other one, has no neighbours to compare. The other question is one of the same
-    micro-batch (see ``ragmoe.moe.probe.swap``): so this loss alone depends on how a step is cut, whatever its scope.
+    optimiser step (see ``ragmoe.moe.probe.swap``), however the step is cut; on several ranks one of the same rank's.
     """
 
     summary = "makes the gate heed the neighbours, where it routes by the token alone; needs a gate that sees them"

@@ -155,7 +155,7 @@ def prepare_reader(config: TrainingConfig, *, cache: Path | None = None, show: S
     new_expert = begin_new_expert(model, config, index, fit, held, cache, show)
     if new_expert is not None:
         model = new_expert.model
-    check_losses(model.config, fit, train.batch_size)
+    check_losses(model.config, fit, train.batch_size * train.accumulation)
     adapted = make_trainable(model, config)
 
     raw = config.data.question_field == "question_raw"

@@ -18,6 +18,8 @@ from ragmoe._errors import ConfigError, ModelError
 from ragmoe.corpus.types import Question
 from ragmoe.moe import routing_loss
 from ragmoe.moe.losses import loss_inputs
+from ragmoe.moe.probe import Swap, swap_in_step
+from ragmoe.neighbours import Neighbours
 
 
 def step_tokens(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -58,12 +60,21 @@ def step_sums(
     return found
 
 
-def check_losses(config: Any, questions: Sequence[Question], batch_size: int) -> None:
-    """Refuse losses that these questions, or micro-batches of this size, would teach nothing.
+def step_swaps(config: Any, batches: Iterable[Mapping[str, Tensor]]) -> list[Swap]:
+    """For each of some micro-batches the neighbours of other questions among all of them; empty where no loss asks."""
+    losses = config.further_losses().values() if config.experts > 1 else ()
+    if not any(loss.needs_swapped for loss in losses):
+        return []
+    found = [Neighbours.from_tensors(batch) for batch in batches]
+    return swap_in_step([neighbours for neighbours in found if neighbours is not None])
+
+
+def check_losses(config: Any, questions: Sequence[Question], step_size: int) -> None:
+    """Refuse losses that these questions, or optimiser steps of this size, would teach nothing.
 
     Raises:
         ModelError: no question belongs to a domain that an expert is named after.
-        ConfigError: a micro-batch holds no second question.
+        ConfigError: a step holds no second question.
     """
     for name, loss in config.further_losses().items():
         if loss.needs_domain and not {question.domain for question in questions} & set(config.expert_names or ()):
@@ -72,8 +83,8 @@ def check_losses(config: Any, questions: Sequence[Question], batch_size: int) ->
                 f"named after; the experts are {', '.join(config.expert_names or ())}",
                 hint="name the experts after the domains: model.expert_names=[...]",
             )
-        if loss.needs_swapped and batch_size < 2:
+        if loss.needs_swapped and step_size < 2:
             raise ConfigError(
-                f"train.batch_size is {batch_size}, but the loss {name!r} compares two questions of a micro-batch",
-                hint="set train.batch_size to 2 or more, and train.accumulation to as much less",
+                f"a step has {step_size} question, but the loss {name!r} compares two",
+                hint="set train.batch_size or train.accumulation to 2 or more",
             )

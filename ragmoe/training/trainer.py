@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from transformers import Trainer
 
 from ragmoe.gates import Routing
 from ragmoe.moe import RoutingStatistics, StepTotals
+from ragmoe.moe.probe import Swap
 from ragmoe.training.config import OptimiserConfig
-from ragmoe.training.totals import step_sums, step_tokens
+from ragmoe.training.totals import step_sums, step_swaps, step_tokens
 
 # What a parameter belongs to, by its name; the first that matches.
 _PARTS = (
@@ -84,6 +86,8 @@ class RagmoeTrainer(Trainer):
         self._micro_batches = 0
         self._step_batches: list[dict[str, Any]] = []
         self._step_totals: StepTotals | None = None
+        self._step_swaps: list[Swap] = []
+        self._step_place = 0
 
     def _new_statistics(self) -> RoutingStatistics:
         model: Any = self.model
@@ -119,7 +123,8 @@ class RagmoeTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self._step_batches, self._step_totals = batches, None
+        self._step_batches, self._step_totals, self._step_swaps = batches, None, []
+        self._step_place = 0
         return batches, items
 
     def _totals(self, model: Any) -> StepTotals | None:
@@ -135,10 +140,14 @@ class RagmoeTrainer(Trainer):
             tokens = step_tokens(self._step_batches).to(self.args.device)
             tokens, sums = self.accelerator.reduce((tokens, sums), reduction="sum")
             self._step_totals = StepTotals(tokens, parts, sums)
+            self._step_swaps = step_swaps(self.model.config, map(self._prepare_inputs, self._step_batches))
+        if self._step_swaps:
+            return replace(self._step_totals, swap=self._step_swaps[self._step_place])
         return self._step_totals
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         totals = self._totals(model)
+        self._step_place += 1
         output = model(**inputs) if totals is None else model(**inputs, step_totals=totals)
         losses = {name: output.get(found) for found, name in _LOSSES.items() if found in output}
         losses |= {f"{name}_loss": value for name, value in (output.get("further_losses") or {}).items()}

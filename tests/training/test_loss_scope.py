@@ -56,10 +56,12 @@ def test_with_the_scope_micro_each_part_is_judged_by_itself(made: Run, tmp_path:
 
 @pytest.mark.parametrize("scope", ["micro", "global"])
 def test_means_over_tokens_are_exact_with_either_scope(made: Run, tmp_path: Path, scope: str) -> None:
-    whole = Step(made, tmp_path, 4, 1, TOKENS, loss_scope=scope)
+    losses = {**TOKENS, "context": 5.0}
+    whole = Step(made, tmp_path, 4, 1, losses, loss_scope=scope)
+    assert whole.log["context_loss"] > 0
     for cut in CUTS:
-        step = Step(made, tmp_path, *cut, TOKENS, loss_scope=scope)
-        whole.assert_equals(step, "z", "diversity")
+        step = Step(made, tmp_path, *cut, losses, loss_scope=scope)
+        whole.assert_equals(step, "z", "diversity", "context")
         # No loss asks for sums: there was no other pass.
         assert step.told[0].sums == {}
 
@@ -146,7 +148,7 @@ def test_further_losses_are_learned_by_and_written_down(config: Config, tmp_path
         (
             {"model.losses": {"context": 1.0}, "train.batch_size": 1},
             ConfigError,
-            "train.batch_size is 1, but the loss 'context' compares two questions",
+            "a step has 1 question, but the loss 'context' compares two",
         ),
         ({"model.losses": {"switch": 1.0}}, ConfigError, "there is no routing loss 'switch'; there are: "),
         ({"train.loss_scope": "all"}, ConfigError, "train.loss_scope: Input should be 'micro' or 'global'"),
