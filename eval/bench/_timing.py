@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import sys
 import time
@@ -42,9 +43,9 @@ class Clock:
         for turn in range(self.rounds):
             if turn >= 3 and time.perf_counter() - begin > self.seconds:
                 break
-            # Each time another one is first: what runs before leaves its traces in memory and caches.
-            first = turn % len(names)
-            for name in (*names[first:], *names[:first]):
+            # What runs before leaves its traces in memory and caches, and two that multiply the same sizes help each
+            # other: of several equal ones the first has oneDNN compile its products, which keeps but so many.
+            for name in random.Random(turn).sample(names, len(names)):
                 taken[name].append(self._seconds(runs[name]))
         return {name: median(values) for name, values in taken.items()}
 
