@@ -178,7 +178,7 @@ def _domain_table(compared: Triples) -> Table | None:
 
 
 def _percent(difference: float, low: float, high: float) -> str:
-    return f"{number(difference, 2, sign=True)} {bounds(low, high, sign=True)}"
+    return f"{number(difference, 2, sign=True)} {bounds(low, high, 2, sign=True)}"
 
 
 def _arm_table(runs: Runs, notes: Mapping[str, str], seconds: Mapping[str, float | None]) -> Table:

@@ -183,7 +183,8 @@ def comparison_table(comparisons: Sequence[tuple[str, str, Comparison]]) -> Tabl
             c.setting,
             c.metric,
             number(c.difference, 2, sign=True),
-            bounds(c.low, c.high, sign=True),
+            # A tenth of a point says little of F1, and much of a perplexity.
+            bounds(c.low, c.high, 2 if c.metric.endswith("percent") else 1, sign=True),
             f"{number(c.seed_spread.get('a'), 2)} / {number(c.seed_spread.get('b'), 2)}",
             str(c.n),
         ]

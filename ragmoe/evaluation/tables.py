@@ -83,9 +83,11 @@ def number(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
     return NONE if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def bounds(low: float | None, high: float | None, *, sign: bool = False) -> str:
+def bounds(low: float | None, high: float | None, digits: int = 1, *, sign: bool = False) -> str:
     """An interval as text."""
-    return NONE if low is None or high is None else f"[{number(low, sign=sign)}, {number(high, sign=sign)}]"
+    if low is None or high is None:
+        return NONE
+    return f"[{number(low, digits, sign=sign)}, {number(high, digits, sign=sign)}]"
 
 
 def _line(cells: Sequence[str]) -> str:
