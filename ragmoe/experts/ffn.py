@@ -14,12 +14,9 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from ragmoe.experts.base import Experts, FeedForward, held_experts, register_experts
+from ragmoe.experts.base import held_experts, register_experts
 from ragmoe.experts.eager import one_by_one
-from ragmoe.experts.glu import allow_sentinels
-from ragmoe.experts.kernel import runs_here
-from ragmoe.experts.rows import weighted_sum
-from ragmoe.gates.routing import Routing
+from ragmoe.experts.fused import FusedKind
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)
@@ -51,33 +48,21 @@ class FusedExperts(nn.Module):
 
 
 @register_experts("ffn")
-class FeedForwardExperts(Experts):
+class FeedForwardExperts(FusedKind):
     """E full networks. With a shared expert, the dense network answers too and the experts start at zero beside it."""
 
-    needs_dense = False
-    has_rank = False
     summary = "full feed-forward networks through transformers' experts kernels"
+    fused_class = FusedExperts
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.shared = bool(config.shared_expert)
-        self.std = float(config.initializer_range)
-        self.fused = FusedExperts(config)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        init.normal_(self.fused.up_proj, mean=0.0, std=self.std)
-        init.zeros_(self.fused.up_proj_bias)
-        init.zeros_(self.fused.down_proj_bias)
         if self.shared:
             init.zeros_(self.fused.down_proj)
-        else:
-            init.normal_(self.fused.down_proj, mean=0.0, std=self.std)
-
-    def allow_empty(self, *, drops: bool) -> None:
-        super().allow_empty(drops=drops)
-        allow_sentinels(self.fused)
 
     @torch.no_grad()
     def copy_dense(self, up: nn.Linear, down: nn.Linear, *, noise: float, generator: torch.Generator) -> float:
@@ -94,12 +79,3 @@ class FeedForwardExperts(Experts):
                 fused.add_(drawn.to(fused.dtype))
                 deviation = max(deviation, drawn.abs().max().item())
         return deviation
-
-    def weighed(self, y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
-        if runs_here(self.fused, y_SKD):
-            return weighted_sum(y_SKD, weights_SK)
-        return super().weighed(y_SKD, weights_SK)
-
-    def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
-        y_SD = self.fused(x_SD, routing.experts_SK, self.kept_weights(routing))
-        return y_SD + dense(x_SD) if dense is not None else y_SD

@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from ragmoe._errors import ConfigError
-from ragmoe.experts.base import Experts, FeedForward, held_experts, register_experts
+from ragmoe.experts.base import FeedForward, held_experts, register_experts
 from ragmoe.experts.eager import one_by_one
-from ragmoe.experts.kernel import runs_here
-from ragmoe.experts.rows import weighted_sum
-from ragmoe.gates.routing import Routing
+from ragmoe.experts.fused import FusedKind
 
 
 @use_experts_implementation
@@ -45,42 +42,21 @@ class FusedGluExperts(nn.Module):
 
 
 @register_experts("glu")
-class GluExperts(Experts):
+class GluExperts(FusedKind):
     """E gated networks, as decoders have them; they cannot start from a dense network without a gate of its own."""
 
-    needs_dense = False
-    has_rank = False
     summary = "full gated networks (SwiGLU) through transformers' experts kernels, for decoders"
+    fused_class = FusedGluExperts
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.std = float(config.initializer_range)
-        self.fused = FusedGluExperts(config)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        init.normal_(self.fused.gate_up_proj, mean=0.0, std=self.std)
-        init.normal_(self.fused.down_proj, mean=0.0, std=self.std)
 
     def copy_dense(self, up: nn.Linear, down: nn.Linear, *, noise: float, generator: torch.Generator) -> float:
         raise ConfigError(
             "expert_kind is 'glu', but the base's feed-forward networks have no gate to start from",
             hint="model.expert_kind=lora or model.expert_kind=ffn",
         )
-
-    def allow_empty(self, *, drops: bool) -> None:
-        super().allow_empty(drops=drops)
-        allow_sentinels(self.fused)
-
-    def weighed(self, y_SKD: Tensor, weights_SK: Tensor) -> Tensor:
-        if runs_here(self.fused, y_SKD):
-            return weighted_sum(y_SKD, weights_SK)
-        return super().weighed(y_SKD, weights_SK)
-
-    def forward(self, x_SD: Tensor, routing: Routing, dense: FeedForward | None) -> Tensor:
-        y_SD = self.fused(x_SD, routing.experts_SK, self.kept_weights(routing))
-        return y_SD + dense(x_SD) if dense is not None else y_SD
 
 
 def gated(mlp: Any) -> FeedForward:
@@ -94,8 +70,3 @@ def gated(mlp: Any) -> FeedForward:
         return mlp.act_fn(gate) * up
 
     return FeedForward(up, act, mlp.down_proj)
-
-
-def allow_sentinels(fused: nn.Module) -> None:
-    """Let transformers' kernels expect E for nobody, which expert parallelism writes for other ranks' experts."""
-    fused._is_expert_parallel = True  # type: ignore[assignment]
