@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from stub_encoder import StubEncoder
 from tiny import save_tiny_bert
 
@@ -38,14 +37,6 @@ def _questions(number: int, thing: str) -> list[dict[str, Any]]:
         row |= {"id": f"q{number}-{at}", "domain": passage["domain"]}
         row["gold_ids"] = [passage["id"]] if row["answers"] else []
     return rows
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import killed_at
 from stub_encoder import StubEncoder
 from tiny import save_tiny_bert
 from torch import Tensor
@@ -24,7 +25,7 @@ from ragmoe.gates import Routing
 from ragmoe.index import BuildOptions, build_index
 from ragmoe.models.growth import grow, settle
 from ragmoe.models.plan import plan
-from ragmoe.training import RagmoeTrainer, TrainingConfig, prepare, train
+from ragmoe.training import TrainingConfig, prepare, train
 from ragmoe.training import adding as add_module
 from ragmoe.training.adding import Judges, add_expert, new_expert_config
 from ragmoe.training.lesson import calling_loss, margins
@@ -296,32 +297,16 @@ def test_the_bias_follows_the_questions(
 
 
 def test_a_killed_addition_leaves_the_old_version_and_goes_on(
-    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", bundle()
     shutil.copytree(killed, whole)
     settings = ("checkpoint_every=2", "model.token_dropout=0.3")
     add_expert(whole, market(whole, *settings, steps=5))
     before = tensors_of(killed)
-
-    class KilledError(Exception):
-        pass
-
-    steps = 0
-    real = RagmoeTrainer.compute_loss
-
-    def until_killed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 5:
-            raise KilledError
-        return real(self, *args, **kwargs)
-
     config = market(killed, *settings, steps=5)
-    with monkeypatch.context() as patch:
-        patch.setattr(RagmoeTrainer, "compute_loss", until_killed)
-        with pytest.raises(KilledError):
-            add_expert(killed, config)
+    with killed_at(5):
+        add_expert(killed, config)
     assert read_map(killed).version == 1
     assert all(torch.equal(x, before[name]) for name, x in tensors_of(killed, verify=True).items())
     with pytest.raises(ConfigError, match="did not finish"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import killed_at
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -95,23 +96,8 @@ def test_a_killed_run_resumes_to_the_same_model(
     content = config(**{"train.steps": 6, "checkpoint_every": 2, "model.token_dropout": 0.3, "train.dropout": 0.1})
     whole = train(content, out=tmp_path / "whole")
 
-    class KilledError(Exception):
-        pass
-
-    steps = 0
-    real = RagmoeTrainer.compute_loss
-
-    def until_killed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 6:
-            raise KilledError
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(RagmoeTrainer, "compute_loss", until_killed)
-    with pytest.raises(KilledError):
+    with killed_at(6):
         train(content, out=tmp_path / "killed")
-    monkeypatch.undo()
     monkeypatch.setattr("ragmoe.index.folder.load_encoder", lambda name: pytest.fail("retrieved again"))
     with pytest.raises(ConfigError, match="did not finish") as caught:
         train(content, out=tmp_path / "killed")
