@@ -1,4 +1,4 @@
-"""Folders that are to be written."""
+"""Folders that are to be written, and those that are the user's own."""
 
 from __future__ import annotations
 
@@ -21,3 +21,15 @@ def expect_folder(folder: str | os.PathLike[str], error: type[RagmoeError] = Con
     if not there.is_dir():
         raise error(f"{folder} cannot be made: {there} is a file", hint="name another with --out")
     return there
+
+
+def cache_folder() -> Path:
+    """What can be made again: ``$RAGMOE_CACHE``, else ``ragmoe`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if own := os.environ.get("RAGMOE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ragmoe"
+
+
+def state_folder() -> Path:
+    """What is kept of earlier runs: ``ragmoe`` in ``$XDG_STATE_HOME`` or ``~/.local/state``."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "ragmoe"

@@ -22,6 +22,7 @@ os.environ.update(
     HF_HOME=_CACHE,
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
+    XDG_STATE_HOME=_CACHE,
     TOKENIZERS_PARALLELISM="false",
 )
 

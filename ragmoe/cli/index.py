@@ -113,6 +113,12 @@ def build(
     rechunk: Annotated[bool | None, typer.Option("--rechunk", help="Cut also passages that bring an id.")] = None,
     on_error: OnErrorOption = None,
     long_passages: LongOption = None,
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Of text files: utf-8, latin-1, cp1252, utf-16 and others.", show_default="utf-8"
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read, check and estimate; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a build that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the index that is there.")] = False,
@@ -133,6 +139,7 @@ def build(
         "rechunk": rechunk,
         "on_error": on_error and on_error.value,
         "long_passages": long_passages and long_passages.value,
+        "encoding": encoding,
     }
     options = _options(recipe, {key: value for key, value in flags.items() if value is not None}, resume, overwrite)
     from ragmoe.index.build import plan_build

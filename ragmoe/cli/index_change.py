@@ -39,6 +39,9 @@ class OnErrorChoice(StrEnum):
 
 IndexArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The index folder.", show_default=False)]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Read, check and estimate; write nothing.")]
+EncodingOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Of text files: utf-8, latin-1, cp1252, utf-16 and others.")
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with what was stopped.")]
 
 
@@ -59,6 +62,7 @@ def add(
     on_error: Annotated[
         OnErrorChoice, typer.Option(help="At a bad line: stop, or skip and count it.")
     ] = OnErrorChoice.fail,
+    encoding: EncodingOption = "utf-8",
     dry_run: DryRunOption = False,
     resume: ResumeOption = False,
     as_json: JsonOption = False,
@@ -72,7 +76,15 @@ def add(
     def plan() -> BuildPlan | None:
         from ragmoe.index.change import plan_add
 
-        return plan_add(folder, sources, encoder=encoder, domain=domain, on_error=on_error.value, resume=resume)
+        return plan_add(
+            folder,
+            sources,
+            encoder=encoder,
+            domain=domain,
+            on_error=on_error.value,
+            encoding=encoding,
+            resume=resume,
+        )
 
     run_command(folder, plan, "nothing to add: all of it is there already", dry_run, as_json)
 

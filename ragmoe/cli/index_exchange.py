@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ragmoe.cli._output import JsonOption, print_json
-from ragmoe.cli.index_change import DryRunOption, IndexArgument, OnErrorChoice, ResumeOption, run_command
+from ragmoe.cli.index_change import (
+    DryRunOption,
+    EncodingOption,
+    IndexArgument,
+    OnErrorChoice,
+    ResumeOption,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from ragmoe.index.plan import BuildPlan
@@ -69,6 +76,7 @@ def import_(
     on_error: Annotated[
         OnErrorChoice, typer.Option(help="At a bad line: stop, or skip and count it.")
     ] = OnErrorChoice.fail,
+    encoding: EncodingOption = "utf-8",
     dry_run: DryRunOption = False,
     resume: ResumeOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the index that is there.")] = False,
@@ -91,6 +99,7 @@ def import_(
             domain=domain,
             on_error=on_error.value,
             long_passages="windows" if windows else "truncate",
+            encoding=encoding,
             resume=resume,
             overwrite=overwrite,
         )

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from ragmoe._errors import DataError
 from ragmoe._keys import KeyTable
 from ragmoe.corpus.chunking import Chunk, check_sizes, chunk_passage
-from ragmoe.corpus.records import READERS, Record, read_hub
+from ragmoe.corpus.files import check_encoding
+from ragmoe.corpus.records import Record, read_hub, reader_of
 from ragmoe.corpus.sources import source_files
 from ragmoe.corpus.types import Passage
 
@@ -33,8 +34,10 @@ class PassageReader:
         chunk_overlap: int,
         rechunk: bool,
         on_error: OnError,
+        encoding: str,
     ) -> None:
         check_sizes(chunk_words, chunk_overlap)
+        check_encoding(encoding)
         self.skipped: list[str] = []
         self._sources = sources
         self._domain = domain
@@ -42,6 +45,7 @@ class PassageReader:
         self._overlap = chunk_overlap
         self._rechunk = rechunk
         self._on_error = on_error
+        self._encoding = encoding
 
     def __iter__(self) -> Iterator[Passage]:
         return (chunk.passage for chunk in self.chunks())
@@ -73,8 +77,9 @@ class PassageReader:
                 for number, record in enumerate(read_hub(source), start=1):
                     yield record, f"{source.removeprefix('hub:')}-{number}"
             for path, name in files:
+                read = reader_of(path)
                 try:
-                    for number, record in enumerate(READERS[path.suffix.lower()](path), start=1):
+                    for number, record in enumerate(read(path, self._encoding) if read else (), start=1):
                         yield record, name if record.document else f"{name}-{number}"
                 except OSError as error:
                     raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -100,7 +105,10 @@ class PassageReader:
 
     def _bad(self, place: str, reason: str) -> None:
         if self._on_error == "fail":
-            raise DataError(f"{place}: {reason}", hint="mend it, or pass over what is bad with --on-error skip")
+            hint = "mend it, or pass over what is bad with --on-error skip"
+            if reason.startswith("not UTF-8"):
+                hint = "if the file is Latin-1, read it with --encoding latin-1; else " + hint
+            raise DataError(f"{place}: {reason}", hint=hint)
         self.skipped.append(f"{place}: {reason}")
 
 
@@ -112,8 +120,11 @@ def read_passages(
     chunk_overlap: int = 40,
     rechunk: bool = False,
     on_error: OnError = "fail",
+    encoding: str = "utf-8",
 ) -> PassageReader:
     """Read passages from jsonl, parquet, csv, txt, md and html files, folders of them, globs, and ``hub:`` data sets.
+
+    All but parquet may be compressed by gzip or zstd (``.jsonl.gz``, ``.txt.zst``); they are unpacked as they are read.
 
     Records have ``text``, and may have ``id`` (or BEIR's ``_id``), ``title``, ``domain``, ``doc_id`` and ``split``.
     What has an id is a passage and stays whole unless ``rechunk`` is set; what has none, and running text, is cut
@@ -124,14 +135,21 @@ def read_passages(
         chunk_words: words in a chunk at most.
         chunk_overlap: words that neighbouring chunks share.
         on_error: ``fail`` raises at the first bad line, ``skip`` notes it in ``.skipped``.
+        encoding: of text files, by Python's name for it; a byte order mark of UTF-8 is no part of the text.
 
     Raises:
         DataError: on reading, naming the file, the line and the reason; also a source that does not exist.
-        UsageError: chunk sizes that make no sense.
+        UsageError: chunk sizes that make no sense, or an unknown encoding.
     """
     names = [os.fspath(source) for source in sources]
     return PassageReader(
-        names, domain=domain, chunk_words=chunk_words, chunk_overlap=chunk_overlap, rechunk=rechunk, on_error=on_error
+        names,
+        domain=domain,
+        chunk_words=chunk_words,
+        chunk_overlap=chunk_overlap,
+        rechunk=rechunk,
+        on_error=on_error,
+        encoding=encoding,
     )
 
 

@@ -73,7 +73,7 @@ def parse_questions(path: str | os.PathLike[str]) -> Iterator[tuple[str, Questio
         near = sorted(p.name for p in file.parent.glob("*.jsonl")) if file.parent.is_dir() else []
         there = f"; in {file.parent} there is: {', '.join(near)}" if near else ""
         raise DataError(f"questions {path}: there is no such file{there}")
-    for record in read_jsonl(file):
+    for record in read_jsonl(file, "utf-8"):
         problem = record.problem or _problem(record.fields or {})
         yield record.place, None if problem else _question(record.fields or {}), problem
 

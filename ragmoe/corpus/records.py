@@ -1,12 +1,11 @@
 """One reader a file format: each yields raw records with their place, bad ones included, and judges nothing.
 
-Registered by suffix; a new format is one function with ``@reads``.
+Registered by suffix; a new format is one function with ``@reads``, of the file and the encoding of its text.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ragmoe._errors import DataError
+from ragmoe.corpus import files
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,36 +35,50 @@ class Record:
     document: bool = False
 
 
-RecordReader = Callable[[Path], Iterator[Record]]
+RecordReader = Callable[[Path, str], Iterator[Record]]
 # As CommonMark has it: "#tag" and "#!" are no headings.
 _HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)
 READERS: dict[str, RecordReader] = {}
 
 
-def reads(*suffixes: str) -> Callable[[RecordReader], RecordReader]:
-    """Register a reader for files with these suffixes."""
+def reads(*suffixes: str, packed: bool = True) -> Callable[[RecordReader], RecordReader]:
+    """Register a reader for files with these suffixes.
+
+    Args:
+        packed: they may be compressed, with a suffix of that behind.
+    """
+    behind = ("", *files.CODECS) if packed else ("",)
 
     def register(reader: RecordReader) -> RecordReader:
-        READERS.update(dict.fromkeys(suffixes, reader))
+        READERS.update({suffix + more: reader for suffix in suffixes for more in behind})
         return reader
 
     return register
 
 
+def reader_of(path: Path) -> RecordReader | None:
+    """What reads files of a name, None where its format is unknown."""
+    ends = ("".join(path.suffixes[-2:]).lower(), path.suffix.lower())
+    return next((READERS[end] for end in ends if end in READERS), None)
+
+
 @reads(".jsonl")
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """A JSON object a line, UTF-8; blank lines are passed over."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.strip():
-                yield _json_line(f"{path}:{number}", raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
-
-
-def _json_line(place: str, raw: bytes) -> Record:
+def read_jsonl(path: Path, encoding: str) -> Iterator[Record]:
+    """A JSON object a line; blank lines are passed over."""
+    number = 0
     try:
-        fields = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Record(place, None, f"not UTF-8: {error.reason} at byte {error.start + 1}")
+        for number, line in enumerate(files.lines(path, encoding, "\n"), start=1):
+            if line.strip():
+                yield _json_line(f"{path}:{number}", line, encoding)
+    except files.UnreadableError as error:
+        yield Record(f"{path}:{number + 1}", None, str(error))
+
+
+def _json_line(place: str, line: str, encoding: str) -> Record:
+    if bad := files.misfit(line, encoding):
+        return Record(place, None, bad[1])
+    try:
+        fields = json.loads(line)
     except json.JSONDecodeError as error:
         return Record(place, None, f"not JSON: {error.msg} at column {error.colno}")
     except RecursionError:
@@ -75,48 +89,45 @@ def _json_line(place: str, raw: bytes) -> Record:
 
 
 @reads(".csv")
-def read_csv(path: Path) -> Iterator[Record]:
+def read_csv(path: Path, encoding: str) -> Iterator[Record]:
     """Comma-separated with a header line; places name the line on which a row ends.
 
     A cell that is nothing but ``nan`` or ``NaN`` is what pandas and numpy write for a missing value: null.
     """
-    csv.field_size_limit(2**31 - 1)
-    # Bytes that are not UTF-8 come through as surrogates: then only their row is bad, and its line is known.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        while True:
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                # What follows a broken quotation cannot be told apart: nothing more is read of this file.
-                yield Record(f"{path}:{rows.line_num}", None, f"not CSV: {error}")
-                return
-            header = rows.fieldnames or []
-            if not all(map(_is_utf8, header)):
-                yield Record(f"{path}:1", None, "not UTF-8: the header line")
-                return
-            if row is None:
-                return
-            place = f"{path}:{rows.line_num}"
-            if None in row:
-                yield Record(place, None, f"more columns than the header's {len(header)}")
-            elif bad := [key for key, cell in row.items() if cell is not None and not _is_utf8(cell)]:
-                yield Record(place, None, f"not UTF-8: column {bad[0]!r}")
-            else:
-                yield Record(place, {key: None if cell in ("nan", "NaN") else cell for key, cell in row.items()})
+    csv.field_size_limit(files.MOST)
+    # A byte that is not of the encoding spoils only its row, and the row's line is known.
+    rows = csv.DictReader(files.lines(path, encoding, ""), strict=True)
+    while True:
+        try:
+            row = next(rows, None)
+        except (csv.Error, files.UnreadableError) as error:
+            # What follows a broken quotation cannot be told apart: nothing more is read of this file.
+            yield Record(f"{path}:{max(rows.line_num, 1)}", None, f"not CSV: {error}")
+            return
+        header = rows.fieldnames or []
+        if bad := files.misfit(" ".join(header), encoding, "the header"):
+            yield Record(f"{path}:1", None, bad[1])
+            return
+        if row is None:
+            return
+        place = f"{path}:{rows.line_num}"
+        if None in row:
+            yield Record(place, None, f"more columns than the header's {len(header)}")
+        elif bad := _misfit_cell(row, encoding):
+            yield Record(place, None, bad[1])
+        else:
+            yield Record(place, {key: None if cell in ("nan", "NaN") else cell for key, cell in row.items()})
 
 
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _misfit_cell(row: dict[str, Any], encoding: str) -> tuple[int, str] | None:
+    cells = ((key, cell) for key, cell in row.items() if cell is not None)
+    found = (files.misfit(cell.replace("\n", " "), encoding, f"column {key!r}") for key, cell in cells)
+    return next(filter(None, found), None)
 
 
-@reads(".parquet")
-def read_parquet(path: Path) -> Iterator[Record]:
-    """The rows of a parquet file, read by row group."""
+@reads(".parquet", packed=False)
+def read_parquet(path: Path, encoding: str) -> Iterator[Record]:
+    """The rows of a parquet file, read by row group; its text is UTF-8 whatever the encoding of others."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -131,33 +142,33 @@ def read_parquet(path: Path) -> Iterator[Record]:
 
 
 @reads(".txt")
-def read_txt(path: Path) -> Iterator[Record]:
+def read_txt(path: Path, encoding: str) -> Iterator[Record]:
     """A whole file of running text; its name is the title."""
-    yield _document(path, lambda text: (path.stem, text))
+    yield _document(path, encoding, lambda text: (files.stem(path), text))
 
 
 @reads(".md", ".markdown")
-def read_md(path: Path) -> Iterator[Record]:
+def read_md(path: Path, encoding: str) -> Iterator[Record]:
     """A Markdown file as it is; its first heading is the title."""
 
     def parse(text: str) -> tuple[str, str]:
         heading = _HEADING.search(text)
-        return heading.group(1) if heading else path.stem, text
+        return heading.group(1) if heading else files.stem(path), text
 
-    yield _document(path, parse)
+    yield _document(path, encoding, parse)
 
 
 @reads(".html", ".htm")
-def read_html(path: Path) -> Iterator[Record]:
+def read_html(path: Path, encoding: str) -> Iterator[Record]:
     """The visible text of an HTML page; its ``<title>`` is the title."""
 
     def parse(text: str) -> tuple[str, str]:
         page = _Page()
         page.feed(text)
         page.close()
-        return page.title.strip() or path.stem, page.text()
+        return page.title.strip() or files.stem(path), page.text()
 
-    yield _document(path, parse)
+    yield _document(path, encoding, parse)
 
 
 def read_hub(source: str) -> Iterator[Record]:
@@ -184,13 +195,14 @@ def read_hub(source: str) -> Iterator[Record]:
         yield Record(f"{source}: row {number}", dict(row))
 
 
-def _document(path: Path, parse: Callable[[str], tuple[str, str]]) -> Record:
+def _document(path: Path, encoding: str, parse: Callable[[str], tuple[str, str]]) -> Record:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        return Record(f"{path}:{line}", None, f"not UTF-8: {error.reason}")
-    title, body = parse(io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True))
+        text = files.whole(path, encoding)
+    except files.UnreadableError as error:
+        return Record(str(path), None, str(error))
+    if bad := files.misfit(text, encoding):
+        return Record(f"{path}:{bad[0]}", None, bad[1])
+    title, body = parse(text)
     return Record(str(path), {"title": title, "text": body}, document=True)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ragmoe._errors import DataError
-from ragmoe.corpus.records import READERS
+from ragmoe.corpus.files import CODECS, stem
+from ragmoe.corpus.records import READERS, reader_of
 
 #: Files, each with the name that its records' ids are made from.
 Named = list[tuple[Path, str]]
@@ -54,7 +55,7 @@ def _files(source: str) -> Named:
         return [(file, file.relative_to(path).as_posix()) for file in files]
     if not path.exists():
         return _matches(source, path)
-    if path.suffix.lower() not in READERS:
+    if reader_of(path) is None:
         found = f"format {path.suffix!r}" if path.suffix else "format of a name without a suffix"
         raise DataError(f"source {source}: the {found} is unknown; known are: {_formats()}")
     return [(path, path.name)]
@@ -68,7 +69,7 @@ def _matches(source: str, pattern: Path) -> Named:
         there = f"; in {pattern.parent} there is: {', '.join(near)}" if near else ""
         raise DataError(f"source {source}: there is no such file, folder or match of a pattern{there}")
     files = [file for match in found for file in (_folder_files(match) if match.is_dir() else [match])]
-    files = [file for file in files if file.suffix.lower() in READERS]
+    files = [file for file in files if reader_of(file)]
     if not files:
         raise DataError(f"source {source}: {len(found)} matches, none of a known format ({_formats()})")
     root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
@@ -83,13 +84,13 @@ def _folder_files(folder: Path) -> list[Path]:
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in READERS
+        if reader_of(path)
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and not (path.name.startswith("passages-") and path.with_name("manifest.json").exists())
     ]
-    corpora = {path.parent for path in files if path.stem == "corpus"}
-    return [path for path in files if path.stem == "corpus" or path.parent not in corpora]
+    corpora = {path.parent for path in files if stem(path) == "corpus"}
+    return [path for path in files if stem(path) == "corpus" or path.parent not in corpora]
 
 
 def _absolute(path: Path) -> Path:
@@ -98,4 +99,5 @@ def _absolute(path: Path) -> Path:
 
 
 def _formats() -> str:
-    return " ".join(sorted(suffix.lstrip(".") for suffix in READERS))
+    plain = sorted(suffix.lstrip(".") for suffix in READERS if suffix.count(".") == 1)
+    return f"{' '.join(plain)}, all but parquet also with {' or '.join(CODECS)} behind"

@@ -131,10 +131,12 @@ class Bm25Searcher:
             # Mapped, an array whose header names more than its file holds is refused; read, it would be allotted first.
             for path in folder.glob("*.npy"):
                 np.load(path, mmap_mode="r", allow_pickle=False)
-            self._index: Any = bm25s.BM25.load(str(folder), load_corpus=False)
+            # The one backend that checks its bounds, whatever the file says.
+            self._index: Any = bm25s.BM25.load(str(folder), load_corpus=False, allow_pickle=False, backend="numpy")
         except (OSError, TypeError, ValueError, KeyError, EOFError) as error:
             raise IndexFolderError(f"{folder} is damaged: {error}") from error
         self._rows = rows
+        self._folder = folder
 
     def search(self, queries: Sequence[str], k: int) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """For each query the best rows and their BM25 scores, best first (ties by row), at most ``k``."""
@@ -144,7 +146,12 @@ class Bm25Searcher:
         known = [token for token in tokens if token in self._index.vocab_dict]
         if not known:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
-        scores = np.asarray(self._index.get_scores(known), dtype=np.float32)
+        try:
+            scores = np.asarray(self._index.get_scores(known), dtype=np.float32)
+        except (IndexError, TypeError, ValueError) as error:
+            raise IndexFolderError(f"{self._folder} is damaged: {error}") from error
+        if len(scores) != self._rows:
+            raise IndexFolderError(f"{self._folder} is damaged: it scores {len(scores)} passages of {self._rows}")
         rows = np.flatnonzero(scores > 0)
         if len(rows) > k:
             # Everything that ties with the k-th stays in, so that the order below decides, not the partition.

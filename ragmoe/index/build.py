@@ -32,6 +32,7 @@ class BuildOptions:
         rechunk: cut also passages that bring an id.
         long_passages: ``windows`` (token-weighted mean of overlapping windows) or ``truncate`` for passages longer
         than the encoder reads.
+        encoding: of text files among the sources.
         resume: go on with a build that was stopped.
         overwrite: replace the index that is there.
     """
@@ -45,6 +46,7 @@ class BuildOptions:
     rechunk: bool = False
     on_error: OnError = "fail"
     long_passages: LongPassages = "windows"
+    encoding: str = "utf-8"
     resume: bool = False
     overwrite: bool = False
 
@@ -60,6 +62,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         chunk_overlap=options.chunk_overlap,
         rechunk=options.rechunk,
         on_error=options.on_error,
+        encoding=options.encoding,
     )
     # An encoder takes seconds to load: unless vectors may be taken over, what is wrong with the sources shows before.
     made = _how(options) if current(options.out) else None

@@ -28,6 +28,7 @@ def plan_add(
     encoder: str | Encoder | None = None,
     domain: str | None = None,
     on_error: OnError = "fail",
+    encoding: str = "utf-8",
     resume: bool = False,
 ) -> BuildPlan | None:
     """Read what is to be added to an index; None where all of it is there already.
@@ -37,6 +38,7 @@ def plan_add(
     Args:
         encoder: a name or an `Encoder`; the one that the index names if None.
         domain: of records that name none.
+        encoding: of text files.
 
     Raises:
         DataError: a bad line or source, or an id that is taken by another text.
@@ -55,6 +57,7 @@ def plan_add(
         chunk_overlap=cut.overlap,
         rechunk=cut.rechunk,
         on_error=on_error,
+        encoding=encoding,
     )
     rows = AddedRows(OldIndex(path, base), reader, on_error)
     contents = read_contents(rows)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ragmoe._errors import IndexFolderError, UsageError
 from ragmoe.corpus.chunking import Chunk
 from ragmoe.corpus.types import Passage
+from ragmoe.index import trust
 from ragmoe.index.bm25 import Bm25Searcher, bm25_name
 from ragmoe.index.encoder import Encoder, check_same, load_encoder
 from ragmoe.index.manifest import Manifest, file_record, read_manifest
@@ -147,10 +148,12 @@ class Index:
 
     @cached_property
     def faiss(self) -> FaissSearcher:
-        """The FAISS side, read at first use."""
-        name = faiss_name(self.manifest.generation)
+        """The FAISS side, read at first use; built anew from the embeddings where this user did not write the file."""
+        name, vectors = faiss_name(self.manifest.generation), embeddings_name(self.manifest.generation)
         path = self._file(name)
-        # faiss trusts what it reads: what is not as it was written does not reach it.
+        # faiss trusts what it reads: what is not as this user wrote it does not reach it.
+        if not trust.is_ours(self.manifest.files[name].sha256):
+            return trust.rebuilt(self.embeddings, self._file(vectors), self.manifest.files[vectors])
         self._check_digests([name])
         return FaissSearcher(path, self.embeddings, self.manifest.faiss)
 

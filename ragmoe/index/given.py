@@ -43,6 +43,7 @@ class ImportOptions:
         ids: with ``.npy``: a file with an id a line, by row; the rows are those of the passages, in order, if None.
         encoder: that made the vectors: its name, or an `Encoder`.
         long_passages: what it did with passages longer than it reads; most cut them.
+        encoding: of text files among the sources.
     """
 
     vectors: Path
@@ -53,6 +54,7 @@ class ImportOptions:
     domain: str | None = None
     on_error: OnError = "fail"
     long_passages: LongPassages = "truncate"
+    encoding: str = "utf-8"
     resume: bool = False
     overwrite: bool = False
 
@@ -69,7 +71,7 @@ def plan_import(options: ImportOptions) -> BuildPlan:
     target = NewIndex(options.out, options.resume, options.overwrite)
     target.check()
     vectors, rows_by_id = _read(options.vectors, options.ids)
-    reader = read_passages(options.sources, domain=options.domain, on_error=options.on_error)
+    reader = read_passages(options.sources, domain=options.domain, on_error=options.on_error, encoding=options.encoding)
     encoder = load_encoder(options.encoder)
     how = How(encoder_record(encoder), options.long_passages, 200, 40, False)
     _check_numbers(options.vectors, vectors, encoder)

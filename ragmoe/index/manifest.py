@@ -21,6 +21,7 @@ FORMAT = 1
 # A manifest has some kilobytes, and a line for each domain.
 _MOST_BYTES = 64_000_000
 _MOST_PASSAGES = 2**40
+_MOST_LISTS = 2**31
 _FILE = r"(passages-{0}\.parquet|texts-{0}\.bin|offsets-{0}\.npy|embeddings-{0}\.npy|index-{0}\.faiss|bm25-{0}/[\w.]+)"
 _NEEDED = ("passages-{0}.parquet", "texts-{0}.bin", "offsets-{0}.npy", "embeddings-{0}.npy", "index-{0}.faiss")
 _BUILD = "build one: ragmoe index build SOURCE... --out DIR"
@@ -64,7 +65,7 @@ class FaissRecord(_Strict):
 
     factory: str
     reason: str
-    nprobe: int | None
+    nprobe: int | None = Field(ge=1, le=_MOST_LISTS)
     recall_at_20: float | None
 
 

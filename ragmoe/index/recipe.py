@@ -38,6 +38,7 @@ class Recipe(BaseModel):
     rechunk: bool = False
     on_error: Literal["fail", "skip"] = "fail"
     long_passages: Literal["windows", "truncate"] = "windows"
+    encoding: str = "utf-8"
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:

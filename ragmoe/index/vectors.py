@@ -69,9 +69,7 @@ def build_faiss(
         sample = np.random.default_rng(0).choice(rows, size=min(rows, _TRAIN_EACH * index.nlist), replace=False)
         sample.sort()
         index.train(unit_rows(embeddings, sample))
-    for start in range(0, rows, _BLOCK):
-        index.add(unit_rows(embeddings, np.arange(start, min(start + _BLOCK, rows))))
-        progress(min(start + _BLOCK, rows))
+    _add_all(index, embeddings, progress)
     nprobe, recall = (None, None) if choice.factory == "Flat" else _tune(index, embeddings)
     try:
         faiss.write_index(index, str(path))
@@ -81,12 +79,16 @@ def build_faiss(
 
 
 class FaissSearcher:
-    """Search of a FAISS file; scores are cosines of the stored embeddings."""
+    """Search of a FAISS file, or exact search without one; scores are cosines of the stored embeddings."""
 
-    def __init__(self, path: Path, embeddings: NDArray[np.float16], record: FaissRecord) -> None:
+    def __init__(self, path: Path | None, embeddings: NDArray[np.float16], record: FaissRecord) -> None:
         faiss = import_faiss()
         try:
-            self.index: Any = faiss.read_index(str(path))
+            if path is None:
+                self.index: Any = faiss.IndexFlatIP(embeddings.shape[1])
+                _add_all(self.index, embeddings, lambda done: None)
+            else:
+                self.index = faiss.read_index(str(path))
         except RuntimeError as error:
             raise IndexFolderError(f"{path} is damaged: faiss cannot read it") from error
         if (self.index.ntotal, self.index.d) != embeddings.shape:
@@ -115,6 +117,13 @@ class FaissSearcher:
             scores = self.cosines(vector, rows)
         order = np.lexsort((rows, -scores))[:k]
         return rows[order], scores[order]
+
+
+def _add_all(index: Any, embeddings: NDArray[np.float16], progress: Callable[[int], None]) -> None:
+    rows = len(embeddings)
+    for start in range(0, rows, _BLOCK):
+        index.add(unit_rows(embeddings, np.arange(start, min(start + _BLOCK, rows))))
+        progress(min(start + _BLOCK, rows))
 
 
 def unit_rows(embeddings: NDArray[np.float16], rows: NDArray[np.int64]) -> NDArray[np.float32]:

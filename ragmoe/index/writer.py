@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ragmoe._errors import DataError, IndexFolderError
 from ragmoe._version import __version__
-from ragmoe.index import bm25, memory
+from ragmoe.index import bm25, memory, trust
 from ragmoe.index import manifest as manifests
 from ragmoe.index._crash import reached
 from ragmoe.index.blocks import Blocks, Encoded
@@ -93,6 +93,7 @@ class Writer:
             manifests.sync(self.folder / name)
         manifests.sync_folder(self.folder / bm25.bm25_name(generation))
         manifest = self._manifest(generation, names, faiss_record)
+        trust.remember(manifest.files[faiss_name(generation)].sha256)
         memory.carry_over(self.folder, manifest.digest, self.recorded, self.origins)
         manifests.write_manifest(self.folder, manifest)
         reached("manifest-written")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ragmoe._errors import BundleError
+from ragmoe._folders import cache_folder
 from ragmoe.bundle import is_bundle
 from ragmoe.models.packing import is_packed, read_about, unpack
 
@@ -29,7 +30,7 @@ def starter_folder() -> Path:
     """
     packed = packed_starter()
     digest = read_about(packed).digest
-    folder = _cache() / f"{STARTER}-{digest[:12]}"
+    folder = cache_folder() / f"{STARTER}-{digest[:12]}"
     if is_bundle(folder):
         return folder
     try:
@@ -49,9 +50,3 @@ def packed_starter() -> Path:
             hint="ragmoe train eval/experiments/halvern.yaml --out runs/mine makes a bundle in minutes",
         )
     return PACKED
-
-
-def _cache() -> Path:
-    if own := os.environ.get("RAGMOE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ragmoe"

@@ -199,13 +199,13 @@ def test_broken_csv_and_parquet(tmp_path: Path) -> None:
 def test_a_csv_row_that_is_not_utf8_does_not_take_others_with_it(tmp_path: Path) -> None:
     source = tmp_path / "c.csv"
     source.write_bytes(b'id,text\na,"two\nlines"\nb,caf\xe9\nc,fine\n')
-    with pytest.raises(DataError, match=r"c\.csv:4: not UTF-8: column 'text'"):
+    with pytest.raises(DataError, match=r"c\.csv:4: not UTF-8: byte 0xe9 at byte 4 of column 'text'"):
         list(read_passages([source]))
     reader = read_passages([source], on_error="skip")
     assert [p.id for p in reader] == ["a", "c"]
-    assert reader.skipped == [f"{source}:4: not UTF-8: column 'text'"]
+    assert reader.skipped == [f"{source}:4: not UTF-8: byte 0xe9 at byte 4 of column 'text'"]
     source.write_bytes(b"id,caf\xe9,text\na,b,c\n")
-    with pytest.raises(DataError, match=r"c\.csv:1: not UTF-8: the header line"):
+    with pytest.raises(DataError, match=r"c\.csv:1: not UTF-8: byte 0xe9 at byte 7 of the header"):
         list(read_passages([source]))
 
 

@@ -58,9 +58,9 @@ def test_hidden_files_and_an_index_inside_a_folder_are_left_out(docs: Path) -> N
 
 
 def test_a_file_that_may_not_be_read_is_named(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *_: object, **__: object) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"^wiki/index\.md cannot be read: Permission denied$"):
         ids("wiki")

@@ -125,14 +125,6 @@ def test_a_faiss_file_that_was_changed_is_not_parsed(folder: Path, monkeypatch: 
         Index.open(folder, encoder=StubEncoder()).search(["honey"], retriever="dense")
 
 
-def test_nothing_of_the_package_unpickles() -> None:
-    import ragmoe
-
-    for path in Path(ragmoe.__file__).parent.rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        assert "import pickle" not in text and "allow_pickle=True" not in text, path
-
-
 def test_a_full_disk_loses_nothing_and_says_so(tmp_path: Path) -> None:
     """No file may grow beyond a limit, which grows, so that each kind of file is the one that does not fit."""
     sizes = (100, 1_000, 2_500, 4_500, 6_500, 8_000, 1_000_000)

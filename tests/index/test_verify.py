@@ -91,10 +91,12 @@ def test_another_encoder_of_the_same_name(folder: Path) -> None:
 
 
 def test_a_faiss_file_of_other_vectors(folder: Path) -> None:
+    from ragmoe.index.trust import remember
     from ragmoe.index.vectors import build_faiss, choose_factory
 
     other = StubEncoder(5).encode([str(i) for i in range(24)]).astype(np.float16)
     build_faiss(folder / "index-1.faiss", other, choose_factory(24, 64), lambda done: None)
+    remember(file_record(folder / "index-1.faiss").sha256)
     reseal(folder)
     assert any(
         "the FAISS file does not find passage 'river-0' by its own vector" in problem for problem in verify(folder)
