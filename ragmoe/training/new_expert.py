@@ -36,7 +36,7 @@ from ragmoe.training.trainer import GateLesson, part_of
 
 # Documents that are read to place the centroids of the experts, and to see whether the new one is called at all; and
 # questions that are read to hold it back.
-PLACED, _TRIED, _HEARD = 256, 32, 64
+PLACED, TRIED, HEARD = 256, 32, 64
 
 
 Batches = Iterable[dict[str, Tensor]]
@@ -91,10 +91,10 @@ class ReaderExpert(NewExpert):
     questions: Sequence[Question]
 
     def heard(self, model: Any) -> Batches:
-        return question_batches(model, self.index, self.questions[:_HEARD])
+        return question_batches(model, self.index, self.questions[:HEARD])
 
     def tried(self, model: Any) -> Batches:
-        return _reading(model, self.index, [(d.question, d.passage_id, d.domain) for d in self.documents.new[:_TRIED]])
+        return _reading(model, self.index, [(d.question, d.passage_id, d.domain) for d in self.documents.new[:TRIED]])
 
 
 def begin_new_expert(
