@@ -22,6 +22,8 @@ from ragmoe.bundle.write import write_bundle
 
 # What the map's ``extra`` records of single experts, by id: shares of the choices, and what adding one has cost.
 LOAD, CERTIFICATES = "load", "certificates"
+# What families of decoders call the number of experts in their configurations.
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def publish(
             recorded[key] = {id: value for id, value in recorded[key].items() if int(id) in ids}
     if config := dict(recorded.get("config", {})):
         common = parent.expert_ids[len(parent.experts) - config.get("common_experts", 0) :]
-        config |= {"experts": len(ids), "common_experts": sum(id in common for id in ids)}
+        config |= {**_counted(config, len(ids)), "common_experts": sum(id in common for id in ids)}
         recorded["config"] = config
     map_ = write_bundle(
         folder,
@@ -160,6 +162,11 @@ def publish(
     )
     _refresh_config(folder, map_)
     return map_
+
+
+def _counted(config: Mapping[str, Any], experts: int) -> dict[str, int]:
+    """The number of experts as a configuration calls it."""
+    return dict.fromkeys([name for name in _COUNTS if name in config] or ["experts"], experts)
 
 
 def check_name(map_: BundleMap, name: str) -> None:
@@ -208,7 +215,7 @@ def require_enough(map_: BundleMap, left: int) -> None:
     config = map_.extra.get("config", {})
     if (gate := config.get("gate")) and (why := gate_class(gate).fixed_experts):
         raise BundleError(f"the gate {gate!r} lets no expert go: {why}")
-    top_k = config.get("top_k", 1)
+    top_k = config.get("num_experts_per_tok") or config.get("top_k", 1)
     if left < top_k:
         raise BundleError(
             f"{left} of {len(map_.experts)} experts would be left, but each token chooses {top_k}; "
@@ -221,5 +228,6 @@ def _refresh_config(folder: Path, map_: BundleMap) -> None:
     path = folder / "config.json"
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
-        config |= {"experts": len(map_.experts), "expert_ids": map_.expert_ids, "expert_names": map_.expert_names}
+        config |= {**_counted(config, len(map_.experts)), "expert_ids": map_.expert_ids}
+        config["expert_names"] = map_.expert_names
         write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -38,17 +38,22 @@ Name = Annotated[
     str, typer.Option(metavar="NAME", help="Of the expert: its domain's, where it has one.", show_default=False)
 ]
 Index = Annotated[
-    Path, typer.Option(metavar="DIR", help="Holds the new passages, best beside the known.", show_default=False)
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Holds the new passages, best beside the known; a token gate needs none.",
+        show_default=False,
+    ),
 ]
 Questions = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="FILE", help="To learn from; may be repeated.", show_default="made of the documents of --corpus"
-    ),
+    typer.Option(metavar="FILE", help="A reader's, to learn from; may be repeated.", show_default="made of --corpus"),
 ]
 Corpus = Annotated[
     list[str] | None,
-    typer.Option(metavar="SOURCE", help="The new documents.", show_default="the questions' domains"),
+    typer.Option(
+        metavar="SOURCE", help="The new documents; a language model learns from them.", show_default="by --questions"
+    ),
 ]
 Start = Annotated[
     str | None,
@@ -59,19 +64,25 @@ Start = Annotated[
 Steps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Optimiser steps.", show_default="300")]
 Others = Annotated[
     list[str] | None,
-    typer.Option(metavar="FILE", help="Questions it is not for.", show_default="the index's other passages"),
+    typer.Option(metavar="FILE", help="Questions (or documents) it is not for.", show_default="the index's others"),
 ]
 Dev = Annotated[
     list[str] | None,
-    typer.Option(metavar="FILE", help="Questions to judge it by.", show_default="a tenth is kept aside"),
+    typer.Option(metavar="FILE", help="Questions (or documents) to judge it by.", show_default="a tenth, kept aside"),
 ]
 Tasks = Annotated[
     list[str] | None,
     typer.Option("--task", metavar="TASK", help="What the bundle must not forget.", show_default=False),
 ]
+Known = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SOURCE", help="Documents that a language model must not forget, for --task.", show_default=False
+    ),
+]
 TaskIndex = Annotated[Path | None, typer.Option(metavar="DIR", help="For the tasks.", show_default="--index")]
 Limit = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Judge by N questions of a domain.", show_default=False)
+    int | None, typer.Option(min=1, metavar="N", help="Judge by N questions (documents) a domain.", show_default=False)
 ]
 Out = Annotated[
     Path | None,
@@ -84,7 +95,7 @@ def add(
     overrides: Overrides = None,
     *,
     name: Name,
-    index: Index,
+    index: Index = None,
     questions: Questions = None,
     corpus: Corpus = None,
     start: Start = None,
@@ -92,6 +103,7 @@ def add(
     others: Others = None,
     dev: Dev = None,
     tasks: Tasks = None,
+    known: Known = None,
     task_index: TaskIndex = None,
     data: DataOption = None,
     limit: Limit = None,
@@ -105,6 +117,7 @@ def add(
 
     Its gate rows learn when to call it from documents alone: those it is for, and the others in the index. Without
     questions it learns to read from the documents as well: sentences with a gap, as `ragmoe data cloze` makes them.
+    An expert of a causal language model learns to predict the documents of --corpus.
     """
     from ragmoe.cli.experts import find_tasks
     from ragmoe.training import Judges, add_expert, new_expert_config
@@ -117,7 +130,7 @@ def add(
             "the starter belongs to the package: a copy of your own can get an expert",
             hint="--out NEW_BUNDLE makes one",
         )
-    judges = Judges(dev=dev or (), tasks=find_tasks(tasks, data, None), index=task_index, limit=limit)
+    judges = Judges(dev or (), find_tasks(tasks, data, None), known or (), task_index, limit)
     config = new_expert_config(
         bundle,
         name,

@@ -216,27 +216,46 @@ def _print_expert(expert: ExpertInfo) -> None:
         print_tables([certificate_table(expert.certificate)])
 
 
+# What is masked, what the shares are of, and what judges the cost.
+_ABOUT_QUESTIONS = (
+    "answers and scores",
+    "tokens, questions of which most tokens are, questions of which any is",
+    "--task TASK",
+)
+_ABOUT_LANGUAGE = ("the losses of documents", "tokens", "--known FILE")
+
+
+def _judge(change: dict[str, Any]) -> list[str]:
+    return [f"{change['task']} ({change['setting']})", str(change["n"])]
+
+
 def certificate_table(certificate: dict[str, Any]) -> Table:
-    """What adding an expert has cost and brought."""
+    """What adding an expert has cost and brought; of a language model in perplexity."""
     from ragmoe.evaluation.tables import NONE, Table, number
 
+    language = "documents" in certificate
+    keys = ("tokens",) if language else ("tokens", "questions", "touched")
     rows = []
     for what, change in [*(("old", c) for c in certificate["old"]), ("new", certificate["new"])]:
         if change is None:
             continue
-        shares = [number(100 * change["routed"][key]) for key in ("tokens", "questions", "touched")]
+        shares = [number(100 * change["routed"][key]) for key in keys]
         masked = "identical" if change.get("identical") else NONE
         scores = [number(change["before"], 2), masked, number(change["live"], 2), _difference(change)]
-        rows.append([what, f"{change['task']} ({change['setting']})", str(change["n"]), *scores, *shares])
+        judge = [change["domain"] or NONE, f"{change['tokens']:,}"] if language else _judge(change)
+        rows.append([what, *judge, *scores, *shares])
     minutes = certificate["minutes"]
     took = f"{minutes:.1f} minutes" if minutes is not None else "several sittings"
     counts = certificate["parameters"]
+    learned = f"{certificate['documents']} documents" if language else f"{certificate['questions']} questions"
+    said, shares_of, cost = _ABOUT_LANGUAGE if language else _ABOUT_QUESTIONS
+    trained = f"{counts['trained']:,} of {counts['total']:,} parameters"
     note = (
-        f"{certificate['steps']} steps on {certificate['questions']} questions in {took}; {counts['trained']:,} of "
-        f"{counts['total']:,} parameters. Masked: without the expert, answers and scores against before, bit for bit. "
-        "Routed to it, in per cent: tokens, questions of which most tokens are, questions of which any is."
+        f"{certificate['steps']} steps on {learned} in {took}; {trained}. Masked: without the expert, {said} against "
+        f"before, bit for bit. Routed to it, in per cent: {shares_of}."
     )
     if not rows:
-        note = f"Judged by nothing: --dev FILE judges what it brings, --task TASK what it costs. {note}"
-    columns = ["", "task", "n", "F1 before", "masked", "live", "change", "tokens", "questions", "touched"]
+        note = f"Judged by nothing: --dev FILE judges what it brings, {cost} what it costs. {note}"
+    judged_by = ["domain", "tokens", "perplexity before"] if language else ["task", "n", "F1 before"]
+    columns = ["", *judged_by, "masked", "live", "change, %" if language else "change", *keys]
     return Table(f"Certificate of {certificate['name']}", columns, rows, note=note, labels=2)

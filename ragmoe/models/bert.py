@@ -299,6 +299,11 @@ class RagmoeBertForQuestionAnswering(AvailabilityMixin, ReaderMixin, RagmoeBertP
         """The MoE layers, first to last."""
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
+    @property
+    def shared_networks(self) -> list[FeedForward | None]:
+        """Of each sparse layer the network that every token runs through, where it has one."""
+        return [self.bert.encoder.layer[i].dense for i in self.sparse_layers]
+
     # -- upcycling --------------------------------------------------------------------------------------------------
 
     @classmethod

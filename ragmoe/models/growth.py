@@ -1,4 +1,4 @@
-"""One more expert in a trained reader, whose tensors alone can be trained.
+"""One more expert in a trained model, whose tensors alone can be trained.
 
 A slice of a fused parameter cannot be frozen, and weight decay moves slices whose gradient is zero. So the new expert's
 rows are parameters of their own, joined to the frozen rows of the others whenever the whole is used. State dicts show
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,14 @@ from torch.nn.utils import parametrize
 
 from ragmoe._errors import ModelError
 from ragmoe.gates import gate_class
-from ragmoe.models.bert import RagmoeBertForQuestionAnswering
+from ragmoe.models.sparse import SparseModel
+
+Model = TypeVar("Model", bound=SparseModel)
 
 
 @torch.no_grad()
-def grow(
-    model: RagmoeBertForQuestionAnswering, rows: Mapping[str, Tensor], *, id: int, name: str
-) -> RagmoeBertForQuestionAnswering:
-    """The same reader with one expert more, the last; of its parameters only that expert's require a gradient.
+def grow(model: Model, rows: Mapping[str, Tensor], *, id: int, name: str) -> Model:
+    """The same model with one expert more, the last; of its parameters only that expert's require a gradient.
 
     Args:
         rows: by the names of ``model.expert_tensors()`` what the new expert starts with, without the dimension E.
@@ -65,18 +65,19 @@ def grow(
 
 
 @torch.no_grad()
-def settle(model: RagmoeBertForQuestionAnswering) -> RagmoeBertForQuestionAnswering:
-    """A grown reader as an ordinary one, with the new expert's rows in the fused parameters."""
+def settle(model: Model) -> Model:
+    """A grown model as an ordinary one, with the new expert's rows in the fused parameters."""
     return _build(model, model.config, model.state_dict())
 
 
-def _build(
-    model: RagmoeBertForQuestionAnswering, config: Any, state: Mapping[str, Tensor]
-) -> RagmoeBertForQuestionAnswering:
+def _build(model: Model, config: Any, state: Mapping[str, Tensor]) -> Model:
     with torch.random.fork_rng(devices=[]):
-        built = RagmoeBertForQuestionAnswering(config)
+        built = type(model)(config)
     built.load_state_dict(state, strict=True)
-    built.tokenizer = model.tokenizer
+    # A reader has its tokenizer, and what writes its settings for that.
+    for own in ("tokenizer", "generation_config"):
+        if hasattr(model, own):
+            setattr(built, own, getattr(model, own))
     built.name_or_path = model.name_or_path
     built.bundle_digests = model.bundle_digests
     return built.to(next(model.parameters()).device).train(model.training)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ragmoe._errors import ConfigError
 from ragmoe._registry import Registry
-from ragmoe.experts import LoraGluExperts, Start, gated
+from ragmoe.experts import FeedForward, LoraGluExperts, Start, gated
 from ragmoe.gates import Routing, gate_class
 from ragmoe.moe.layer import gate_settings
 from ragmoe.neighbours import Neighbours
@@ -84,6 +84,11 @@ class SparseBlock(nn.Module, ABC):
         y_SD = self.without(x_SD) if self.gate.inner.none_available else self.mix(x_SD, *routing)
         return y_SD.view_as(hidden_states)
 
+    @property
+    def changed(self) -> FeedForward | None:
+        """The dense network that the experts only change; None where they stand in its place."""
+        return None
+
     @abstractmethod
     def mix(self, x_SD: Tensor, logits_SE: Tensor, weights_SK: Tensor, experts_SK: Tensor) -> Tensor:
         """What the chosen experts answer together, with what answers every token."""
@@ -136,7 +141,11 @@ class LoraBlock(SparseBlock):
         self.dense = parts.mlp(config)
 
     def mix(self, x_SD: Tensor, logits_SE: Tensor, weights_SK: Tensor, experts_SK: Tensor) -> Tensor:
-        return self.experts(x_SD, Routing(weights_SK, experts_SK, logits_SE), gated(self.dense))
+        return self.experts(x_SD, Routing(weights_SK, experts_SK, logits_SE), self.changed)
+
+    @property
+    def changed(self) -> FeedForward:
+        return gated(self.dense)
 
     def copy_dense(self, mlp: Any, start: Start) -> float:
         if start.amount:

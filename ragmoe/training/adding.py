@@ -12,15 +12,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
+from transformers import AutoTokenizer
 
 from ragmoe._differences import differences
-from ragmoe._errors import ConfigError
+from ragmoe._errors import ConfigError, UsageError
 from ragmoe.bundle import BundleMap, is_bundle, read_bundle, read_map
 from ragmoe.bundle.experts import CERTIFICATES, publish
 from ragmoe.corpus import write_questions
@@ -28,11 +30,14 @@ from ragmoe.evaluation import Retrieval, Task
 from ragmoe.evaluation.task import parse_task
 from ragmoe.experts import experts_class
 from ragmoe.index import Index
-from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering, load
+from ragmoe.models import load
+from ragmoe.models.families import load_decoder
+from ragmoe.training.adding_language import certify_language, language_material
 from ragmoe.training.callbacks import Shows
-from ragmoe.training.certificate import Readers, certify_new, certify_old
+from ragmoe.training.certificate import Models, Progress, certify_new, certify_old
 from ragmoe.training.config import TrainingConfig, load_config
 from ragmoe.training.data import hold_out, learnable, load_questions
+from ragmoe.training.decoders import is_decoder
 from ragmoe.training.folder import CONFIG_NAME, HISTORY_NAME
 from ragmoe.training.run import train
 
@@ -55,13 +60,16 @@ class Judges:
     """What an expert is judged by.
 
     Attributes:
-        dev: question files of the new domain; none keeps a tenth of the training questions' documents aside.
+        dev: question files of the new domain, or sources of its documents for a language model; none keeps a tenth of
+            the documents that are learned from aside.
         tasks: of the domains that the bundle knows, read over ``index`` (None: the index the expert is trained with).
-        limit: at most so many questions of a domain.
+        known: for a language model sources of documents of those domains, in the place of tasks.
+        limit: at most so many questions, or documents, of a domain.
     """
 
     dev: Sequence[str | Path] = ()
     tasks: Sequence[Task] = ()
+    known: Sequence[str | Path] = ()
     index: str | Path | None = None
     limit: int | None = None
 
@@ -102,8 +110,8 @@ def add_expert(
     trained = _train(work, config, resume=resume, overwrite=overwrite, show=show)
     certificate = {**trained, **_certify(target, work, parent, config, judges, show)}
     # What is to stay is compared with the files' content, and that with their digests.
-    read_bundle(target, version=parent.version, verify=True)
-    state, _ = read_bundle(work)
+    kept, _ = read_bundle(target, version=parent.version, verify=True)
+    state = _in_precision(read_bundle(work)[0], kept)
     id = parent.next_expert_id
     map_ = publish(
         target,
@@ -113,11 +121,11 @@ def add_expert(
         f"add expert {name}",
         extra={CERTIFICATES: {**parent.extra.get(CERTIFICATES, {}), str(id): certificate}},
     )
-    kept = target / "experts" / str(id)
-    kept.mkdir(parents=True, exist_ok=True)
+    record = target / "experts" / str(id)
+    record.mkdir(parents=True, exist_ok=True)
     for file in (CONFIG_NAME, HISTORY_NAME):
         if (work / file).is_file():
-            shutil.copyfile(work / file, kept / file)
+            shutil.copyfile(work / file, record / file)
     shutil.rmtree(target / "adding")
     return Added(target, map_, certificate)
 
@@ -126,8 +134,8 @@ def new_expert_config(
     bundle: str | os.PathLike[str],
     name: str,
     *,
-    index: str | os.PathLike[str],
-    questions: Sequence[str],
+    index: str | os.PathLike[str] | None = None,
+    questions: Sequence[str] = (),
     start: str | None = None,
     corpus: Sequence[str] = (),
     others: Sequence[str] = (),
@@ -138,28 +146,43 @@ def new_expert_config(
     """The configuration that trains a new expert: as the bundle was trained, where that is known, but for the expert.
 
     Args:
+        index: a language model needs none where its gate sees no neighbours and ``others`` are given.
         questions: files and globs to learn from; ``index`` holds their passages. Without any, some are made of the
-            documents of ``corpus``.
+            documents of ``corpus``. A language model learns from these documents themselves.
         start, corpus, others: see ``NewExpertConfig``; without a start it is the network that all experts share, or
             where there is none the nearest expert.
         judges: their documents are kept from the gate's lesson.
         overrides: ``key.key=value``, which win.
+
+    Raises:
+        ConfigError, UsageError: something was given that the bundle's kind of model does not take, or is missing.
     """
     map_ = read_map(Path(bundle))
     judges = judges or Judges()
     settings = map_.extra.get("config", {})
     kind = experts_class(settings.get("expert_kind", "lora"))
     shares = kind.needs_dense or settings.get("shared_expert")
-    unseen = [*judges.dev, *(file for task in judges.tasks for file in task.question_files())]
+    unseen = [*judges.dev, *judges.known, *(file for task in judges.tasks for file in task.question_files())]
+    neighbours, sources = {"neighbours": settings.get("neighbours", 16)}, [_absolute(source) for source in corpus]
+    data: dict[str, Any] = {
+        "index": None if index is None else os.path.abspath(index),
+        "calibration_share": 0.0 if judges.dev else _DEV_SHARE,
+    }
+    if is_decoder(str(bundle)):
+        learned = language_material(name, sources, questions, judges)
+        sections = {"language": {**neighbours, **_section_of(Path(bundle), "language")}}
+        sources = []
+    else:
+        if index is None:
+            raise UsageError("a reader's expert needs the index that holds its passages", hint="--index DIR")
+        if judges.known:
+            raise ConfigError("--known is given, but a reader is judged by questions", hint="--task TASK")
+        learned = {"questions": [_absolute(file) for file in questions], "calibration_limit": 1_000_000}
+        sections = {"raft": {**neighbours, **_section_of(Path(bundle), "raft")}}
     content: dict[str, Any] = {
         "base": os.path.abspath(bundle),
-        "data": {
-            "questions": [_absolute(file) for file in questions],
-            "index": os.path.abspath(index),
-            "calibration_share": 0.0 if judges.dev else _DEV_SHARE,
-            "calibration_limit": 1_000_000,
-        },
-        "raft": {"neighbours": settings.get("neighbours", 16), **_raft_of(Path(bundle))},
+        "data": {**data, **learned},
+        **sections,
         "train": {
             "what": "new_expert",
             "steps": steps or 300,
@@ -170,7 +193,7 @@ def new_expert_config(
         "new_expert": {
             "name": name,
             "start": start or ("shared" if shares else "nearest"),
-            "corpus": [_absolute(source) for source in corpus],
+            "corpus": sources,
             "others": [_absolute(file) for file in others],
             "unseen": [_absolute(file) for file in unseen],
             "joins": map_.digest,
@@ -197,14 +220,14 @@ def _train(work: Path, config: TrainingConfig, *, resume: bool, overwrite: bool,
             )
         return dict(json.loads(record.read_text(encoding="utf-8")))
     result = train(config, out=work, resume=resume, overwrite=overwrite, show=show)
-    counts = result.parameters
+    sizes, counts = result.parameters, result.learned_from
     trained = {
         "name": config.new_expert.name,
         "start": config.new_expert.start,
         "steps": result.steps,
         "minutes": round(result.seconds / 60, 2) if result.seconds is not None else None,
-        "parameters": {"trained": counts["trained"], "total": counts["total"]},
-        "questions": result.learned_from["fitted"],
+        "parameters": {"trained": sizes["trained"], "total": sizes["total"]},
+        **({"questions": counts["fitted"]} if "fitted" in counts else counts),
     }
     record.write_text(json.dumps(trained) + "\n", encoding="utf-8")
     return trained
@@ -214,27 +237,41 @@ def _certify(
     target: Path, work: Path, parent: BundleMap, config: TrainingConfig, judges: Judges, show: Shows | None
 ) -> dict[str, Any]:
     """The figures of the certificate."""
-    before = load(target, version=parent.version)
-    readers = Readers(before, *(_open(work, parent, before, experts) for experts in (parent.expert_ids, None)))
-    index = Index.open(config.data.index)
+    progress = show.stage if show else lambda name, done, total: None
+    if config.data.documents:
+        models = _models(work, parent, load_decoder(target, version=parent.version))
+        index = None if config.data.index is None else Index.open(config.data.index)
+        return certify_language(models, AutoTokenizer.from_pretrained(target), config, index, judges, progress)
+    models = _models(work, parent, load(target, version=parent.version))
+    return _certify_reader(models, config, judges, progress)
+
+
+def _certify_reader(models: Models, config: TrainingConfig, judges: Judges, progress: Progress) -> dict[str, Any]:
+    index = Index.open(config.data.required_index)
     retrieval = Retrieval(index)
     of_tasks = retrieval if judges.index is None else Retrieval(Index.open(judges.index))
-    progress = show.stage if show else lambda name, done, total: None
-    old = [certify_old(readers, task.limited(judges.limit), of_tasks, progress) for task in judges.tasks]
+    old = [certify_old(models, task.limited(judges.limit), of_tasks, progress) for task in judges.tasks]
     with tempfile.TemporaryDirectory() as folder:
         task = _dev_task(config, index, judges, Path(folder))
-        new = certify_new(readers, task.limited(judges.limit), retrieval, progress) if task else None
+        new = certify_new(models, task.limited(judges.limit), retrieval, progress) if task else None
     return {"index": index.digest, "old": old, "new": new}
 
 
-def _open(
-    work: Path, parent: BundleMap, before: RagmoeBertForQuestionAnswering, experts: Sequence[int] | None
-) -> RagmoeBertForQuestionAnswering:
-    """What was trained, as it will be published: with the bundle's own settings and expert memory."""
-    config = RagmoeBertConfig.from_dict(dict(parent.extra["config"]))
-    model = RagmoeBertForQuestionAnswering.from_pretrained(work, config=config, experts=experts).eval()
-    model.bundle_digests = before.bundle_digests
-    return model
+def _in_precision(state: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a bundle has them: a decoder in half precision is trained in fp32, which holds it to the bit."""
+    # Names that share a tensor go on sharing it.
+    made = {(id(x), kept[name].dtype): x.to(kept[name].dtype) for name, x in state.items()}
+    return {name: made[id(x), kept[name].dtype] for name, x in state.items()}
+
+
+def _models(work: Path, parent: BundleMap, before: Any) -> Models:
+    """What was before, and what was trained as it will be published: with the bundle's own settings and memory."""
+    kind, opened = type(before), []
+    for experts in (parent.expert_ids, None):
+        config = kind.config_class.from_dict(dict(parent.extra["config"]))
+        opened.append(kind.from_pretrained(work, config=config, experts=experts).eval())
+        opened[-1].bundle_digests = before.bundle_digests
+    return Models(before, *opened)
 
 
 def _dev_task(config: TrainingConfig, index: Index, judges: Judges, folder: Path) -> Task | None:
@@ -268,11 +305,11 @@ def _copied(bundle: Path, out: Path, parent: BundleMap, *, again: bool) -> Path:
     return out
 
 
-def _raft_of(bundle: Path) -> dict[str, Any]:
-    """How the bundle's questions were shown to it, where its folder still says so."""
+def _section_of(bundle: Path, name: str) -> dict[str, Any]:
+    """How the bundle's questions were shown to it, or its documents cut, where its folder still says so."""
     path = bundle / CONFIG_NAME
     content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return dict((content or {}).get("raft", {}))
+    return dict((content or {}).get(name) or {})
 
 
 def _absolute(source: str | Path) -> str:

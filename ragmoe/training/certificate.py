@@ -26,15 +26,15 @@ _ANSWER = ("status", "prediction", "passage_id", "score", "no_answer_score", "an
 
 
 @dataclass(frozen=True)
-class Readers:
-    """A reader before it got an expert, after with that expert left out, and after."""
+class Models:
+    """A reader or a decoder before it got an expert, after with that expert left out, and after."""
 
-    before: RagmoeBertForQuestionAnswering
-    masked: RagmoeBertForQuestionAnswering
-    live: RagmoeBertForQuestionAnswering
+    before: Any
+    masked: Any
+    live: Any
 
 
-def certify_old(readers: Readers, task: Task, retrieval: Retrieval, progress: Progress) -> dict[str, Any]:
+def certify_old(models: Models, task: Task, retrieval: Retrieval, progress: Progress) -> dict[str, Any]:
     """Score an old domain's task before and after.
 
     Returns:
@@ -44,24 +44,24 @@ def certify_old(readers: Readers, task: Task, retrieval: Retrieval, progress: Pr
     Raises:
         ModelError: with the new expert left out some answer is another than before.
     """
-    before = _read(readers.before, "before", task, retrieval, progress)
-    masked = _read(readers.masked, "without the expert", task, retrieval, progress)
+    before = _read(models.before, "before", task, retrieval, progress)
+    masked = _read(models.masked, "without the expert", task, retrieval, progress)
     differing = [a.id for a, b in zip(before, masked, strict=True) if not _same(a, b)]
     if differing:
         raise ModelError(
             f"without the new expert {len(differing)} of {len(before)} questions of {task.name} are answered otherwise "
             f"than before, for example {differing[0]}: what was there has changed"
         )
-    live = _read(readers.live, "with the expert", task, retrieval, progress)
+    live = _read(models.live, "with the expert", task, retrieval, progress)
     figures = _change(task, before, live, "live")
-    return {**figures, "masked": figures["before"], "identical": True, "routed": routed(live, readers.live)}
+    return {**figures, "masked": figures["before"], "identical": True, "routed": routed(live, models.live)}
 
 
-def certify_new(readers: Readers, task: Task, retrieval: Retrieval, progress: Progress) -> dict[str, Any]:
+def certify_new(models: Models, task: Task, retrieval: Retrieval, progress: Progress) -> dict[str, Any]:
     """Score the new domain's task without the expert and with it; the same keys as for an old one, less ``masked``."""
-    before = _read(readers.before, "before", task, retrieval, progress)
-    live = _read(readers.live, "with the expert", task, retrieval, progress)
-    return {**_change(task, before, live, "live"), "routed": routed(live, readers.live)}
+    before = _read(models.before, "before", task, retrieval, progress)
+    live = _read(models.live, "with the expert", task, retrieval, progress)
+    return {**_change(task, before, live, "live"), "routed": routed(live, models.live)}
 
 
 def measure_prune(

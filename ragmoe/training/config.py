@@ -95,12 +95,13 @@ def load_config(
     _check_material(name, config)
     config.data.questions = [resolve(entry, folder) for entry in config.data.questions]
     config.data.documents = [e if e.startswith("hub:") else resolve(e, folder) for e in config.data.documents]
-    config.data.replay = [resolve(entry, folder) for entry in config.data.replay]
+    config.data.replay = [e if e.startswith("hub:") else resolve(e, folder) for e in config.data.replay]
     if expert := config.new_expert:
-        expert.others = [resolve(entry, folder) for entry in expert.others]
-        expert.unseen = [resolve(entry, folder) for entry in expert.unseen]
-        expert.corpus = [entry if entry.startswith("hub:") else resolve(entry, folder) for entry in expert.corpus]
-    config.data.index = resolve(config.data.index, folder)
+        for name in ("others", "unseen", "corpus"):
+            named = getattr(expert, name)
+            setattr(expert, name, [e if e.startswith("hub:") else resolve(e, folder) for e in named])
+    if config.data.index is not None:
+        config.data.index = resolve(config.data.index, folder)
     if config.base != "minilm" and "base" not in given and (folder / config.base).exists():
         config.base = resolve(config.base, folder)
     if config.base == "starter":
@@ -117,14 +118,18 @@ def _check_material(name: str, config: TrainingConfig) -> None:
     data = config.data
     if data.documents and data.questions:
         raise ConfigError(f"{name}: data.questions and data.documents exclude each other")
-    if config.language is not None and not data.documents:
-        raise ConfigError(f"{name}: language is given, but no data.documents to be cut as it says")
+    for key, given in (("language", config.language is not None), ("data.without", data.without)):
+        if given and not data.documents:
+            raise ConfigError(f"{name}: {key} is given, but no data.documents that it could be about")
     if not (data.documents or data.questions or (config.new_expert and config.new_expert.corpus)):
         raise ConfigError(
             f"{name}: data.questions is empty: there is nothing to learn from",
             hint="a new expert can learn from documents alone (new_expert.corpus, --corpus), and a causal language "
             "model from data.documents",
         )
+    if not data.documents:
+        # Questions are about passages.
+        _ = data.required_index
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

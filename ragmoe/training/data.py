@@ -82,8 +82,13 @@ def hold_out(
             continue
         place = next(iter(question.gold_ids or question.context_ids), None)
         document = (index.passage(place).doc_id or place) if place else question.id
-        (held if int(digest(document), 16) % 10_000 < share * 10_000 else fit).append(question)
+        (held if is_held(document, share) else fit).append(question)
     return fit, sorted(held, key=lambda question: digest(question.id))[:limit]
+
+
+def is_held(document: str, share: float) -> bool:
+    """Whether a document, by its id, is among those that are kept aside."""
+    return int(digest(document), 16) % 10_000 < share * 10_000
 
 
 def check_questions(questions: Sequence[Question], index: Index) -> None:

@@ -15,11 +15,13 @@ from ragmoe.generation.batches import sees_neighbours
 from ragmoe.generation.generator import STYLE_NAME, Generator, is_generator, register_decoders
 from ragmoe.generation.prompts import PromptStyle
 from ragmoe.index import Index
-from ragmoe.training.config import TrainingConfig
+from ragmoe.training.config import DataConfig, TrainingConfig
 from ragmoe.training.trainer import freeze
 
 _WHOLE = "all"
-_PARTS = ("gate", "experts", "gate+experts")
+_PARTS = ("gate", "experts", "gate+experts", "new_expert")
+# What calibrates a reader's no-answer threshold.
+_CALIBRATING = ("calibration_share", "calibration_limit", "unanswerable_share")
 
 
 def is_decoder(base: str) -> bool:
@@ -27,16 +29,17 @@ def is_decoder(base: str) -> bool:
     return Path(base).is_dir() and is_generator(base)
 
 
-def open_decoder(config: TrainingConfig, index: Index, neighbours: int) -> tuple[Any, Any]:
+def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -> tuple[Any, Any]:
     """The base and its tokenizer, ready to be trained in fp32.
 
     With ``model`` given it gets gates and experts first, as by ``ragmoe init``; else it is trained as it is.
 
     Args:
+        index: None for a model whose gate sees no neighbours.
         neighbours: how many the gate will see.
 
     Raises:
-        ConfigError: a setting is a reader's, or means nothing to this base.
+        ConfigError: a setting is a reader's, or means nothing to this base; or its gate wants an index.
         ModelError: the base cannot be what ``model`` says, or its gate has learned from another encoder.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,12 +48,11 @@ def open_decoder(config: TrainingConfig, index: Index, neighbours: int) -> tuple
 
     _check(config)
     register_decoders()
-    encoder = index.manifest.encoder
     with quiet_loading():
         if config.model:
             # An arm of an experiment takes back with null what all arms were given.
             given = {name: value for name, value in config.model.items() if value is not None}
-            given = {"neighbour_width": encoder.width, **given}
+            given = {**({"neighbour_width": index.width} if index is not None else {}), **given}
             model = make(config.base, seed=config.seed, **given).model.float()
         else:
             model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
@@ -58,7 +60,13 @@ def open_decoder(config: TrainingConfig, index: Index, neighbours: int) -> tuple
         raise ConfigError(f"train.what is {config.train.what!r}, but the base {config.base} has no sparse layer")
     freeze(model, config.train.what)
     if sees_neighbours(model):
+        if index is None:
+            raise ConfigError(
+                f"the gate {model.config.gate!r} sees neighbours, but data.index names no index to take them from",
+                hint="ragmoe index build SOURCE --out DIR makes one; the gate token needs none",
+            )
         model.check_index(index)
+        encoder = index.manifest.encoder
         model.config.neighbours = neighbours
         model.config.encoder = {"id": encoder.id, "digest": encoder.digest}
         model.config.index_digest = index.digest
@@ -94,15 +102,23 @@ def save_checked(model: Any, tokenizer: Any, style: PromptStyle, batch: Mapping[
 
 def _check(config: TrainingConfig) -> None:
     """Refuse what only a reader has."""
-    for name, given in (
-        ("start", config.start),
-        ("new_expert", config.new_expert),
-        ("expert_noise", config.expert_noise),
-    ):
+    for name, given in (("start", config.start), ("expert_noise", config.expert_noise)):
         if given:
             raise ConfigError(
                 f"{name} is {given!r}, but the base {config.base} is a causal language model",
                 hint=f"leave {name} out; how its experts start is model.init and model.amount",
+            )
+    if config.new_expert is not None and not config.data.documents:
+        raise ConfigError(
+            "new_expert is given, but data.documents is empty, which a causal language model's expert learns from",
+            hint="ragmoe experts add BUNDLE --name NAME --corpus FILE",
+        )
+    for name in _CALIBRATING:
+        value, usual = getattr(config.data, name), DataConfig.model_fields[name].default
+        if value not in (usual, 0) and not (config.new_expert and name == "calibration_share"):
+            raise ConfigError(
+                f"data.{name} is {value}, but a causal language model has no no-answer threshold to be calibrated",
+                hint=f"leave data.{name} out",
             )
     if config.train.what not in (_WHOLE, *_PARTS):
         raise ConfigError(

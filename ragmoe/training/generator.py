@@ -130,7 +130,7 @@ def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show
         DataError: nothing can be learned from the questions, or there is room for none of them.
     """
     generate = config.generate or GenerateConfig()
-    index = Index.open(config.data.index)
+    index = Index.open(config.data.required_index)
     questions = training_questions(config.data)
     style = PromptStyle(generate.without_gold, config.raft.max_length, generate.max_answer_tokens)
     generator = Generator(*open_decoder(config, index, config.raft.neighbours), style)

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ragmoe._errors import DataError
-from ragmoe.corpus.leaks import LeakGuard
+from ragmoe.corpus import read_passages
+from ragmoe.corpus.leaks import LeakGuard, document_of
 from ragmoe.corpus.types import Passage
 from ragmoe.generation.batches import decode_batch, labelled_batch, pad_token
 from ragmoe.index import Index
 from ragmoe.neighbours import Neighbours
-from ragmoe.training.config import LanguageConfig
-from ragmoe.training.data import Retrieved
+from ragmoe.training.config import LanguageConfig, TrainingConfig
+from ragmoe.training.data import Retrieved, digest, is_held
 from ragmoe.training.raft import drop_neighbours
 
 # Of the passages that a chunk retrieves many are of its own document, most of all in the corpus that is indexed.
@@ -55,6 +56,41 @@ class LanguageExample:
 
     chunk: TextChunk
     neighbours: Neighbours | None
+
+
+def learned_documents(config: TrainingConfig) -> tuple[list[Passage], list[Passage]]:
+    """The documents that are learned from, those replayed included; and those kept aside to judge a new expert by.
+
+    Raises:
+        DataError: a domain that is to be left out is not there, or nothing is left.
+    """
+    data = config.data
+    found = list(read_passages(data.documents))
+    if unknown := sorted({*data.without} - {document.domain for document in found}):
+        there = ", ".join(sorted({document.domain for document in found if document.domain}))
+        raise DataError(f"data.without names the domain {unknown[0]!r}; the documents are of {there or 'none'}")
+    found = [document for document in found if document.domain not in data.without]
+    if data.limit is not None:
+        kept = {document.id for document in _drawn(found)[: data.limit]}
+        found = [document for document in found if document.id in kept]
+    share = data.calibration_share if config.new_expert is not None else 0.0
+    held = [document for document in found if is_held(document_of(document), share)]
+    fit = [document for document in found if not is_held(document_of(document), share)]
+    if not fit:
+        raise DataError(f"none of the {len(found)} documents is left to learn from")
+    if data.replay:
+        wanted = sum(len(document.text) for document in fit) * data.replay_share / (1 - data.replay_share)
+        for document in _drawn(list(read_passages(data.replay))):
+            if wanted <= 0:
+                break
+            fit.append(document)
+            wanted -= len(document.text)
+    return fit, held
+
+
+def _drawn(documents: Sequence[Passage]) -> list[Passage]:
+    """In an order that only their ids decide."""
+    return sorted(documents, key=lambda document: digest(document.id))
 
 
 def cut_documents(documents: Sequence[Passage], tokenizer: Any, config: LanguageConfig) -> list[TextChunk]:
@@ -119,10 +155,12 @@ class LanguageDataset(Dataset):
         return len(self.order)
 
     def __getitem__(self, at: int) -> LanguageExample:
-        place = self.order[at]
+        return self.example(self.order[at], random.Random(f"{self.seed}/{at}"))
+
+    def example(self, place: int, draw: random.Random | None = None) -> LanguageExample:
+        """A chunk with its neighbours, of which some are dropped where there is something to draw by."""
         found = self.neighbours(place)
-        if found is not None:
-            draw = random.Random(f"{self.seed}/{at}")
+        if found is not None and draw is not None:
             found = drop_neighbours(found, self.config.drop_all, self.config.drop_each, draw)
         return LanguageExample(self.chunks[place], found)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ragmoe._errors import ConfigError
-from ragmoe.corpus import read_passages
 from ragmoe.corpus.types import Passage
 from ragmoe.generation.batches import sees_neighbours
 from ragmoe.generation.prompts import PromptStyle
@@ -19,20 +18,21 @@ from ragmoe.training.config import LanguageConfig, TrainingConfig
 from ragmoe.training.data import CACHE_NAME
 from ragmoe.training.decoders import decoder_parameters, is_decoder, open_decoder, save_checked
 from ragmoe.training.generator import GeneratorTrainer
-from ragmoe.training.language import LanguageCollator, LanguageDataset
+from ragmoe.training.language import LanguageCollator, LanguageDataset, learned_documents
+from ragmoe.training.language_expert import LanguageExpert, begin_language_expert, recalling
 from ragmoe.training.trainer import RagmoeTrainer
 
 
 @dataclass
 class LanguageRun:
-    """Everything a run needs, made from its configuration; see ``Run``."""
+    """Everything a run needs, made from its configuration; see ``Run``. An index only where one is named."""
 
     config: TrainingConfig
-    index: Index
+    index: Index | None
     model: Any
     dataset: LanguageDataset
     collator: LanguageCollator
-    new_expert: None = None
+    new_expert: LanguageExpert | None = None
 
     trainer_class: ClassVar[type[RagmoeTrainer]] = GeneratorTrainer
 
@@ -53,6 +53,8 @@ class LanguageRun:
 
     def save(self, folder: Path) -> None:
         """Save, and make sure that what was saved says what was trained."""
+        if self.new_expert is not None:
+            self.model = self.new_expert.finish(self.model)
         # Whoever asks it questions later asks as any model is asked that was not taught how, within its positions.
         positions = int(self.model.config.max_position_embeddings)
         style = PromptStyle(max_length=min(PromptStyle.max_length, positions))
@@ -66,6 +68,7 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
     Raises:
         ConfigError: the base is no causal language model, or does not reach over a chunk with its context.
         DataError: the documents hold nothing to predict.
+        ModelError, BundleError: the bundle takes no such expert as is asked for.
     """
     if not is_decoder(config.base):
         raise ConfigError(
@@ -73,20 +76,23 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
             hint="name one with base=FOLDER, or give data.questions to train a reader",
         )
     settings, train = config.language or LanguageConfig(), config.train
-    index = Index.open(config.data.index)
+    index = None if config.data.index is None else Index.open(config.data.index)
     model, tokenizer = open_decoder(config, index, settings.neighbours)
     length, positions = settings.context_tokens + settings.chunk_tokens, model.config.max_position_embeddings
     if length > positions:
         raise ConfigError(f"a chunk with its context has {length} tokens, but the base has {positions} positions")
+    cache = cache or (index.folder / CACHE_NAME if index is not None else Path(CACHE_NAME))
     dataset = LanguageDataset(
-        list(read_passages(config.data.documents)),
+        learned_documents(config)[0],
         index if sees_neighbours(model) else None,
         tokenizer,
         settings,
-        cache=cache or index.folder / CACHE_NAME,
+        cache=cache,
         examples=train.steps * train.batch_size * train.accumulation,
         seed=config.seed,
-        recall=lambda neighbours, domain: model.recall(neighbours, index, [domain]),
+        recall=recalling(model, index),
         progress=partial(show.stage, "retrieving neighbours") if show else None,
     )
-    return LanguageRun(config, index, model, dataset, LanguageCollator(tokenizer))
+    collator = LanguageCollator(tokenizer)
+    expert = begin_language_expert(model, config, index, dataset, collator, cache, show)
+    return LanguageRun(config, index, model if expert is None else expert.model, dataset, collator, expert)

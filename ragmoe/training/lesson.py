@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ragmoe.corpus.types import Question
 from ragmoe.gates import Routing
 from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering
+from ragmoe.models.sparse import SparseModel
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import TrainingConfig
 from ragmoe.training.data import RaftCollator, Retrieved
@@ -50,7 +51,7 @@ def calling_loss(margin_S: Tensor, new_S: Tensor, mask_S: Tensor) -> Tensor:
 
 
 def gate_inputs(
-    model: RagmoeBertForQuestionAnswering, inputs: dict[str, Tensor], wrapped: Any = None
+    model: SparseModel, inputs: dict[str, Tensor], wrapped: Any = None
 ) -> list[tuple[Any, tuple[Any, ...]]]:
     """Each gate with what it is given while some sequences are read, without a gradient.
 
@@ -59,17 +60,33 @@ def gate_inputs(
         wrapped: the model as it is to be called, where something lies around it.
     """
     seen: list[tuple[Any, tuple[Any, ...]]] = []
-    hooks = [
-        layer.gate.register_forward_pre_hook(lambda gate, args: seen.append((gate, args))) for layer in model.moe_layers
-    ]
+    hooks = [gate.register_forward_pre_hook(lambda gate, args: seen.append((gate, args))) for gate in model.gates]
     try:
         with torch.no_grad():
-            (wrapped or model)(**{name: x for name, x in inputs.items() if not name.endswith("_positions")})
+            (wrapped or model)(**{name: x for name, x in inputs.items() if not name.endswith(("_positions", "labels"))})
     finally:
         for hook in hooks:
             hook.remove()
     # In fp32, as the gates are: reading may have run in bf16.
     return [(gate, (args[0].float(), *args[1:])) for gate, args in seen]
+
+
+class LessonBatches(Protocol):
+    """What the lesson reads.
+
+    Attributes:
+        size: how many sequences of a batch are the last expert's own, which come first.
+    """
+
+    size: int
+
+    def __call__(self, at: int) -> dict[str, Tensor]:
+        """What ``forward`` takes, for the micro-batch ``at``."""
+
+
+def lesson_size(config: TrainingConfig) -> int:
+    """Of each kind half as many sequences as are learned from, so that a step takes little longer."""
+    return max(1, config.train.batch_size // 2)
 
 
 class CallingLesson:
@@ -83,7 +100,42 @@ class CallingLesson:
     domain call it as often as its documents do.
 
     Args:
-        follow: whether it does; not needed where the documents' questions are real.
+        batches: what is read for it.
+        follow: whether it does; not needed where what is read is what the expert will be asked.
+    """
+
+    def __init__(self, model: SparseModel, batches: LessonBatches, *, follow: bool) -> None:
+        self.model, self.batches, self.follow = model, batches, follow
+
+    def __call__(self, model: Any, at: int, routings: Sequence[Routing], mask_S: Tensor) -> Tensor:
+        """The loss of micro-batch ``at``, which fixes its documents.
+
+        Args:
+            routings: of the questions of the micro-batch, one a sparse layer.
+            mask_S: bool, False where they are padding.
+        """
+        device = next(model.parameters()).device
+        inputs = {name: x.to(device) for name, x in self.batches(at).items()}
+        shown_QT = inputs["attention_mask"].bool()
+        new_QT = (torch.arange(len(shown_QT), device=device) < self.batches.size).unsqueeze(1).expand_as(shown_QT)
+        new_S, shown_S = new_QT.reshape(-1), shown_QT.reshape(-1)
+        losses = []
+        for (gate, args), asked in zip(gate_inputs(self.model, inputs, model), routings, strict=True):
+            # By its rows alone: its own bias is for questions, see below.
+            scores_SE = gate.scores.ranked(gate(*args).logits_SE) + F.pad(gate.balance_bias[:-1], (0, 1))
+            margin_S = margins(scores_SE, gate.settings.top_k)
+            losses.append(calling_loss(margin_S, new_S, shown_S))
+            if self.follow:
+                called = (asked.experts_SK == gate.settings.experts - 1).any(dim=-1)[mask_S].float().mean()
+                wanted = (margin_S > 0)[new_S & shown_S].float().mean()
+                gate.balance_bias[-1] += _FOLLOW * torch.sign(wanted - called)
+        return torch.stack(losses).mean()
+
+
+class DocumentBatches:
+    """Documents of both kinds with their questions, as a reader reads them.
+
+    Args:
         cache: folder where neighbours are kept between runs.
         show: told how far retrieving them is.
     """
@@ -96,14 +148,11 @@ class CallingLesson:
         config: TrainingConfig,
         cache: Path,
         show: Shows | None = None,
-        *,
-        follow: bool = True,
     ) -> None:
-        self.model, self.index, self.seed, self.follow = model, index, config.seed, follow
+        self.model, self.index, self.seed = model, index, config.seed
         self.config = config.raft.model_copy(update={"passages": 1})
         self.collator = RaftCollator(model.tokenizer, self.config)
-        # Of each kind half as many as questions are answered, so that a step takes little longer.
-        self.batch = max(1, config.train.batch_size // 2)
+        self.size = lesson_size(config)
         both = [side for side in (documents.new, documents.others) if side]
         progress = partial(show.stage, "retrieving for documents") if show else None
         self.sides = [_Side(side, self._retrieved(side, cache, progress), config.seed) for side in both]
@@ -115,30 +164,8 @@ class CallingLesson:
         config = self.config
         return Retrieved.of(self.index, texts, config.neighbours, config.retriever, cache, progress=progress)
 
-    def __call__(self, model: Any, at: int, routings: Sequence[Routing], mask_S: Tensor) -> Tensor:
-        """The loss of micro-batch ``at``, which fixes its documents.
-
-        Args:
-            routings: of the questions of the micro-batch, one a sparse layer.
-            mask_S: bool, False where they are padding.
-        """
-        examples = [self._example(side, at * self.batch + i) for side in self.sides for i in range(self.batch)]
-        device = next(model.parameters()).device
-        inputs = {name: x.to(device) for name, x in self.collator(examples).items()}
-        shown_QT = inputs["attention_mask"].bool()
-        new_QT = (torch.arange(len(examples), device=device) < self.batch).unsqueeze(1).expand_as(shown_QT)
-        new_S, shown_S = new_QT.reshape(-1), shown_QT.reshape(-1)
-        losses = []
-        for (gate, args), asked in zip(gate_inputs(self.model, inputs, model), routings, strict=True):
-            # By its rows alone: its own bias is for questions, see below.
-            scores_SE = gate(*args).logits_SE + F.pad(gate.balance_bias[:-1], (0, 1))
-            margin_S = margins(scores_SE, gate.settings.top_k)
-            losses.append(calling_loss(margin_S, new_S, shown_S))
-            if self.follow:
-                called = (asked.experts_SK == gate.settings.experts - 1).any(dim=-1)[mask_S].float().mean()
-                wanted = (margin_S > 0)[new_S & shown_S].float().mean()
-                gate.balance_bias[-1] += _FOLLOW * torch.sign(wanted - called)
-        return torch.stack(losses).mean()
+    def __call__(self, at: int) -> dict[str, Tensor]:
+        return self.collator([self._example(side, at * self.size + i) for side in self.sides for i in range(self.size)])
 
     def _example(self, side: _Side, at: int) -> Example:
         place = side.order[at % len(side.order)]

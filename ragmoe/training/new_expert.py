@@ -7,7 +7,8 @@ trained apart on a frozen base, and gate rows that come last, are FlexOlmo's (Sh
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,58 +21,80 @@ from ragmoe._errors import BundleError, ConfigError, ModelError
 from ragmoe.bundle import is_bundle, read_map
 from ragmoe.bundle.experts import check_name
 from ragmoe.corpus.types import Question
-from ragmoe.experts import experts_class
+from ragmoe.experts import FeedForward
 from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering
 from ragmoe.models.growth import grow, settle
+from ragmoe.models.sparse import SparseModel
 from ragmoe.moe import RoutingStatistics
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import NewExpertConfig, TrainingConfig
 from ragmoe.training.data import digest, gold_ids
 from ragmoe.training.documents import Document, Documents, find_documents
-from ragmoe.training.lesson import CallingLesson, gate_inputs, margins
+from ragmoe.training.lesson import CallingLesson, DocumentBatches, gate_inputs, margins
 from ragmoe.training.trainer import GateLesson, part_of
 
 # Documents that are read to place the centroids of the experts, and to see whether the new one is called at all; and
 # questions that are read to hold it back.
-_PLACED, _TRIED, _HEARD = 256, 32, 64
+PLACED, TRIED, HEARD = 256, 32, 64
+
+
+Batches = Iterable[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class NewExpert:
+class NewExpert(ABC):
     """A new expert while it is trained.
 
     Attributes:
-        model: the grown reader, in which nothing but the new expert requires a gradient.
-        questions: those it is trained on.
+        model: the grown model, in which nothing but the new expert requires a gradient.
         lesson: teaches its gate rows when to call it; None where they are not trained.
     """
 
-    model: RagmoeBertForQuestionAnswering
+    model: Any
     config: NewExpertConfig
-    index: Index
-    documents: Documents
-    questions: Sequence[Question]
     lesson: GateLesson | None
 
-    def finish(self, model: RagmoeBertForQuestionAnswering) -> RagmoeBertForQuestionAnswering:
-        """The trained reader as an ordinary one.
+    @abstractmethod
+    def heard(self, model: Any) -> Batches:
+        """What it was trained on, some of it: what must go on calling it where it is held back."""
+
+    @abstractmethod
+    def tried(self, model: Any) -> Batches:
+        """Some of its own documents, of which one token at least must call it."""
+
+    def finish(self, model: Any) -> Any:
+        """The trained model as an ordinary one.
 
         Raises:
             ModelError: not one token of its own documents calls the new expert.
         """
         done = settle(model).eval()
         if self.config.train_gate and self.config.keep < 1:
-            hold_back(done, self.index, self.questions[:_HEARD], self.config.keep)
-        for layer in done.moe_layers:
-            layer.gate.balance_bias[-1] += self.config.gate_bias
-        called = _loads(done, self.index, self.documents.new[:_TRIED])[:, -1].sum()
-        if called == 0.0:
+            hold_back(done, self.heard(done), self.config.keep)
+        for gate in done.gates:
+            gate.balance_bias[-1] += self.config.gate_bias
+        if not is_called(done, self.tried(done)):
             raise ModelError(
                 f"no token of its own documents calls the new expert {self.config.name!r}: it has learned nothing",
                 hint="train longer (--steps), or with a larger train.gate_learning_rate",
             )
         return done
+
+
+@dataclass(frozen=True)
+class ReaderExpert(NewExpert):
+    """A reader's, with the questions it is trained on, in an order that only their ids decide."""
+
+    index: Index
+    documents: Documents
+    questions: Sequence[Question]
+
+    def heard(self, model: Any) -> Batches:
+        return question_batches(model, self.index, self.questions[:HEARD])
+
+    def tried(self, model: Any) -> Batches:
+        return _reading(model, self.index, [(d.question, d.passage_id, d.domain) for d in self.documents.new[:TRIED]])
 
 
 def begin_new_expert(
@@ -82,8 +105,8 @@ def begin_new_expert(
     held: Sequence[Question],
     cache: Path,
     show: Shows | None = None,
-) -> NewExpert | None:
-    """Grow a model by the expert that its configuration asks for; None where it asks for none.
+) -> ReaderExpert | None:
+    """Grow a reader by the expert that its configuration asks for; None where it asks for none.
 
     Args:
         model: as its bundle has it.
@@ -97,18 +120,25 @@ def begin_new_expert(
     wanted = wanted_expert(config)
     if wanted is None:
         return None
-    id = _joined(model, config, wanted, index)
+    id = joined(model, config, wanted, index)
     documents = find_documents(wanted, index, questions, held)
-    rows = start_rows(model, wanted.start, index, documents, seed=config.seed)
+    rows = start_rows(model, wanted.start, lambda: nearest_expert(model, index, documents), seed=config.seed)
     grown = grow(model, rows, id=id, name=wanted.name)
     lesson = None
     if wanted.train_gate:
-        lesson = CallingLesson(grown, index, documents, config, cache, show, follow=not wanted.others)
+        batches = DocumentBatches(grown, index, documents, config, cache, show)
+        lesson = CallingLesson(grown, batches, follow=not wanted.others)
     else:
-        for name, parameter in grown.named_parameters():
-            if part_of(name) == "gate":
-                parameter.requires_grad_(False)
-    return NewExpert(grown, wanted, index, documents, sorted(questions, key=lambda q: digest(q.id)), lesson)
+        freeze_gates(grown)
+    ordered = sorted(questions, key=lambda q: digest(q.id))
+    return ReaderExpert(grown, wanted, lesson, index, documents, ordered)
+
+
+def freeze_gates(model: SparseModel) -> None:
+    """Let the new expert's gate rows stay as they start."""
+    for name, parameter in model.named_parameters():
+        if part_of(name) == "gate":
+            parameter.requires_grad_(False)
 
 
 def wanted_expert(config: TrainingConfig) -> NewExpertConfig | None:
@@ -124,32 +154,51 @@ def wanted_expert(config: TrainingConfig) -> NewExpertConfig | None:
 
 
 @torch.no_grad()
-def hold_back(model: RagmoeBertForQuestionAnswering, index: Index, questions: Sequence[Question], keep: float) -> None:
-    """Lower the last expert's balance bias as far as leaves it the share ``keep`` of these questions' calls, by layer.
+def hold_back(model: SparseModel, batches: Batches, keep: float) -> None:
+    """Lower the last expert's balance bias as far as leaves it the share ``keep`` of these batches' calls, by layer.
 
     A gate that has learned from documents alone draws its boundary in the middle between them; a question of another
     domain that comes near it would be answered in the new domain's manner.
     """
-    told = [(question, name) for question in questions for name in gold_ids(question)[:1]]
-    texts = [question.question for question, _ in told]
-    neighbours = None
-    if model.gate_sees_neighbours:
-        found = index.neighbours(texts, model.config.neighbours)
-        neighbours = model.recall(found, index, [question.domain for question, _ in told])
-    heard: list[list[Tensor]] = [[] for _ in model.moe_layers]
-    for inputs in model.batches(texts, [[index.passage(name)] for _, name in told], neighbours):
+    heard: list[list[Tensor]] = [[] for _ in model.gates]
+    for inputs in batches:
         mask_S = inputs["attention_mask"].reshape(-1).bool()
         for of_layer, (gate, args) in zip(heard, gate_inputs(model, inputs), strict=True):
-            margin_S = margins(gate(*args).logits_SE + gate.balance_bias, gate.settings.top_k)[mask_S]
+            scores_SE = gate.scores.ranked(gate(*args).logits_SE) + gate.balance_bias
+            margin_S = margins(scores_SE, gate.settings.top_k)[mask_S]
             of_layer.append(margin_S[margin_S >= 0])
-    for layer, calls in zip(model.moe_layers, heard, strict=True):
+    for gate, calls in zip(model.gates, heard, strict=True):
         if (margin_P := torch.cat(calls)).numel():
-            layer.gate.balance_bias[-1] -= torch.quantile(margin_P, 1 - keep)
+            gate.balance_bias[-1] -= torch.quantile(margin_P, 1 - keep)
 
 
-def start_rows(
-    model: RagmoeBertForQuestionAnswering, start: str, index: Index, documents: Documents, *, seed: int
-) -> dict[str, Tensor]:
+@torch.no_grad()
+def is_called(model: SparseModel, batches: Batches) -> bool:
+    """Whether any token calls the last expert, in any layer."""
+    for inputs in batches:
+        mask_S = inputs["attention_mask"].reshape(-1).bool()
+        for gate, args in gate_inputs(model, inputs):
+            if (gate(*args).experts_SK == gate.settings.experts - 1).any(dim=1)[mask_S].any():
+                return True
+    return False
+
+
+def question_batches(model: RagmoeBertForQuestionAnswering, index: Index, questions: Sequence[Question]) -> Batches:
+    """Questions with a passage that answers them, as the reader reads them."""
+    told = [(q.question, name, q.domain) for q in questions for name in gold_ids(q)[:1]]
+    return _reading(model, index, told)
+
+
+def _reading(model: RagmoeBertForQuestionAnswering, index: Index, told: Sequence[tuple[str, str, str]]) -> Batches:
+    """What the reader reads for each text, with a passage and a domain."""
+    texts, names, domains = ([row[at] for row in told] for at in range(3))
+    neighbours = None
+    if model.gate_sees_neighbours:
+        neighbours = model.recall(index.neighbours(texts, model.config.neighbours), index, domains)
+    return model.batches(texts, [[index.passage(name)] for name in names], neighbours)
+
+
+def start_rows(model: Any, start: str, nearest: Callable[[], int], *, seed: int) -> dict[str, Tensor]:
     """What a new expert starts with, by the names of ``model.expert_tensors()``, without the dimension E.
 
     In the gate that is the mean of the other experts' rows: its logit is the mean of theirs, which is seldom among the
@@ -157,31 +206,33 @@ def start_rows(
 
     Args:
         start: as in ``NewExpertConfig``.
+        nearest: tells the place of the nearest expert.
 
     Raises:
         ModelError: there is no such start.
     """
-    layers = [model.bert.encoder.layer[i] for i in model.sparse_layers]
+    shared = model.shared_networks
     source: int | None = None
     if start == "nearest":
-        source = nearest_expert(model, index, documents)
+        source = nearest()
     elif start != "shared":
         source = _place(model, start)
-    elif any(layer.dense is None for layer in layers):
+    elif any(dense is None for dense in shared):
         raise ModelError(
             "the sparse layers have no network that all experts share: full experts stand in its place",
             hint="start from an expert: --from nearest, or --from NAME",
         )
     rows: dict[str, Tensor] = {}
     state = model.state_dict()
-    for i, layer in zip(model.sparse_layers, layers, strict=True):
-        prefix = f"bert.encoder.layer.{i}.moe."
-        own = _untrained(model, layer, seed + i) if source is None else {}
+    blocks = zip(model.sparse_layers, model.expert_modules().items(), shared, strict=True)
+    for i, (experts_name, experts), dense in blocks:
+        own = _untrained(model, experts, dense, seed + i) if source is None else {}
+        prefix = experts_name.removesuffix("experts")
         for name in sorted(name for name in model.expert_tensors() if name.startswith(prefix)):
             if part_of(name) == "gate":
                 rows[name] = state[name].mean(dim=0)
             elif source is None:
-                rows[name] = own[name.removeprefix(f"{prefix}experts.")][0]
+                rows[name] = own[name.removeprefix(f"{experts_name}.")][0]
             else:
                 rows[name] = state[name][source].clone()
     return rows
@@ -199,12 +250,20 @@ def nearest_expert(model: RagmoeBertForQuestionAnswering, index: Index, document
             f"{index.folder} holds no documents but the new ones: nothing says where the experts are",
             hint="start from a certain expert (--from NAME), or give questions of other domains (--others FILE)",
         )
-    others = documents.others[:_PLACED]
-    load_QE = _loads(model, index, others)
-    embeddings_QR = _embeddings(index, others)
+    others, new = documents.others[:PLACED], documents.new[:PLACED]
+    return nearest_centroid(_loads(model, index, others), _embeddings(index, others), _embeddings(index, new))
+
+
+def nearest_centroid(load_QE: np.ndarray, embeddings_QR: np.ndarray, new_PR: np.ndarray) -> int:
+    """The place of the expert whose centroid is nearest to that of new documents; see ``nearest_expert``.
+
+    Args:
+        load_QE: of other documents the share of the choices that falls on each expert.
+        embeddings_QR: theirs; ``new_PR`` are those of the new documents.
+    """
     mean_R = embeddings_QR.mean(axis=0)
     centroids_ER = (load_QE.T @ (embeddings_QR - mean_R)) / np.maximum(load_QE.sum(axis=0), 1e-9)[:, None]
-    new_R = _embeddings(index, documents.new[:_PLACED]).mean(axis=0) - mean_R
+    new_R = new_PR.mean(axis=0) - mean_R
     norms_E = np.linalg.norm(centroids_ER, axis=1)
     return int(np.argmax(np.where(norms_E > 0, centroids_ER @ new_R / np.maximum(norms_E, 1e-9), -np.inf)))
 
@@ -228,9 +287,7 @@ def _embeddings(index: Index, documents: Sequence[Document]) -> np.ndarray:
     return np.asarray(index.embeddings[rows], dtype=np.float32)
 
 
-def _joined(
-    model: RagmoeBertForQuestionAnswering, config: TrainingConfig, wanted: NewExpertConfig, index: Index
-) -> int:
+def joined(model: Any, config: TrainingConfig, wanted: NewExpertConfig, index: Index | None) -> int:
     """Make sure that the bundle takes the expert, keep what is the bundle's own, and return the expert's id."""
     if not is_bundle(config.base):
         raise ConfigError(f"base is {config.base}, which is no bundle: a new expert joins one")
@@ -247,14 +304,15 @@ def _joined(
     check_name(map_, wanted.name)
     model.config.encoder = map_.encoder.model_dump() if map_.encoder else None
     model.config.index_digest = map_.index
-    model.check_index(index)
+    if index is not None:
+        model.check_index(index)
     # The other experts are frozen and cannot answer to them.
     model.config.balance_loss = model.config.z_loss = 0.0
     model.config.losses = None
     return map_.next_expert_id
 
 
-def _place(model: RagmoeBertForQuestionAnswering, expert: str) -> int:
+def _place(model: SparseModel, expert: str) -> int:
     names = model.expert_names
     ids = [str(id) for id in model.config.expert_ids or range(len(names))]
     if expert in names:
@@ -265,12 +323,12 @@ def _place(model: RagmoeBertForQuestionAnswering, expert: str) -> int:
     raise ModelError(f"there is no expert {expert!r} to start from; there are: shared, nearest, {there}")
 
 
-def _untrained(model: RagmoeBertForQuestionAnswering, layer: Any, seed: int) -> dict[str, Tensor]:
+def _untrained(model: SparseModel, experts: Any, dense: FeedForward, seed: int) -> dict[str, Tensor]:
     """The tensors of one expert (E = 1) as it comes out of upcycling the layer's dense network."""
     config = copy.copy(model.config)
     config.experts = 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        experts = experts_class(config.expert_kind)(config)
-    experts.copy_dense(layer.intermediate.dense, layer.output.dense, noise=0.0, generator=torch.Generator())
-    return experts.state_dict()
+        made = type(experts)(config)
+    made.copy_dense(dense.up, dense.down, noise=0.0, generator=torch.Generator())
+    return dict(made.state_dict())

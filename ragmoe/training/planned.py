@@ -33,7 +33,7 @@ def planned_training(name: str, source: Path | Mapping[str, Any], overrides: Seq
     training = load_config(source, overrides)
     notes = ["Ragmoe train keeps weights in fp32, also where it computes in bf16: then activations are smaller."]
     width = RagmoeBertConfig.neighbour_width
-    index = Path(training.data.index)
+    index = Path(training.data.required_index)
     if (index / MANIFEST).is_file():
         width = read_manifest(index).encoder.width
     else:

@@ -140,7 +140,7 @@ def prepare_reader(config: TrainingConfig, *, cache: Path | None = None, show: S
             f"generate is given, but the base {config.base} is no causal language model: expected one, or no generate"
         )
     train = config.train
-    index = Index.open(config.data.index)
+    index = Index.open(config.data.required_index)
     if config.data.questions or not config.new_expert:
         questions = training_questions(config.data)
     else:
@@ -222,7 +222,7 @@ def train(
     bf16 = start(
         folder,
         resolved,
-        index=run.index.digest,
+        index=run.index.digest if run.index is not None else "",
         material=run.material,
         bf16=wants_bf16(resolved.train.precision),
         overwrite=overwrite,

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ragmoe._errors import ConfigError
+
 
 class Section(BaseModel):
     """Unknown keys are errors."""
@@ -22,20 +24,24 @@ class DataConfig(Section):
             learned from.
         documents: sources of whole documents, in the place of questions: a causal language model learns to predict
             their words, with the neighbours of the words before (see ``LanguageConfig``).
-        index: index folder that the questions' passages, or the documents' neighbours, come from.
+        without: domains whose documents are left out, as where one of them is to arrive later.
+        index: index folder that the questions' passages, or the documents' neighbours, come from. Documents need none
+            where the gate sees no neighbours.
         question_field: ``question``, or ``question_raw`` to retrieve and read without the document's name.
         limit: use only so many questions, drawn by digest; None uses all.
-        replay: question files of what a bundle knows already, mixed in against forgetting;
-        replay_share: how many of all questions are such, 0 to 1, drawn by digest.
-        calibration_share: share of the questions' documents kept aside to calibrate the no-answer threshold;
-            ``calibration_limit`` is how many of their questions are used at most.
+        replay: question files, or sources of documents, of what a bundle knows already, mixed in against forgetting;
+        replay_share: how many of all questions (of documents: of all characters) are such, 0 to 1, drawn by digest.
+        calibration_share: share of the questions' documents kept aside to calibrate the no-answer threshold, or to
+            judge a new expert by; ``calibration_limit`` is how many of their questions are used at most. Of documents
+            that are learned from so many are kept aside for a new expert, and only for one.
         unanswerable_share: how many of the questions that will be asked are expected to have no answer; the threshold
             is calibrated for that.
     """
 
     questions: list[str] = []
     documents: list[str] = []
-    index: str
+    without: list[str] = []
+    index: str | None = None
     question_field: Literal["question", "question_raw"] = "question"
     limit: int | None = Field(None, ge=1)
     replay: list[str] = []
@@ -43,6 +49,16 @@ class DataConfig(Section):
     calibration_share: float = Field(0.03, ge=0.0, lt=0.5)
     calibration_limit: int = Field(100, ge=1)
     unanswerable_share: float = Field(0.1, ge=0.0, le=1.0)
+
+    @property
+    def required_index(self) -> str:
+        """The index, for what cannot do without; ConfigError where none is given."""
+        if self.index is None:
+            raise ConfigError(
+                "data.index is missing: expected the folder of an index",
+                hint="ragmoe index build SOURCE --out DIR makes one",
+            )
+        return self.index
 
 
 class RaftConfig(Section):
@@ -162,11 +178,15 @@ class NewExpertConfig(Section):
         name: of the expert; its domain's, where it has one.
         start: what it starts as: ``shared`` (the layer's dense network), ``nearest`` (the expert whose documents lie
             nearest to the new ones), or an expert's name or id.
-        corpus: sources of the new documents, all in the index; none means the passages of the questions' domains.
+        corpus: sources of the new documents, all in the index; none means the passages of the questions' domains. A
+            language model learns from ``data.documents``, and needs none.
         others: questions about what the bundle knows, for the gate to learn when not to call the new expert; none
-            means that sentences of the index's other passages stand for them.
-        unseen: questions by which the expert will be judged: the gate learns nothing from their documents.
-        documents: how many of the new and of the other documents the gate learns from at most.
+            means that sentences of the index's other passages stand for them. Of a language model sources of
+            documents; none means the index's other documents.
+        unseen: questions (of a language model: documents) by which the expert will be judged: the gate learns nothing
+            from their documents.
+        documents: how many of the new and of the other documents (of a language model: chunks) the gate learns from
+            at most.
         train_gate: False leaves the gate rows as they start, so that only votes lead to the expert.
         keep: share of the calls by its own questions that the expert keeps at least, layer by layer, while its balance
             bias is lowered after training: what nearly calls it is seldom its own. 1 leaves it as it has learned.

@@ -77,6 +77,13 @@ def test_pruning_predicts_and_measures(ragmoe: Any, small_city: Path, bundle: Pa
     assert code == 1 and "error: 1 of 2 experts would be left, but each token chooses 2" in err
 
 
+def test_a_reader_needs_the_index_of_its_passages(ragmoe: Any, bundle: Path, coins: Path) -> None:
+    code, _, err = ragmoe("experts", "add", bundle, "--name", "coins", "--questions", coins)
+    assert code == 2 and "needs the index that holds its passages" in err and "--index DIR" in err
+    code, _, err = ragmoe("experts", "add", bundle, "--name", "coins", "--index", "i", "--known", coins)
+    assert code == 1 and "a reader is judged by questions" in err
+
+
 def test_merging(ragmoe: Any, bundle: Path) -> None:
     code, out, _ = ragmoe("experts", "merge", bundle, 0, 2, "--name", "both")
     assert code == 0 and "version 2, expert 4 (both) in the place of 0 and 2" in out and "weights 0.50 and 0.50" in out

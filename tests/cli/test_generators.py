@@ -9,6 +9,7 @@ import pytest
 from stub_encoder import StubEncoder
 from tiny_decoder import byte_tokenizer, tiny_llama
 
+from ragmoe.bundle import read_map
 from ragmoe.cli.main import main
 from ragmoe.corpus.types import Passage
 from ragmoe.evaluation import Results
@@ -16,6 +17,7 @@ from ragmoe.generation import Generator, PromptStyle
 from ragmoe.generation.answers import GeneratedAnswer, read_answer
 from ragmoe.generation.prompts import Prompt
 from ragmoe.index import BuildOptions, build_index
+from ragmoe.models.initialising import init
 
 TEXTS = {"quay": "The keeper of the quay is Anna.", "lock": "Bert opens the lock at nine."}
 ASKED = [
@@ -96,3 +98,23 @@ def test_eval_run_scores_words_and_citations(
     read.clear()
     assert main([*words, "--out", str(world / "out"), "--json"]) == 0
     assert not read
+
+
+def test_an_expert_is_added_without_an_index(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    init(world / "model", out=world / "bundle", gate="token", experts=2, expert_rank=8)
+    rows = [{"id": f"d{i}", "text": f"bread and salt {i} " * 3, "domain": "market"} for i in range(3)]
+    (world / "market.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (world / "others.jsonl").write_text(json.dumps({"id": "o", "text": "who keeps the key of the lock?"}) + "\n")
+    words = ["experts", "add", str(world / "bundle"), "train.batch_size=2", "--name", "market"]
+    words += ["--corpus", str(world / "market.jsonl"), "--others", str(world / "others.jsonl"), "--steps", "2"]
+    judged = ["--dev", str(world / "market.jsonl"), "--known", str(world / "corpus.jsonl")]
+    assert main([*words, *judged, "--dry-run"]) == 0
+    assert "3 in 3 chunks" in capsys.readouterr().out and read_map(world / "bundle").version == 1
+    assert main([*words, *judged, "train.gate_learning_rate=0.3"]) == 0
+    said = capsys.readouterr().out
+    for text in ("Certificate of market", "perplexity before", "identical", "change, %", "2 steps on 3 documents"):
+        assert text in said.replace("\n", " "), said
+    assert main(["experts", "show", str(world / "bundle"), "market"]) == 0
+    assert "Certificate of market" in capsys.readouterr().out
+    assert main([*words[:5], "stall", *words[6:], "--task", str(world / "task.yaml")]) == 1
+    assert "--corpus FILE to learn from, --dev and --known FILE to judge by" in capsys.readouterr().err

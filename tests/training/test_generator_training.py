@@ -36,7 +36,7 @@ def content(config: Config, base: Path) -> Config:
         given = {
             "base": str(base), "model": {}, "raft.max_length": 480, "raft.passages": 1, "raft.gold_probability": 1.0,
             "generate": {"no_context": 0.2, "max_answer_tokens": 24}, "train.batch_size": 2,
-            "train.learning_rate": 5e-3, "train.steps": 6,
+            "train.learning_rate": 5e-3, "train.steps": 6, "data.calibration_share": 0.0,
         }  # fmt: skip
         return config(**{**given, **changes})
 
@@ -147,6 +147,8 @@ def test_a_dry_run_shows_prompts_and_answers(content: Config) -> None:
         ({"train.what": "lora"}, "train.what is 'lora'; for a causal language model expected one of: all, gate"),
         ({"train.what": "gate"}, "has no sparse layer"),
         ({"train.dropout": 0.1}, "train.dropout is set"),
+        ({"data.calibration_share": 0.1}, "data.calibration_share is 0.1, but a causal language model has no"),
+        ({"train.what": "new_expert", "new_expert": {"name": "a"}}, "data.documents is empty, which a causal"),
     ],
 )
 def test_what_only_a_reader_has_is_refused(content: Config, changes: dict[str, Any], message: str) -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny_decoder import byte_tokenizer, tiny_llama
 
-from ragmoe import ConfigError, load_decoder
+from ragmoe import ConfigError, DataError, load_decoder
 from ragmoe.generation import Generator
 from ragmoe.training import load_config, prepare, train
 from ragmoe.training.describe import describe
+from ragmoe.training.language import learned_documents
 from ragmoe.training.language_run import LanguageRun
 
 Config = Callable[..., dict[str, Any]]
@@ -39,6 +40,7 @@ def content(config: Config, world: Path, base: Path) -> Config:
         given = {
             "base": str(base), "model": {}, "language": LANGUAGE, "data.questions": [],
             "data.documents": [str(world / "corpus.jsonl")], "train.learning_rate": 5e-3, "train.steps": 4,
+            "data.calibration_share": 0.0,
         }  # fmt: skip
         return config(**{**given, **changes})
 
@@ -50,7 +52,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_dense_model_learns_without_an_index_being_searched(content: Config, tmp_path: Path) -> None:
-    result = train(content(**{"train.steps": 12}), out=tmp_path / "out")
+    result = train(content(**{"train.steps": 12, "data.index": None}), out=tmp_path / "out")
     found = losses(tmp_path / "out")
     assert sum(found[-3:]) < 0.9 * sum(found[:3])
     # 76 to 80 bytes each, in chunks of 24.
@@ -102,6 +104,19 @@ def test_the_oracle_is_told_the_domain_and_the_control_the_summary(content: Conf
     assert torch.equal(changed_B, batch["neighbour_mask"].any(dim=1)) and changed_B.any() and not changed_B.all()
 
 
+def test_domains_are_left_out_and_known_documents_mixed_in(content: Config, world: Path) -> None:
+    def learned(**changes: Any) -> list[str]:
+        return [document.domain for document in learned_documents(load_config(content(**changes)))[0]]
+
+    assert learned(**{"data.without": ["market"]}) == ["river"] * 6
+    assert len(learned(**{"data.limit": 5})) == 5
+    # All documents are nearly of one length.
+    mixed = learned(**{"data.limit": 4, "data.replay": [str(world / "corpus.jsonl")], "data.replay_share": 0.6})
+    assert len(mixed) in (10, 11)
+    with pytest.raises(DataError, match="names the domain 'bank'; the documents are of market, river"):
+        learned(**{"data.without": ["bank"]})
+
+
 def test_a_dry_run_shows_chunks(content: Config) -> None:
     report = describe(prepare(load_config(content())))
     assert report["learned_from"] == {"documents": 12, "chunks": 48}
@@ -133,6 +148,14 @@ def test_losses_of_no_weight_are_left_out_of_the_log(content: Config, tmp_path: 
         ({"language": {**LANGUAGE, "chunk_tokens": 2000}}, "a chunk with its context has 2008 tokens, but .* 1024 pos"),
         ({"base": "minilm"}, "the base minilm is no folder of a causal language model"),
         ({"train.what": "experts"}, "has no sparse layer"),
+        ({"data.calibration_share": 0.2}, "data.calibration_share is 0.2, but .* no no-answer threshold"),
+        ({"data.unanswerable_share": 0.4}, "data.unanswerable_share is 0.4, but"),
+        ({"data.index": None, "model": SPARSE}, "the gate 'retrieval' sees neighbours, but data.index names no index"),
+        ({"data.documents": [], "language": None, "data.without": ["river"]}, "data.without is given, but no"),
+        (
+            {"data.index": None, "data.documents": [], "data.questions": ["q"], "language": None},
+            "data.index is missing",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(content: Config, changes: dict[str, Any], message: str) -> None:

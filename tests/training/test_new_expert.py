@@ -29,7 +29,7 @@ from ragmoe.training import TrainingConfig, prepare, train
 from ragmoe.training import adding as add_module
 from ragmoe.training.adding import Judges, add_expert, new_expert_config
 from ragmoe.training.lesson import calling_loss, margins
-from ragmoe.training.new_expert import hold_back, nearest_expert
+from ragmoe.training.new_expert import hold_back, nearest_expert, question_batches
 
 Config = Callable[..., dict[str, Any]]
 QUICK = ("train.batch_size=4", "train.precision=fp32", "log_every=1", "train.gate_learning_rate=0.03")
@@ -430,7 +430,7 @@ def test_it_is_held_back_as_far_as_its_own_questions_allow(
         second.balance_bias[-1] = -1e4
     tokens, called = calls(model, run.index, questions)
     assert 10 < called[0] < tokens and called[1] == 0
-    hold_back(model, run.index, questions, 0.8)
+    hold_back(model, question_batches(model, run.index, questions), 0.8)
     now = calls(model, run.index, questions)[1]
     assert abs(now[0] - 0.8 * called[0]) <= 1 and now[1] == 0
     assert first.balance_bias[-1] < 0 and not first.balance_bias[:-1].any()

@@ -22,6 +22,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
+from ragmoe.experts import FeedForward
 from ragmoe.gates import Gate, Routing
 from ragmoe.models.availability import AvailabilityMixin
 from ragmoe.models.loss import routing_losses
@@ -174,6 +175,11 @@ class DecoderForCausalLM(Decoder, GenerationMixin):
     def moe_layers(self) -> list[SparseBlock]:
         """The sparse blocks, first to last."""
         return [module for module in self.modules() if isinstance(module, SparseBlock)]
+
+    @property
+    def shared_networks(self) -> list[FeedForward | None]:
+        """Of each sparse layer the network that its experts change, where they do."""
+        return [block.changed for block in self.moe_layers]
 
     @can_return_tuple
     def forward(

@@ -167,7 +167,10 @@ def _routed(modules: dict[str, nn.Module], layer: Layer, config: Any) -> Routed 
     name = next(name for name in modules if name.rpartition(".")[2] == "experts")
     experts, block = modules[name], name.rpartition(".")[0]
     beside = [module for other, module in modules.items() if other.rpartition(".")[0] == block]
-    gate = next((module.settings for module in beside if isinstance(module, Gate)), None)
+    # A decoder's gate stands inside its family's.
+    within = f"{block}." if block else ""
+    gates = (module for other, module in modules.items() if isinstance(module, Gate) and other.startswith(within))
+    gate = next((module.settings for module in gates), None)
     E, K = (gate.experts, gate.top_k) if gate else (_count(experts, config), _top_k(beside, config))
     if not 1 <= K <= E:
         raise ModelError(f"a token takes {K} experts, but a layer has {E}: expected 1 to {E}")
