@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -34,3 +35,14 @@ def save_tiny_bert(folder: Path) -> Path:
     vocab = [*specials, *pieces, *(f"##{piece}" for piece in pieces[:36]), *WORDS.split()]
     BertTokenizerFast(vocab={word: i for i, word in enumerate(vocab)}).save_pretrained(folder)
     return folder
+
+
+def save_tiny_encoder(folder: Path, pooling: str = "mean", **options: Any) -> Path:
+    """A sentence-transformers folder around `save_tiny_bert`, which reads 20 tokens."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    bert = save_tiny_bert(folder / "bert")
+    modules = [Transformer(str(bert), max_seq_length=20), Pooling(32, pooling)]
+    SentenceTransformer(modules=modules, device="cpu", **options).save(str(folder / "encoder"))
+    return folder / "encoder"

@@ -37,6 +37,8 @@ def chunking(chunks: int, words: int, overlap: int, rechunk: bool) -> str:
 
 def print_plan(plan: BuildPlan) -> None:
     """What a plan will do and what it will take, on stderr."""
+    from ragmoe.index.calibrate import described
+
     how, skipped, left = plan.how, list(plan.rows.skipped), {}
     if plan.contents.new < plan.passages:
         left["of these known"] = f"{plan.passages - plan.contents.new:,}: their vectors are taken over"
@@ -49,6 +51,7 @@ def print_plan(plan: BuildPlan) -> None:
             "skipped lines": f"{len(skipped)}" + (f", the first: {skipped[0]}" if skipped else ""),
             "chunking": chunking(plan.contents.cut, how.chunk_words, how.chunk_overlap, how.rechunk),
             "encoder": f"{how.encoder.id}, {reads(how.encoder)}",
+            **({"encoding": described(how.made)} if plan.contents.new and how.made else {}),
             "long passages": f"about {plan.longer_share:.1%} are longer than that: {LONG[how.long_passages]}",
             "faiss": f"{plan.choice.factory}: {plan.choice.reason}",
             "needs about": f"{duration(plan.seconds)} to encode, {size(plan.working_bytes)} of disk "
@@ -75,6 +78,7 @@ def plan_summary(plan: BuildPlan) -> dict[str, Any]:
         "skipped_lines": list(plan.rows.skipped),
         "chunks": plan.contents.cut,
         "encoder": plan.how.encoder.id,
+        "encoding": plan.how.made and plan.how.made.model_dump(),
         "longer_share": plan.longer_share,
         "faiss": {"factory": plan.choice.factory, "reason": plan.choice.reason},
         "seconds": plan.seconds,

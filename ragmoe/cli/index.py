@@ -61,6 +61,14 @@ class LongChoice(StrEnum):
     truncate = "truncate"
 
 
+class PrecisionChoice(StrEnum):
+    """What the encoder computes in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 _BUILD_EXAMPLES = """Examples:
 
   ragmoe index build docs notes.md 'wiki/**/*.html' --out indexes/mine
@@ -119,6 +127,14 @@ def build(
             metavar="NAME", help="Of text files: utf-8, latin-1, cp1252, utf-16 and others.", show_default="utf-8"
         ),
     ] = None,
+    precision: Annotated[
+        PrecisionChoice | None,
+        typer.Option(help="Of the encoder's weights; auto measures first.", show_default="auto"),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens in a batch of the encoder.", show_default="measured"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read, check and estimate; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a build that was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the index that is there.")] = False,
@@ -139,7 +155,9 @@ def build(
         "rechunk": rechunk,
         "on_error": on_error and on_error.value,
         "long_passages": long_passages and long_passages.value,
-        "encoding": encoding,
+        "text_encoding": encoding,
+        "precision": precision and precision.value,
+        "batch_tokens": batch_tokens,
     }
     options = _options(recipe, {key: value for key, value in flags.items() if value is not None}, resume, overwrite)
     from ragmoe.index.build import plan_build
@@ -154,7 +172,7 @@ def build(
             return
         manifest = run_plan(plan)
     if as_json:
-        print_json({"out": str(options.out), "skipped_lines": list(plan.rows.skipped), **manifest.model_dump()})
+        print_json({"out": str(options.out), "skipped_lines": list(plan.rows.skipped), **manifest.content})
     else:
         typer.echo(built(options.out, manifest))
 
@@ -209,13 +227,14 @@ def search(
 @app.command()
 def info(folder: IndexArgument, as_json: JsonOption = False) -> None:
     """Show what an index says about itself."""
+    from ragmoe.index.calibrate import described
     from ragmoe.index.folder import Index
     from ragmoe.index.summary import NEARLY, summarise
 
     index = Index.open(folder)
     manifest, figures = index.manifest, summarise(index)
     if as_json:
-        print_json({**manifest.model_dump(), "summary": asdict(figures)})
+        print_json({**manifest.content, "summary": asdict(figures)})
         return
     encoder, long, cut = manifest.encoder, manifest.long_passages, manifest.chunking
     on_disk = sum(record.bytes for record in manifest.files.values())
@@ -224,6 +243,7 @@ def info(folder: IndexArgument, as_json: JsonOption = False) -> None:
             "folder": f"{folder} (generation {manifest.generation}, {size(on_disk)} in {len(manifest.files)} files)",
             "passages": f"{manifest.passages:,}: {domains(manifest.domains)}",
             "encoder": f"{encoder.id} ({encoder.digest[:12]}), {reads(encoder)}",
+            "encoding": described(manifest.encoding) if manifest.encoding else "not recorded",
             "prompts": f"query {encoder.query_prompt!r}, passage {encoder.passage_prompt!r}",
             "long passages": f"{long.longer:,} ({long.share:.1%}) exceed what the encoder reads: {LONG[long.mode]}",
             "near-duplicates": f"{figures.near_duplicates:.1%} have another with a cosine of {NEARLY} or more "

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ragmoe.index.manifest import EncodingRecord
+
 #: Passages in a block: what a kill can lose at most.
 BLOCK = 1024
 
@@ -24,17 +26,20 @@ class Blocks:
     Args:
         folder: where they are; made by `start`.
         fingerprint: of the corpus and of how it is encoded.
+        encoding: what was chosen for it, which a run that goes on must not choose anew.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, encoding: EncodingRecord | None = None) -> None:
         self.size = BLOCK
         self._folder = folder
-        self._state = {"fingerprint": fingerprint, "size": self.size}
+        self._state: dict[str, object] = {"fingerprint": fingerprint, "size": self.size}
+        self._encoding = {} if encoding is None else {"encoding": encoding.model_dump()}
 
     @property
     def begun(self) -> bool:
         """Whether a stopped build of just the same left its blocks here."""
-        return _read_json(self._folder / "state.json") == self._state
+        state = _read_json(self._folder / "state.json")
+        return isinstance(state, dict) and {key: state.get(key) for key in self._state} == self._state
 
     def start(self, *, resume: bool) -> None:
         """Make the folder; what is in it is kept only if it belongs to the same build and ``resume`` is set."""
@@ -42,7 +47,7 @@ class Blocks:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        (self._folder / "state.json").write_text(json.dumps(self._state), encoding="utf-8")
+        (self._folder / "state.json").write_text(json.dumps(self._state | self._encoding), encoding="utf-8")
 
     def read(self, number: int, rows: int) -> Encoded | None:
         """A block of so many rows, None where it is missing or was cut off by whatever stopped the build."""
@@ -53,6 +58,10 @@ class Blocks:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
+    def has(self, number: int) -> bool:
+        """Whether a block is there, whole or not."""
+        return self._path(number).exists()
+
     def write(self, number: int, encoded: Encoded) -> None:
         """Keep a block; it is there whole or not at all."""
         part = self._path(number).with_suffix(".part")
@@ -62,6 +71,15 @@ class Blocks:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"block-{number:06d}.npz"
+
+
+def kept_encoding(folder: Path) -> EncodingRecord | None:
+    """What a stopped build in a folder of blocks had chosen; None where there is none, or it had no choice."""
+    state = _read_json(folder / "state.json")
+    try:
+        return EncodingRecord.model_validate(state["encoding"]) if isinstance(state, dict) else None
+    except (KeyError, ValueError):
+        return None
 
 
 def _read_json(path: Path) -> object:

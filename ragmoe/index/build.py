@@ -6,14 +6,15 @@ fit in memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ragmoe._errors import IndexFolderError
 from ragmoe.corpus.passages import OnError, read_passages
+from ragmoe.index.calibrate import Asked, asked_record
 from ragmoe.index.encoder import DEFAULT_ENCODER, Encoder, load_encoder
 from ragmoe.index.manifest import EncoderRecord, Manifest
-from ragmoe.index.plan import BuildPlan, How, make_plan, read_contents
+from ragmoe.index.plan import BuildPlan, How, Wanted, make_plan, read_contents
 from ragmoe.index.rows import OldIndex, SourceRows
 from ragmoe.index.target import NewIndex, current, encoding_of
 from ragmoe.index.windows import LongPassages
@@ -32,7 +33,10 @@ class BuildOptions:
         rechunk: cut also passages that bring an id.
         long_passages: ``windows`` (token-weighted mean of overlapping windows) or ``truncate`` for passages longer
         than the encoder reads.
-        encoding: of text files among the sources.
+        text_encoding: of text files among the sources.
+        precision: of the encoder's weights; ``auto`` measures which is faster, and takes bf16 only where its vectors
+        are those of float32.
+        batch_tokens: tokens in a batch; measured if None.
         resume: go on with a build that was stopped.
         overwrite: replace the index that is there.
     """
@@ -46,7 +50,9 @@ class BuildOptions:
     rechunk: bool = False
     on_error: OnError = "fail"
     long_passages: LongPassages = "windows"
-    encoding: str = "utf-8"
+    text_encoding: str = "utf-8"
+    precision: Asked = "auto"
+    batch_tokens: int | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -62,14 +68,17 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         chunk_overlap=options.chunk_overlap,
         rechunk=options.rechunk,
         on_error=options.on_error,
-        encoding=options.encoding,
+        encoding=options.text_encoding,
     )
     # An encoder takes seconds to load: unless vectors may be taken over, what is wrong with the sources shows before.
     made = _how(options) if current(options.out) else None
     rows = SourceRows(reader, options.sources, _same(options.out, made[0]) if made else None)
     contents = read_contents(rows)
     how, encoder = made or _how(options)
-    return make_plan(target, rows, how, encoder, contents)
+    if contents.new == contents.passages:
+        # Nothing is taken over, so nothing has to be like it.
+        how = replace(how, made=None)
+    return make_plan(target, rows, how, encoder, contents, Wanted(options.precision, options.batch_tokens))
 
 
 def build_index(options: BuildOptions, *, progress: Progress | None = None) -> Manifest:
@@ -98,9 +107,17 @@ def encoder_record(encoder: Encoder) -> EncoderRecord:
 
 
 def _how(options: BuildOptions) -> tuple[How, Encoder]:
+    """How the index will be made: what nobody asked for, as the one that stands in the folder."""
     encoder = load_encoder(options.encoder)
+    made = asked_record(encoder, options.precision, options.batch_tokens)
+    old = current(options.out)
+    if options.precision == "auto" and made is not None:
+        made = old.encoding if old is not None and old.encoder == encoder_record(encoder) else None
+        if made is not None and options.batch_tokens is not None:
+            made = made.model_copy(update={"batch_tokens": options.batch_tokens})
     words, overlap = options.chunk_words, options.chunk_overlap
-    return How(encoder_record(encoder), options.long_passages, words, overlap, options.rechunk), encoder
+    how = How(encoder_record(encoder), options.long_passages, words, overlap, options.rechunk, made=made)
+    return how, encoder
 
 
 def _same(folder: Path, how: How) -> OldIndex | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from ragmoe._errors import DataError, EncoderMismatchError, IndexFolderError, UsageError
@@ -125,7 +126,11 @@ def plan_merge(
         raise IndexFolderError(f"{out} is one of the two; expected a folder of its own", hint="name another with --out")
     target.check()
     rows = MergedRows([OldIndex(a, manifests[0]), OldIndex(b, manifests[1])])
-    return make_plan(target, rows, How.of(manifests[0]), None, read_contents(rows))
+    how = How.of(manifests[0])
+    if manifests[1].encoding is not None and manifests[1].encoding.precision == "bf16":
+        # Of both the one that says less.
+        how = replace(how, made=manifests[1].encoding)
+    return make_plan(target, rows, how, None, read_contents(rows))
 
 
 def _finish(folder: Path, base: Manifest) -> None:

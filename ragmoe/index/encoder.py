@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ragmoe._errors import ConfigError, EncoderMismatchError
 from ragmoe._quiet import quiet_loading
 from ragmoe._threads import import_torch
+from ragmoe.index.tokens import TokenEncoder, length_batches
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -25,7 +26,7 @@ DEFAULT_ENCODER = "minilm"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Formats that torch does not read: not downloaded.
 _UNUSED = ["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*.onnx", "coreml/*"]
-# 32 windows of 256 tokens: on two cores larger batches gain nothing, and shorter texts fill the same budget.
+# Of a batch, for a model that is left to sentence-transformers.
 _TOKEN_BUDGET = 8192
 
 
@@ -63,6 +64,9 @@ class SentenceEncoder:
         name: how users name it, kept as the id.
         folder: where its files are.
 
+    Attributes:
+        by_tokens: what takes tokens in place of texts, None where the model does more than read text.
+
     Raises:
         ConfigError: the folder is not a sentence-transformers model.
     """
@@ -83,9 +87,12 @@ class SentenceEncoder:
         self.width = int(self._model.get_embedding_dimension() or 0)
         self.max_length = int(self._model.max_seq_length or 512)
         self.prompts: Mapping[str, str] = _prompts(self._model)
+        self.by_tokens = TokenEncoder.of(self._model)
 
     def encode(self, texts: Sequence[str], *, prompt: str = "") -> NDArray[np.float32]:
         """Unit vectors of the texts, float32 (len(texts), R); batches are of texts of about one length."""
+        if self.by_tokens is not None and texts:
+            return self.by_tokens.encode(self.by_tokens.tokenize(texts, prompt=prompt))
         vectors = np.zeros((len(texts), self.width), dtype=np.float32)
         lengths = [min(len(spans) + 2, self.max_length) for spans in self.token_spans(texts)]
         for batch in length_batches(lengths, _TOKEN_BUDGET):
@@ -109,15 +116,10 @@ class SentenceEncoder:
         return [np.asarray(spans, dtype=np.int64).reshape(-1, 2) for spans in encoded["offset_mapping"]]
 
 
-def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group positions, longest first, so that (texts in a batch) x (its longest) stays within ``budget`` tokens."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+def token_encoder(encoder: Encoder | None) -> TokenEncoder | None:
+    """What takes tokens in place of texts, None where an encoder has nothing of the kind."""
+    found = getattr(encoder, "by_tokens", None)
+    return found if isinstance(found, TokenEncoder) else None
 
 
 def load_encoder(name: str | Encoder) -> Encoder:

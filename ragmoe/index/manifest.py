@@ -22,6 +22,8 @@ FORMAT = 1
 _MOST_BYTES = 64_000_000
 _MOST_PASSAGES = 2**40
 _MOST_LISTS = 2**31
+# Absent in older manifests, whose digests must stay what they are.
+_LATER = ("encoding",)
 _FILE = r"(passages-{0}\.parquet|texts-{0}\.bin|offsets-{0}\.npy|embeddings-{0}\.npy|index-{0}\.faiss|bm25-{0}/[\w.]+)"
 _NEEDED = ("passages-{0}.parquet", "texts-{0}.bin", "offsets-{0}.npy", "embeddings-{0}.npy", "index-{0}.faiss")
 _BUILD = "build one: ragmoe index build SOURCE... --out DIR"
@@ -40,6 +42,24 @@ class EncoderRecord(_Strict):
     max_length: int
     query_prompt: str
     passage_prompt: str
+
+
+class EncodingRecord(_Strict):
+    """How passages were encoded. Queries are always encoded in float32.
+
+    Attributes:
+        precision: of the encoder's weights.
+        batch_tokens: tokens in a batch, padding included.
+        chosen: by a calibration, by whoever built it, or because there was too little to choose by.
+        speed: of bf16 over fp32, as calibrated; None where it was not.
+        cosine: mean cosine of the calibration's passages in bf16 to float32.
+    """
+
+    precision: Literal["fp32", "bf16"]
+    batch_tokens: int = Field(ge=1)
+    chosen: Literal["calibrated", "asked", "default"]
+    speed: float | None = None
+    cosine: float | None = None
 
 
 class LongPassagesRecord(_Strict):
@@ -94,6 +114,7 @@ class Manifest(_Strict):
     corpus_digest: str
     versions: dict[str, str]
     files: dict[str, FileRecord]
+    encoding: EncodingRecord | None = None
     digest: str = ""
 
     @field_validator("files")
@@ -118,8 +139,13 @@ class Manifest(_Strict):
         """Whether the digest is that of the content."""
         return self.digest == self._content_digest()
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What stands in the file; what manifests had not always, only where there is something to say."""
+        return self.model_dump(exclude={name for name in _LATER if getattr(self, name) is None})
+
     def _content_digest(self) -> str:
-        return digest_of(self.model_dump(exclude={"digest"}))
+        return digest_of({key: value for key, value in self.content.items() if key != "digest"})
 
 
 def digest_of(content: Any) -> str:
@@ -170,7 +196,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def manifest_text(manifest: Manifest) -> str:
     """What the file of a manifest holds, to the byte."""
-    return json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(manifest.content, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:

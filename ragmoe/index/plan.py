@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
 
 from ragmoe._room import check_room
 from ragmoe.corpus.types import Passage
-from ragmoe.index.encoder import Encoder
-from ragmoe.index.manifest import EncoderRecord, Manifest
+from ragmoe.index import manifest as manifests
+from ragmoe.index.blocks import Blocks, kept_encoding
+from ragmoe.index.calibrate import FEWEST, Asked, asked_record, calibrate
+from ragmoe.index.encoder import Encoder, token_encoder
+from ragmoe.index.manifest import EncoderRecord, EncodingRecord, Manifest
 from ragmoe.index.rows import Rows
 from ragmoe.index.store import CorpusDigest
-from ragmoe.index.target import Target
+from ragmoe.index.target import Target, encoding_key
 from ragmoe.index.vectors import Choice, choose_factory
-from ragmoe.index.windows import OVERLAP, LongPassages, cut_windows, encode_passages
+from ragmoe.index.windows import OVERLAP, LongPassages, Prepared, encode_prepared, prepare_passages
 from ragmoe.index.writer import Progress, Writer
 
 _SAMPLE = 512
@@ -30,7 +32,11 @@ _STEADY_BYTES = 150_000_000
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """How vectors are made and text is cut, as a manifest records it."""
+    """How vectors are made and text is cut, as a manifest records it.
+
+    Attributes:
+        made: precision and size of a batch; None where they are still to be chosen, or there is nothing to choose.
+    """
 
     encoder: EncoderRecord
     long_passages: LongPassages
@@ -38,17 +44,20 @@ class How:
     chunk_overlap: int
     rechunk: bool
     window_overlap: int = OVERLAP
+    made: EncodingRecord | None = None
 
     @classmethod
     def of(cls, manifest: Manifest) -> How:
         """How an index was made."""
         long, cut = manifest.long_passages, manifest.chunking
-        return cls(manifest.encoder, long.mode, cut.words, cut.overlap, cut.rechunk, long.window_overlap)
+        return cls(
+            manifest.encoder, long.mode, cut.words, cut.overlap, cut.rechunk, long.window_overlap, manifest.encoding
+        )
 
     @property
     def encoding(self) -> list[object]:
         """What decides a passage's vector, as `ragmoe.index.target.encoding_of` has it."""
-        return [self.encoder.model_dump(), self.long_passages, self.window_overlap]
+        return encoding_key(self.encoder, self.long_passages, self.window_overlap, self.made)
 
 
 @dataclass(slots=True)
@@ -109,6 +118,7 @@ class BuildPlan:
         longer_share: estimated share of passages longer than the encoder reads, from a sample.
         disk_bytes: estimated size of the finished folder.
         memory_bytes: estimated memory at the peak, the encoder's own left out.
+        passage_seconds: estimated time to encode one; None where nothing was calibrated.
     """
 
     target: Target
@@ -120,6 +130,7 @@ class BuildPlan:
     longer_share: float
     disk_bytes: int
     memory_bytes: int
+    passage_seconds: float | None = None
 
     @property
     def passages(self) -> int:
@@ -139,15 +150,25 @@ class BuildPlan:
 
     @cached_property
     def seconds(self) -> float:
-        """Estimated time of encoding, from some passages encoded now; 0 where there is nothing to encode."""
+        """Estimated time of encoding; 0 where there is nothing to encode.
+
+        By the figures of the calibration, else from some passages encoded now.
+        """
+        if self.passage_seconds is not None:
+            return self.passage_seconds * self.contents.new
         sample = self.contents.sample[:: max(len(self.contents.sample) // _TIMED, 1)][:_TIMED]
         if not sample or self.encoder is None:
             return 0.0
         # The first call loads what later ones find ready.
-        self._encode(sample[:1])
+        self._encode(sample[:1], self.encoder)
         start = perf_counter()
-        self._encode(sample)
+        self._encode(sample, self.encoder)
         return (perf_counter() - start) / len(sample) * self.contents.new
+
+    @property
+    def fingerprint(self) -> str:
+        """What the blocks of a stopped run must have been made of, to be of use."""
+        return fingerprint(self.contents, self.how, self.rows)
 
     def check_room(self) -> None:
         """Refuse what cannot fit.
@@ -161,24 +182,46 @@ class BuildPlan:
         """Write the generation and return its manifest; see `build_index` for the errors."""
         return Writer(self, progress or (lambda stage, done, total: None)).run()
 
-    def _encode(self, passages: Iterable[Passage]) -> None:
-        if self.encoder is not None:
-            prompt = self.how.encoder.passage_prompt
-            encode_passages(list(passages), self.encoder, mode=self.how.long_passages, prompt=prompt)
+    def _encode(self, passages: list[Passage], encoder: Encoder) -> None:
+        prompt = self.how.encoder.passage_prompt
+        prepared = prepare_passages(passages, encoder, mode=self.how.long_passages, prompt=prompt)
+        encode_prepared(prepared, encoder, prompt=prompt, how=self.how.made)
 
 
-def make_plan(target: Target, rows: Rows, how: How, encoder: Encoder | None, contents: Contents) -> BuildPlan:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was asked for of precision and size of a batch; whatever was not is chosen."""
+
+    precision: Asked = "auto"
+    batch_tokens: int | None = None
+
+
+def fingerprint(contents: Contents, how: How, rows: Rows) -> str:
+    """Of what is encoded, and how."""
+    return manifests.digest_of([contents.digest, how.encoding, rows.base])
+
+
+def make_plan(
+    target: Target, rows: Rows, how: How, encoder: Encoder | None, contents: Contents, wanted: Wanted | None = None
+) -> BuildPlan:
     """The plan for rows that were read.
 
     Args:
         encoder: needed only where some row has no vector.
+        wanted: where precision and size of a batch are yet to be chosen; ``how`` has them if None.
+
+    Raises:
+        ConfigError: of the encoder was asked what it cannot do.
     """
     width, count = how.encoder.width, contents.passages
     choice = choose_factory(count, width)
-    new_longer = 0.0
+    new_longer, passage_seconds = 0.0, None
     if contents.sample and encoder is not None:
-        cut = cut_windows(contents.sample, encoder, prompt=how.encoder.passage_prompt)
-        new_longer = contents.new * float((cut.per_passage > 1).mean())
+        prompt = how.encoder.passage_prompt
+        sample = prepare_passages(contents.sample, encoder, mode=how.long_passages, prompt=prompt)
+        new_longer = contents.new * float((sample.per_passage > 1).mean())
+        if wanted is not None:
+            how, passage_seconds = _choose(target, rows, how, encoder, contents, sample, wanted)
     return BuildPlan(
         target=target,
         rows=rows,
@@ -190,4 +233,30 @@ def make_plan(target: Target, rows: Rows, how: How, encoder: Encoder | None, con
         # Texts once plain and once compressed; BM25 takes about as much as the text, a number for each distinct word.
         disk_bytes=count * (2 * width + choice.bytes_each) + int(2.6 * contents.text_bytes) + _HEADERS,
         memory_bytes=count * choice.bytes_each + choice.train_bytes + _STEADY_BYTES,
+        passage_seconds=passage_seconds,
     )
+
+
+def _choose(
+    target: Target, rows: Rows, how: How, encoder: Encoder, contents: Contents, sample: Prepared, wanted: Wanted
+) -> tuple[How, float | None]:
+    """How passages are encoded, and the time that one takes where that was measured.
+
+    What a stopped run was done with, it goes on with; else what was asked for, and else what is fastest.
+    """
+    made = asked_record(encoder, wanted.precision, wanted.batch_tokens)
+    if made is None or how.made is not None:
+        return how, None
+    partial = target.folder / "partial"
+    if target.resume and (kept := kept_encoding(partial)) is not None:
+        resumed = replace(how, made=kept)
+        begun = Blocks(partial, fingerprint(contents, resumed, rows)).begun
+        if begun and wanted.precision in ("auto", kept.precision):
+            return resumed, None
+    model = token_encoder(encoder)
+    settled = wanted.precision != "auto" and wanted.batch_tokens is not None
+    if settled or contents.new < FEWEST or model is None or not sample.tokens:
+        return replace(how, made=made), None
+    found = calibrate(model, sample.tokens, precision=wanted.precision, batch_tokens=wanted.batch_tokens)
+    tokens_each = sum(text.shape[1] for text in sample.tokens) / len(sample.per_passage)
+    return replace(how, made=found.record), tokens_each / found.tokens_per_second

@@ -38,7 +38,9 @@ class Recipe(BaseModel):
     rechunk: bool = False
     on_error: Literal["fail", "skip"] = "fail"
     long_passages: Literal["windows", "truncate"] = "windows"
-    encoding: str = "utf-8"
+    text_encoding: str = "utf-8"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    batch_tokens: int | None = None
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:

@@ -17,7 +17,7 @@ from ragmoe._errors import IndexFolderError, IndexLockedError
 from ragmoe._folders import expect_folder
 from ragmoe.index import card, memory
 from ragmoe.index import manifest as manifests
-from ragmoe.index.manifest import Manifest
+from ragmoe.index.manifest import EncoderRecord, EncodingRecord, Manifest
 
 _DATA_FILE = re.compile(r"^(passages|texts|offsets|embeddings|index|bm25)-(\d+)(\.\w+)?$")
 # ``.neighbours`` is where training keeps what it retrieved; it is keyed by the index's digest.
@@ -136,7 +136,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 def encoding_of(manifest: Manifest) -> list[object]:
     """What decides a passage's vector: two builds with the same have the same vectors for the same text."""
-    return [manifest.encoder.model_dump(), manifest.long_passages.mode, manifest.long_passages.window_overlap]
+    long = manifest.long_passages
+    return encoding_key(manifest.encoder, long.mode, long.window_overlap, manifest.encoding)
+
+
+def encoding_key(encoder: EncoderRecord, mode: str, overlap: int, made: EncodingRecord | None) -> list[object]:
+    """`encoding_of` what is yet to be made. Batches of another size change a vector by less than it is rounded."""
+    precision = [] if made is None or made.precision == "fp32" else [made.precision]
+    return [encoder.model_dump(), mode, overlap, *precision]
 
 
 def current(folder: Path) -> Manifest | None:

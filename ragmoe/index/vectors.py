@@ -25,6 +25,8 @@ _SCALAR_LIMIT = 10_000_000
 _BLOCK = 65_536
 _RECALL_TARGET = 0.98
 _SAMPLE = 200
+# Queries whose candidates are in memory at a time: 100 vectors of 384 each are 10 MB.
+_RANKED = 64
 # faiss asks for 39 at least, and takes 256 at most, which for 16,384 lists would be gigabytes.
 _TRAIN_EACH = 64
 
@@ -95,28 +97,36 @@ class FaissSearcher:
             got = f"{self.index.ntotal} vectors of width {self.index.d}"
             raise IndexFolderError(f"{path} is damaged: it holds {got}, the embeddings are {embeddings.shape}")
         self._embeddings = embeddings
-        self._exact = record.nprobe is None
+        # What holds whole vectors has computed their cosines already, so nothing is to be ranked again.
+        self._full = record.factory.endswith("Flat")
         if record.nprobe is not None:
             self.index.nprobe = record.nprobe
 
     def search(self, vectors: NDArray[np.float32], k: int) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """For each query vector (B, R) the best rows and their cosines, best first, at most ``k``."""
-        depth = min(k if self._exact else max(4 * k, 100), len(self._embeddings))
-        scores, rows = self.index.search(np.ascontiguousarray(vectors, dtype=np.float32), depth)
-        return [self._rank(*triple, k) for triple in zip(vectors, rows, scores, strict=True)]
+        depth = min(k if self._full else max(4 * k, 100), len(self._embeddings))
+        scores_BK, rows_BK = self.index.search(np.ascontiguousarray(vectors, dtype=np.float32), depth)
+        found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+        for start in range(0, len(rows_BK), _RANKED):
+            part = slice(start, start + _RANKED)
+            found += self._rank(vectors[part], rows_BK[part], scores_BK[part], k)
+        return found
 
     def cosines(self, vector: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The cosines of one query vector (R,) and some rows, float32 (len(rows),)."""
         return unit_rows(self._embeddings, rows) @ vector
 
     def _rank(
-        self, vector: NDArray[np.float32], rows: NDArray[np.int64], scores: NDArray[np.float32], k: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        rows, scores = rows[rows >= 0], scores[rows >= 0]
-        if not self._exact:
-            scores = self.cosines(vector, rows)
-        order = np.lexsort((rows, -scores))[:k]
-        return rows[order], scores[order]
+        self, vectors_BR: NDArray[np.float32], rows_BK: NDArray[np.int64], scores_BK: NDArray[np.float32], k: int
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Some queries' best ``k`` of what was found, by score and then by row; -1 stands for nothing found."""
+        if not self._full:
+            candidates_BKR = unit_rows(self._embeddings, np.maximum(rows_BK, 0))
+            scores_BK = np.matmul(candidates_BKR, vectors_BR[:, :, None])[:, :, 0]
+        order_BK = np.lexsort((rows_BK, np.where(rows_BK < 0, np.inf, -scores_BK)), axis=-1)[:, :k]
+        rows_BK, scores_BK = np.take_along_axis(rows_BK, order_BK, 1), np.take_along_axis(scores_BK, order_BK, 1)
+        counts = (rows_BK >= 0).sum(axis=1).tolist()
+        return [(rows[:n], scores[:n]) for rows, scores, n in zip(rows_BK, scores_BK, counts, strict=True)]
 
 
 def _add_all(index: Any, embeddings: NDArray[np.float16], progress: Callable[[int], None]) -> None:

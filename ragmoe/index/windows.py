@@ -7,16 +7,19 @@ have kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ragmoe.corpus.types import Passage
-from ragmoe.index.encoder import Encoder
+from ragmoe.index.encoder import Encoder, token_encoder
+from ragmoe.index.manifest import EncodingRecord
+from ragmoe.index.tokens import TokenEncoder, Tokens
 
+_T = TypeVar("_T")
 LongPassages = Literal["windows", "truncate"]
 OVERLAP = 64
 # [CLS], [SEP], and room for the odd token that differs when a window is tokenized on its own.
@@ -30,7 +33,7 @@ class Windows:
     Attributes:
         texts: what is encoded, W windows in order of passage.
         owner: int64 (W,), the passage of each window.
-        tokens: int64 (W,), text tokens in each window, without the title.
+        tokens: int64 (W,), text tokens in each window, without the title; of an only window with it.
     """
 
     texts: list[str]
@@ -86,18 +89,96 @@ def pool_windows(vectors: NDArray[np.float32], windows: Windows) -> NDArray[np.f
     return sums / np.maximum(norms, 1e-12)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Passages that only the model has yet to read.
+
+    Attributes:
+        windows: those that are encoded.
+        per_passage: int64 (passages,), how many windows each would need.
+        tokens: of the windows, for an encoder that takes them; None for one that takes texts.
+    """
+
+    windows: Windows
+    per_passage: NDArray[np.int64]
+    tokens: list[Tokens] | None
+
+
+def prepare_passages(
+    passages: Sequence[Passage], encoder: Encoder, *, mode: LongPassages, prompt: str = ""
+) -> Prepared:
+    """Tokenize and cut passages; may be done in another thread while the encoder encodes others."""
+    model = token_encoder(encoder)
+    if model is None:
+        windows, tokens = cut_windows(passages, encoder, prompt=prompt), None
+    else:
+        windows, tokens = _tokenized(passages, encoder, model, prompt)
+    if mode == "windows":
+        return Prepared(windows, windows.per_passage, tokens)
+    first = np.unique(windows.owner, return_index=True)[1].tolist()
+    kept = Windows([windows.texts[i] for i in first], windows.owner[first], windows.tokens[first])
+    return Prepared(kept, windows.per_passage, tokens and [tokens[i] for i in first])
+
+
+def encode_prepared(
+    prepared: Prepared, encoder: Encoder, *, prompt: str = "", how: EncodingRecord | None = None
+) -> NDArray[np.float32]:
+    """The vectors of passages, float32 (passages, R).
+
+    Args:
+        how: precision and size of a batch; float32 and what suits the device if None.
+    """
+    model = token_encoder(encoder)
+    if model is None or prepared.tokens is None:
+        vectors = encoder.encode(prepared.windows.texts, prompt=prompt)
+    elif how is None:
+        vectors = model.encode(prepared.tokens)
+    else:
+        vectors = model.encode(prepared.tokens, precision=how.precision, batch_tokens=how.batch_tokens)
+    if len(prepared.windows.texts) == len(prepared.per_passage):
+        return vectors
+    return pool_windows(vectors, prepared.windows)
+
+
 def encode_passages(
     passages: Sequence[Passage], encoder: Encoder, *, mode: LongPassages, prompt: str = ""
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The vectors of passages, float32 (len(passages), R), and the windows each would need, int64 (len(passages),)."""
     if not passages:
         return np.zeros((0, encoder.width), dtype=np.float32), np.zeros(0, dtype=np.int64)
-    windows = cut_windows(passages, encoder, prompt=prompt)
-    if mode == "truncate":
-        first = np.unique(windows.owner, return_index=True)[1]
-        return encoder.encode([windows.texts[i] for i in first], prompt=prompt), windows.per_passage
-    vectors = encoder.encode(windows.texts, prompt=prompt)
-    return pool_windows(vectors, windows), windows.per_passage
+    prepared = prepare_passages(passages, encoder, mode=mode, prompt=prompt)
+    return encode_prepared(prepared, encoder, prompt=prompt), prepared.per_passage
+
+
+def _tokenized(
+    passages: Sequence[Passage], encoder: Encoder, model: TokenEncoder, prompt: str
+) -> tuple[Windows, list[Tokens]]:
+    """What `cut_windows` makes, and its tokens: a passage that fits is tokenized but once."""
+    heads = [_head(passage) for passage in passages]
+    texts = [head + passage.text for head, passage in zip(heads, passages, strict=True)]
+    tokens = model.tokenize(texts, prompt=prompt, whole=True)
+    most = encoder.max_length - _SPARE + model.special
+    # A token has a character at least: these titles are no longer than half of what is read.
+    fits = [
+        part.shape[1] <= most and len(prompt + head) <= encoder.max_length // 2
+        for part, head in zip(tokens, heads, strict=True)
+    ]
+    long = [i for i, fit in enumerate(fits) if not fit]
+    cut = cut_windows([passages[i] for i in long], encoder, prompt=prompt) if long else None
+    own = np.flatnonzero(fits)
+    all_texts, all_tokens = [texts[i] for i in own], [tokens[i] for i in own]
+    owner, sizes = own, np.asarray([tokens[i].shape[1] for i in own], dtype=np.int64)
+    if cut is not None:
+        all_texts += cut.texts
+        all_tokens += model.tokenize(cut.texts, prompt=prompt)
+        owner = np.concatenate([owner, np.asarray(long, dtype=np.int64)[cut.owner]])
+        sizes = np.concatenate([sizes, cut.tokens])
+    order = np.argsort(owner, kind="stable")
+    return Windows(_taken(all_texts, order), owner[order], sizes[order]), _taken(all_tokens, order)
+
+
+def _taken(items: Sequence[_T], order: Iterable[int]) -> list[_T]:
+    return [items[i] for i in order]
 
 
 def _head(passage: Passage) -> str:

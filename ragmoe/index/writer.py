@@ -7,6 +7,7 @@ then are older generations removed. Whatever writes an index comes through here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from ragmoe._version import __version__
 from ragmoe.index import bm25, memory, trust
 from ragmoe.index import manifest as manifests
 from ragmoe.index._crash import reached
+from ragmoe.index.ahead import BlockEncoder
 from ragmoe.index.blocks import Blocks, Encoded
 from ragmoe.index.folder import embeddings_name, faiss_name
 from ragmoe.index.manifest import ChunkingRecord, FaissRecord, LongPassagesRecord, Manifest
@@ -25,7 +27,7 @@ from ragmoe.index.rows import Row, blocks
 from ragmoe.index.store import CorpusDigest, StoreWriter, read_rows, write_npy_header
 from ragmoe.index.target import clean, locked, next_generation, sweep
 from ragmoe.index.vectors import build_faiss
-from ragmoe.index.windows import encode_passages, encoder_text
+from ragmoe.index.windows import encoder_text
 
 if TYPE_CHECKING:
     from ragmoe.index.plan import BuildPlan
@@ -44,8 +46,7 @@ class Writer:
         self.folder = plan.target.folder
         self.progress = progress
         self.total = plan.passages
-        state = [plan.contents.digest, plan.how.encoding, plan.rows.base]
-        self.blocks = Blocks(self.folder / "partial", manifests.digest_of(state))
+        self.blocks = Blocks(self.folder / "partial", plan.fingerprint, plan.how.made)
         self.longer = 0
         #: Where each row's vector comes from, kept only if something is recorded of the old rows.
         self.origins: list[NDArray[np.int64]] = []
@@ -109,10 +110,10 @@ class Writer:
         store = StoreWriter(self.folder, generation, self.total)
         name, digest, done = embeddings_name(generation), CorpusDigest(), 0
         try:
-            with (self.folder / name).open("wb") as file:
+            with (self.folder / name).open("wb") as file, self._encoder() as encoder:
                 write_npy_header(file, np.dtype(np.float16), (self.total, self.plan.how.encoder.width))
-                for number, rows in enumerate(blocks(self.plan.rows, self.blocks.size)):
-                    vectors, windows = self._block(number, rows)
+                for number, rows in enumerate(self._rows(encoder)):
+                    vectors, windows = self._block(number, rows, encoder)
                     file.write(np.ascontiguousarray(vectors).tobytes())
                     store.add([row.chunk for row in rows], windows)
                     for row in rows:
@@ -130,7 +131,25 @@ class Writer:
             )
         return [*store.names, name]
 
-    def _block(self, number: int, rows: list[Row]) -> Encoded:
+    def _encoder(self) -> AbstractContextManager[BlockEncoder | None]:
+        how, encoder = self.plan.how, self.plan.encoder
+        if encoder is None:
+            return nullcontext()
+        return BlockEncoder(encoder, how.long_passages, how.encoder.passage_prompt, how.made)
+
+    def _rows(self, encoder: BlockEncoder | None) -> Iterator[list[Row]]:
+        """The rows in blocks, read one block ahead, so that what is to be encoded of it can be begun."""
+        last: list[Row] | None = None
+        for number, rows in enumerate(blocks(self.plan.rows, self.blocks.size)):
+            if encoder is not None and not self.blocks.has(number):
+                encoder.begin(number, [row.chunk.passage for row in rows if row.at < 0])
+            if last is not None:
+                yield last
+            last = rows
+        if last is not None:
+            yield last
+
+    def _block(self, number: int, rows: list[Row], encoder: BlockEncoder | None) -> Encoded:
         """The vectors of a block and the windows of each; only what has to be encoded is kept for another run."""
         at = np.asarray([row.at for row in rows], dtype=np.int64)
         if self.recorded:
@@ -143,19 +162,13 @@ class Writer:
         if len(new):
             encoded = self.blocks.read(number, len(new))
             if encoded is None:
-                encoded = self._encode([rows[i] for i in new.tolist()])
+                if encoder is None:
+                    raise IndexFolderError(f"{self.folder}: passages without a vector, and no encoder to make one")
+                encoded = encoder.encode(number, [rows[i].chunk.passage for i in new.tolist()])
                 self.blocks.write(number, encoded)
             vectors[new], windows[new] = encoded
         reached("block")
         return vectors, windows
-
-    def _encode(self, rows: list[Row]) -> Encoded:
-        how, encoder = self.plan.how, self.plan.encoder
-        if encoder is None:
-            raise IndexFolderError(f"{self.folder}: passages without a vector, and no encoder to make one")
-        passages = [row.chunk.passage for row in rows]
-        vectors, windows = encode_passages(passages, encoder, mode=how.long_passages, prompt=how.encoder.passage_prompt)
-        return vectors.astype(np.float16), windows
 
     def _texts(self, generation: int) -> Iterator[str]:
         """What BM25 reads, as it was just written."""
@@ -174,6 +187,7 @@ class Writer:
             domains=plan.domains,
             skipped=plan.rows.skipped_before + len(plan.rows.skipped),
             encoder=how.encoder,
+            encoding=how.made,
             metric="cosine",
             normalised=True,
             long_passages=LongPassagesRecord(

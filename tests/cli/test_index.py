@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from index_fixtures import Run, run, write
+from tiny import save_tiny_encoder
 
 __all__ = ["run"]
 
@@ -44,6 +45,20 @@ def test_build_json_is_the_manifest(run: Run, corpus: Path, tmp_path: Path) -> N
     done = run("index", "build", corpus, "--out", tmp_path / "index", "--json")
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
     assert done.json == {"out": str(tmp_path / "index"), "skipped_lines": [], **manifest}
+
+
+def test_precision_and_batch_are_printed_recorded_and_shown(run: Run, corpus: Path, tmp_path: Path) -> None:
+    out, encoder = tmp_path / "index", save_tiny_encoder(tmp_path / "model")
+    words = ["index", "build", corpus, "--out", out, "--encoder", encoder, "--precision", "bf16", "--batch-tokens", 64]
+    done = run(*words)
+    assert done.code == 0 and "bf16, 64 tokens a batch (as asked)" in done.err
+    assert "bf16, 64 tokens a batch (as asked)" in run("index", "info", out).out
+    assert run("index", "verify", out).code == 0
+    dry = run("index", "build", corpus, "--out", tmp_path / "dry", "--encoder", encoder, "--dry-run", "--json")
+    assert dry.json["encoding"]["precision"] == "fp32" and dry.json["encoding"]["chosen"] == "default"
+    (tmp_path / "r.yaml").write_text(f"sources: [{corpus}]\nout: built\nprecision: bf16\n")
+    own = run("index", "build", "--recipe", tmp_path / "r.yaml")
+    assert own.code == 1 and "is run by its own code, which offers no choice of precision" in own.err
 
 
 def test_dry_run_writes_nothing(run: Run, corpus: Path, tmp_path: Path) -> None:
@@ -344,7 +359,7 @@ def test_verify_fails_and_names_what_differs(run: Run, folder: Path, damage: str
 
 def test_help_names_the_defaults(run: Run) -> None:
     shown = run("index", "build", "--help").out
-    for default in ("minilm", "200", "40", "fail", "windows"):
+    for default in ("minilm", "200", "40", "fail", "windows", "auto", "measured"):
         assert f"[default: ({default})]" in shown
     assert "[default: (blend)]" in run("index", "search", "--help").out
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from stub_encoder import StubEncoder
 
 from ragmoe import ConfigError, Passage
-from ragmoe.index.encoder import Encoder, length_batches, load_encoder
+from ragmoe.index.encoder import Encoder, load_encoder
+from ragmoe.index.tokens import length_batches
 from ragmoe.index.windows import cut_windows, encode_passages, encoder_text, pool_windows
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ragmoe import IndexFolderError
 from ragmoe._threads import import_faiss
 from ragmoe.index import vectors
-from ragmoe.index.vectors import FaissSearcher, build_faiss, choose_factory, exact_search, unit_rows
+from ragmoe.index.vectors import Choice, FaissSearcher, build_faiss, choose_factory, exact_search, unit_rows
 
 
 def embeddings(rows: int, width: int = 16) -> NDArray[np.float16]:
@@ -80,3 +80,25 @@ def test_more_asked_for_than_there_are(tmp_path: Path) -> None:
         unit_rows(embeddings(1), np.arange(1)), 9
     )
     assert rows.tolist() == [0]
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "IVF8,SQ8"])
+def test_many_queries_at_once_rank_as_one_by_one(factory: str, tmp_path: Path) -> None:
+    stored = embeddings(60)
+    # Pairs that are the same: of equal scores the first row comes first.
+    stored[30:] = stored[:30]
+    record = build_faiss(tmp_path / "x.faiss", stored, Choice(factory, "", 1), lambda done: None)
+    # In but one list there are fewer than are asked for.
+    record = record.model_copy(update={"nprobe": record.nprobe and 1})
+    searcher = FaissSearcher(tmp_path / "x.faiss", stored, record)
+    queries = unit_rows(stored, np.arange(150) % 60)
+    _, rows = searcher.index.search(queries, 60)
+    sizes = set()
+    for query, among, (found, scores) in zip(queries, rows, searcher.search(queries, 20), strict=True):
+        among = among[among >= 0]
+        cosines = unit_rows(stored, among) @ query
+        best = np.lexsort((among, -cosines.round(6)))[:20]
+        assert found.tolist() == among[best].tolist()
+        np.testing.assert_allclose(scores, cosines[best], atol=1e-6)
+        sizes.add(len(found))
+    assert (sizes == {20}) == (factory == "Flat")

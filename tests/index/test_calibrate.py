@@ -1,0 +1,179 @@
+"""The choice of precision and batch: by speed and by cosine, made once, and kept by whatever goes on with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from stub_encoder import StubEncoder
+from tiny import WORDS, save_tiny_encoder
+
+from ragmoe import ConfigError
+from ragmoe.index import BuildOptions, Index, Manifest, _crash, blocks, build_index, plan_add, plan_build, plan_merge
+from ragmoe.index import calibrate as calibration
+from ragmoe.index import plan as plans
+from ragmoe.index.calibrate import Calibration, calibrate, described
+from ragmoe.index.encoder import SentenceEncoder
+from ragmoe.index.manifest import EncodingRecord, read_manifest
+from ragmoe.index.tokens import TokenEncoder
+
+BF16 = EncodingRecord(precision="bf16", batch_tokens=777, chosen="calibrated", speed=1.8, cosine=0.9998)
+
+
+class Timed:
+    """Takes as long as it is told to, by a clock of its own."""
+
+    budgets = (2048, 4096, 1024)
+
+    def __init__(self, speeds: dict[tuple[str, int], float], cosine: float) -> None:
+        self.speeds, self.cosine, self.now = speeds, cosine, 0.0
+        self.released = False
+
+    def encode(self, tokens: Sequence[Any], *, precision: str, batch_tokens: int) -> Any:
+        self.now += sum(text.shape[1] for text in tokens) / self.speeds.get((precision, batch_tokens), 1e5)
+        angle = np.arccos(self.cosine) if precision == "bf16" else 0.0
+        return np.tile(np.asarray([[np.cos(angle), np.sin(angle)]]), (len(tokens), 1))
+
+    def release_bf16(self) -> None:
+        self.released = True
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Calibration, Timed]]:
+    def run(speeds: dict[tuple[str, int], float], cosine: float = 1.0, **options: Any) -> tuple[Calibration, Timed]:
+        encoder = Timed(speeds, cosine)
+        monkeypatch.setattr(calibration, "perf_counter", lambda: encoder.now)
+        tokens = [np.zeros((1, n), dtype=np.int64) for n in (10, 50, 100, 200) for _ in range(100)]
+        return calibrate(encoder, tokens, **options), encoder  # type: ignore[arg-type]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("speed", "cosine", "expected"),
+    [(1.8, 0.9998, "bf16"), (1.8, 0.998, "fp32"), (1.1, 0.9998, "fp32"), (0.6, 0.9998, "fp32")],
+)
+def test_bf16_must_be_faster_and_the_same(run: Any, speed: float, cosine: float, expected: str) -> None:
+    found, encoder = run({("bf16", 2048): speed * 1e5}, cosine)
+    assert found.record == EncodingRecord(
+        precision=expected, batch_tokens=2048, chosen="calibrated", speed=speed, cosine=cosine
+    )
+    assert encoder.released == (expected == "fp32")
+    assert found.tokens_per_second == pytest.approx(1e5 * (speed if expected == "bf16" else 1))
+    assert f"bf16 is {speed:.2f} times as fast as float32" in described(found.record)
+
+
+@pytest.mark.parametrize(("speed", "expected"), [(1.5, 1024), (1.02, 2048), (0.5, 2048)])
+def test_another_batch_must_be_faster_by_a_margin(run: Any, speed: float, expected: int) -> None:
+    found, _ = run({("fp32", 1024): speed * 1e5})
+    assert found.record.batch_tokens == expected
+    # What is asked for is not measured.
+    assert run({("fp32", 1024): speed * 1e5}, batch_tokens=99)[0].record.batch_tokens == 99
+    assert run({("bf16", 2048): 9e5}, precision="fp32")[0].record.speed is None
+
+
+def test_a_slow_encoder_is_not_measured_for_long(run: Any) -> None:
+    slow = dict.fromkeys([(kind, size) for kind in ("fp32", "bf16") for size in Timed.budgets], 1e3)
+    assert run(slow)[1].now < 10  # of 2048 tokens, once to warm up and once to time, in both precisions
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> SentenceEncoder:
+    return SentenceEncoder("tiny", save_tiny_encoder(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def world(tmp_path: Path, encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Builds of 12 passages, in blocks of five, worth a calibration; ``used`` is what each block was encoded with."""
+    world = SimpleNamespace(out=tmp_path / "index", used=[], calibrated=0)
+
+    def source(name: str, words: Sequence[str]) -> str:
+        lines = [{"id": f"{name}{i}", "text": f"the {word} of the {name}"} for i, word in enumerate(words)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return str(tmp_path / f"{name}.jsonl")
+
+    def build(*sources: str, **options: Any) -> Manifest:
+        return build_index(BuildOptions(**{"sources": sources, "out": world.out, "encoder": encoder, **options}))
+
+    def found(*_: Any, **__: Any) -> Calibration:
+        world.calibrated += 1
+        return Calibration(BF16, 1e4)
+
+    encode = TokenEncoder.encode
+
+    def watched(self: TokenEncoder, tokens: Any, *, precision: Any = "fp32", batch_tokens: Any = None) -> Any:
+        world.used.append((precision, batch_tokens))
+        return encode(self, tokens, precision=precision, batch_tokens=batch_tokens)
+
+    monkeypatch.setattr(blocks, "BLOCK", 5)
+    monkeypatch.setattr(plans, "FEWEST", 10)
+    monkeypatch.setattr(plans, "calibrate", found)
+    monkeypatch.setattr(TokenEncoder, "encode", watched)
+    world.source, world.build = source, build
+    world.city, world.law = source("city", WORDS.split()[:12]), source("law", WORDS.split()[:3])
+    return world
+
+
+def test_what_was_chosen_is_used_recorded_and_kept_by_changes(world: SimpleNamespace, encoder: SentenceEncoder) -> None:
+    manifest = world.build(world.city)
+    assert manifest.encoding == BF16 and world.used == [("bf16", 777)] * 3
+    assert Index.open(world.out, encoder=encoder).search(["the zebra of the city"], 1, retriever="dense")
+    assert world.used.pop() == ("fp32", None)
+    plan = plan_add(world.out, [world.law], encoder=encoder)
+    assert plan is not None and plan.run().encoding == BF16 and world.used[3:] == [("bf16", 777)]
+    # Built over: what is known stays, so what is new is encoded like it.
+    again = world.build(world.city, world.law, world.source("bank", ["open"]), overwrite=True)
+    assert again.encoding == BF16 and world.used[4:] == [("bf16", 777)] and world.calibrated == 1
+    # Asked for something else, all is encoded anew.
+    other = world.build(world.city, overwrite=True, precision="fp32", batch_tokens=64)
+    assert other.encoding == EncodingRecord(precision="fp32", batch_tokens=64, chosen="asked")
+    assert world.used[5:] == [("fp32", 64)] * 3 and world.calibrated == 1
+
+
+def test_a_build_that_goes_on_does_not_choose_again(world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(point: str) -> None:
+        if point == "block" and len(world.used) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_crash, "hook", die)
+    with pytest.raises(KeyboardInterrupt):
+        world.build(world.city)
+    monkeypatch.setattr(_crash, "hook", None)
+    assert world.build(world.city, resume=True).encoding == BF16
+    assert world.calibrated == 1 and world.used == [("bf16", 777)] * 3
+    # And finished, it is not built again.
+    assert world.build(world.city, resume=True) == read_manifest(world.out) and len(world.used) == 3
+
+
+def test_few_passages_are_not_measured(world: SimpleNamespace, encoder: SentenceEncoder) -> None:
+    manifest = world.build(world.law)
+    assert manifest.encoding == EncodingRecord(precision="fp32", batch_tokens=2048, chosen="default")
+    assert world.calibrated == 0 and "not calibrated: fewer than" in described(manifest.encoding)
+
+
+def test_the_estimate_comes_from_the_calibration(world: SimpleNamespace, encoder: SentenceEncoder) -> None:
+    plan = plan_build(BuildOptions((world.city,), world.out, encoder=encoder))
+    tokens = sum(len(spans) + 2 for spans in encoder.token_spans([p.text for p in plan.contents.sample]))
+    assert plan.seconds == pytest.approx(tokens / 1e4) and world.used == []
+
+
+def test_merging_two_precisions_records_the_lower(world: SimpleNamespace, encoder: SentenceEncoder) -> None:
+    other = world.out.parent / "other"
+    world.build(world.law, precision="fp32", out=other)
+    world.build(world.city)
+    merged = plan_merge(other, world.out, world.out.parent / "merged").run()
+    assert merged.encoding == BF16
+
+
+def test_encoders_of_ones_own_offer_no_choice_and_older_manifests_stay_whole(world: SimpleNamespace) -> None:
+    manifest = world.build(world.city, encoder=StubEncoder())
+    content = json.loads((world.out / "manifest.json").read_text())
+    assert manifest.encoding is None and "encoding" not in content
+    assert read_manifest(world.out).digest == content["digest"]
+    with pytest.raises(ConfigError, match="offers no choice of precision"):
+        world.build(world.city, encoder=StubEncoder(), overwrite=True, precision="bf16")
