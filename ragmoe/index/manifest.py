@@ -12,7 +12,16 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from ragmoe._errors import IndexFolderError
 
@@ -60,12 +69,25 @@ class ChunkingRecord(_Strict):
 
 
 class FaissRecord(_Strict):
-    """The FAISS factory string, why it was chosen, and the share of the exact top 20 it finds (None if exact)."""
+    """The FAISS factory string, why it was chosen, and how it is searched: all but the first two None if exact.
+
+    Attributes:
+        nprobe: the lists that are visited.
+        depth: the candidates that are ranked again by the stored embeddings for the best 20.
+        recall_at_20: the share of the exact top 20 that is found so.
+    """
 
     factory: str
     reason: str
     nprobe: int | None
+    depth: int | None = None
     recall_at_20: float | None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Manifests of before have no depth; with one in their content, theirs would not be the digest they name.
+        content: dict[str, Any] = write(self)
+        return {key: value for key, value in content.items() if key != "depth" or value is not None}
 
 
 class FileRecord(_Strict):
