@@ -172,7 +172,7 @@ def build(
             return
         manifest = run_plan(plan)
     if as_json:
-        print_json({"out": str(options.out), "skipped_lines": list(plan.rows.skipped), **manifest.content})
+        print_json({"out": str(options.out), "skipped_lines": list(plan.rows.skipped), **manifest.model_dump()})
     else:
         typer.echo(built(options.out, manifest))
 
@@ -234,7 +234,7 @@ def info(folder: IndexArgument, as_json: JsonOption = False) -> None:
     index = Index.open(folder)
     manifest, figures = index.manifest, summarise(index)
     if as_json:
-        print_json({**manifest.content, "summary": asdict(figures)})
+        print_json({**manifest.model_dump(), "summary": asdict(figures)})
         return
     encoder, long, cut = manifest.encoder, manifest.long_passages, manifest.chunking
     on_disk = sum(record.bytes for record in manifest.files.values())

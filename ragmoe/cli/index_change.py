@@ -156,7 +156,7 @@ def run_command(folder: Path, make: Callable[[], BuildPlan | None], nothing: str
             manifest = run_plan(plan)
             summary["skipped_lines"] = list(plan.rows.skipped)
     if as_json:
-        print_json({**summary, **manifest.content})
+        print_json({**summary, **manifest.model_dump()})
     else:
         typer.echo(built(folder, manifest))
 

@@ -10,9 +10,18 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from ragmoe._errors import IndexFolderError
 
@@ -22,8 +31,6 @@ FORMAT = 1
 _MOST_BYTES = 64_000_000
 _MOST_PASSAGES = 2**40
 _MOST_LISTS = 2**31
-# Absent in older manifests, whose digests must stay what they are.
-_LATER = ("encoding",)
 _FILE = r"(passages-{0}\.parquet|texts-{0}\.bin|offsets-{0}\.npy|embeddings-{0}\.npy|index-{0}\.faiss|bm25-{0}/[\w.]+)"
 _NEEDED = ("passages-{0}.parquet", "texts-{0}.bin", "offsets-{0}.npy", "embeddings-{0}.npy", "index-{0}.faiss")
 _BUILD = "build one: ragmoe index build SOURCE... --out DIR"
@@ -31,6 +38,14 @@ _BUILD = "build one: ragmoe index build SOURCE... --out DIR"
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    #: Fields that older manifests lack: written where there is something to say, so that their digests stay.
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_none_of_later(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = write(self)
+        return {key: value for key, value in content.items() if key not in self.later or value is not None}
 
 
 class EncoderRecord(_Strict):
@@ -81,12 +96,21 @@ class ChunkingRecord(_Strict):
 
 
 class FaissRecord(_Strict):
-    """The FAISS factory string, why it was chosen, and the share of the exact top 20 it finds (None if exact)."""
+    """The FAISS factory string, why it was chosen, and how it is searched: all but the first two None if exact.
+
+    Attributes:
+        nprobe: the lists that are visited.
+        depth: the candidates that are ranked again by the stored embeddings for the best 20.
+        recall_at_20: the share of the exact top 20 that is found so.
+    """
 
     factory: str
     reason: str
     nprobe: int | None = Field(ge=1, le=_MOST_LISTS)
+    depth: int | None = Field(default=None, ge=1, le=_MOST_LISTS)
     recall_at_20: float | None
+
+    later = frozenset({"depth"})
 
 
 class FileRecord(_Strict):
@@ -117,6 +141,8 @@ class Manifest(_Strict):
     encoding: EncodingRecord | None = None
     digest: str = ""
 
+    later = frozenset({"encoding"})
+
     @field_validator("files")
     @classmethod
     def _only_its_own(cls, files: dict[str, FileRecord], info: ValidationInfo) -> dict[str, FileRecord]:
@@ -139,13 +165,8 @@ class Manifest(_Strict):
         """Whether the digest is that of the content."""
         return self.digest == self._content_digest()
 
-    @property
-    def content(self) -> dict[str, Any]:
-        """What stands in the file; what manifests had not always, only where there is something to say."""
-        return self.model_dump(exclude={name for name in _LATER if getattr(self, name) is None})
-
     def _content_digest(self) -> str:
-        return digest_of({key: value for key, value in self.content.items() if key != "digest"})
+        return digest_of(self.model_dump(exclude={"digest"}))
 
 
 def digest_of(content: Any) -> str:
@@ -196,7 +217,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def manifest_text(manifest: Manifest) -> str:
     """What the file of a manifest holds, to the byte."""
-    return json.dumps(manifest.content, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False) + "\n"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:

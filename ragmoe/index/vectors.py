@@ -7,6 +7,7 @@ candidates only; their scores are computed from the stored embeddings.
 from __future__ import annotations
 
 import errno
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragmoe._errors import IndexFolderError
-from ragmoe._threads import import_faiss
+from ragmoe._threads import import_faiss, import_torch
 from ragmoe.index.manifest import FaissRecord
 
 FLAT_LIMIT = 50_000
-_FULL_LIMIT = 1_000_000
-_SCALAR_LIMIT = 10_000_000
 _BLOCK = 65_536
 _RECALL_TARGET = 0.98
+# A doubling of the lists that finds less than this share more will not come to the target either.
+_LEAST_GAIN = 0.001
 _SAMPLE = 200
-# Queries whose candidates are in memory at a time: 100 vectors of 384 each are 10 MB.
-_RANKED = 64
+_BEST = 20
+# Candidates that may be ranked again for the best 20.
+_DEPTHS = (100, 200, 400)
+# Rows read from the mapped embeddings at a time: the system maps up to 64 kB around each, here 64 MB at most.
+_ROWS_AT_ONCE = 1024
 # faiss asks for 39 at least, and takes 256 at most, which for 16,384 lists would be gigabytes.
 _TRAIN_EACH = 64
 
@@ -42,22 +46,21 @@ class Choice:
 
 
 def choose_factory(count: int, width: int) -> Choice:
-    """The FAISS index for ``count`` vectors of ``width``: exact to 50,000, then lists, compressed beyond a million."""
+    """The FAISS index for ``count`` vectors of ``width``: exact to 50,000, then lists of codes that find candidates.
+
+    The codes are product quantisers of 4 bits, compared 32 at a time in registers (Andre, Kermarrec and Le Scouarnec,
+    "Quicker ADC", TPAMI 2019), on three dimensions each where the width allows: eval/results/scale.md has the others.
+    """
     if count <= FLAT_LIMIT:
         return Choice("Flat", f"{count:,} passages are at most {FLAT_LIMIT:,}: exact search is fast enough", 4 * width)
     lists = int(2 ** np.round(np.log2(4 * np.sqrt(count))))
     train = 4 * width * min(count, _TRAIN_EACH * lists)
-    if count <= _FULL_LIMIT:
-        reason = (
-            f"{count:,} passages are more than {FLAT_LIMIT:,}: {lists} lists (4 roots of the count) of full vectors"
-        )
-        return Choice(f"IVF{lists},Flat", reason, 4 * width + 8, train)
-    if count <= _SCALAR_LIMIT:
-        reason = f"{count:,} passages are more than {_FULL_LIMIT:,}: {lists} lists of vectors at 8 bits a dimension"
-        return Choice(f"IVF{lists},SQ8", reason, width + 8, train)
-    parts = next(parts for parts in range(max(width // 4, 1), 0, -1) if width % parts == 0)
-    reason = f"{count:,} passages are more than {_SCALAR_LIMIT:,}: {lists} lists of vectors as {parts} codes of 8 bits"
-    return Choice(f"IVF{lists},PQ{parts}", reason, parts + 8, train)
+    beyond = f"{count:,} passages are more than {FLAT_LIMIT:,}: {lists} lists (4 roots of the count) of"
+    parts = next((parts for parts in range(width // 3, width // 8, -1) if width % parts == 0), None)
+    if parts is None:
+        return Choice(f"IVF{lists},SQ8", f"{beyond} vectors at 8 bits a dimension, ranked again", width + 8, train)
+    reason = f"{beyond} vectors as {parts} codes of 4 bits, ranked again by the stored embeddings"
+    return Choice(f"IVF{lists},PQ{parts}x4fs", reason, -(-parts // 2) + 8, train)
 
 
 def build_faiss(
@@ -72,12 +75,12 @@ def build_faiss(
         sample.sort()
         index.train(unit_rows(embeddings, sample))
     _add_all(index, embeddings, progress)
-    nprobe, recall = (None, None) if choice.factory == "Flat" else _tune(index, embeddings)
+    nprobe, depth, recall = (None, None, None) if choice.factory == "Flat" else _tune(index, embeddings)
     try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
         raise OSError(errno.EIO, "faiss could not write it whole", str(path)) from error
-    return FaissRecord(factory=choice.factory, reason=choice.reason, nprobe=nprobe, recall_at_20=recall)
+    return FaissRecord(factory=choice.factory, reason=choice.reason, nprobe=nprobe, depth=depth, recall_at_20=recall)
 
 
 class FaissSearcher:
@@ -99,34 +102,23 @@ class FaissSearcher:
         self._embeddings = embeddings
         # What holds whole vectors has computed their cosines already, so nothing is to be ranked again.
         self._full = record.factory.endswith("Flat")
+        # Indexes of before say nothing of it, and rank as many again as the best 20 had then.
+        self._depth = record.depth or _DEPTHS[0]
         if record.nprobe is not None:
             self.index.nprobe = record.nprobe
 
     def search(self, vectors: NDArray[np.float32], k: int) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """For each query vector (B, R) the best rows and their cosines, best first, at most ``k``."""
-        depth = min(k if self._full else max(4 * k, 100), len(self._embeddings))
-        scores_BK, rows_BK = self.index.search(np.ascontiguousarray(vectors, dtype=np.float32), depth)
-        found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
-        for start in range(0, len(rows_BK), _RANKED):
-            part = slice(start, start + _RANKED)
-            found += self._rank(vectors[part], rows_BK[part], scores_BK[part], k)
-        return found
+        queries_BR = np.ascontiguousarray(vectors, dtype=np.float32)
+        depth = k if self._full else max(self._depth, self._depth * k // _BEST)
+        scores_BK, rows_BK = self.index.search(queries_BR, min(depth, len(self._embeddings)))
+        if not self._full:
+            scores_BK = _rescored(self._embeddings, queries_BR, rows_BK)
+        return _ranked(rows_BK, scores_BK, k)
 
     def cosines(self, vector: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The cosines of one query vector (R,) and some rows, float32 (len(rows),)."""
         return unit_rows(self._embeddings, rows) @ vector
-
-    def _rank(
-        self, vectors_BR: NDArray[np.float32], rows_BK: NDArray[np.int64], scores_BK: NDArray[np.float32], k: int
-    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Some queries' best ``k`` of what was found, by score and then by row; -1 stands for nothing found."""
-        if not self._full:
-            candidates_BKR = unit_rows(self._embeddings, np.maximum(rows_BK, 0))
-            scores_BK = np.matmul(candidates_BKR, vectors_BR[:, :, None])[:, :, 0]
-        order_BK = np.lexsort((rows_BK, np.where(rows_BK < 0, np.inf, -scores_BK)), axis=-1)[:, :k]
-        rows_BK, scores_BK = np.take_along_axis(rows_BK, order_BK, 1), np.take_along_axis(scores_BK, order_BK, 1)
-        counts = (rows_BK >= 0).sum(axis=1).tolist()
-        return [(rows[:n], scores[:n]) for rows, scores, n in zip(rows_BK, scores_BK, counts, strict=True)]
 
 
 def _add_all(index: Any, embeddings: NDArray[np.float16], progress: Callable[[int], None]) -> None:
@@ -143,31 +135,74 @@ def unit_rows(embeddings: NDArray[np.float16], rows: NDArray[np.int64]) -> NDArr
 
 
 def exact_search(embeddings: NDArray[np.float16], queries: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """The exact best ``k`` rows of each query, int64 (B, k), by plain multiplication."""
+    """The exact best ``k`` rows of each query, int64 (B, k), a block of the embeddings in memory at a time."""
+    faiss = import_faiss()
     best_rows = np.zeros((len(queries), 0), dtype=np.int64)
     best_scores = np.zeros((len(queries), 0), dtype=np.float32)
     for start in range(0, len(embeddings), _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, len(embeddings)))
-        scores = np.concatenate([best_scores, queries @ unit_rows(embeddings, rows).T], axis=1)
-        rows = np.concatenate([best_rows, np.broadcast_to(rows, (len(queries), len(rows)))], axis=1)
+        block = unit_rows(embeddings, np.arange(start, min(start + _BLOCK, len(embeddings))))
+        scores, rows = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores = np.concatenate([best_scores, scores], axis=1)
+        rows = np.concatenate([best_rows, rows + start], axis=1)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         best_rows, best_scores = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
     return best_rows
 
 
-def _tune(index: Any, embeddings: NDArray[np.float16]) -> tuple[int, float]:
-    """The fewest lists, a power of two, that find 98 % of the exact top 20 of a sample; and the share found."""
-    sample = np.sort(
-        np.random.default_rng(1).choice(len(embeddings), size=min(_SAMPLE, len(embeddings)), replace=False)
-    )
-    queries = unit_rows(embeddings, sample)
-    k = min(20, len(embeddings))
+def _rescored(
+    embeddings: NDArray[np.float16], queries: NDArray[np.float32], rows: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """The cosines of queries (B, R) and the candidates of each (B, depth) from what is stored; any for a candidate -1.
+
+    Some rows at a time, and what is mapped of the file goes after them: else a process that has searched long enough
+    would hold all embeddings, where the file's cache, which all processes share, serves as well.
+    """
+    torch = import_torch()
+    scores = np.empty(rows.shape, dtype=np.float32)
+    step = max(_ROWS_AT_ONCE // max(rows.shape[1], 1), 1)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        found_BKR = torch.from_numpy(np.asarray(embeddings[rows[part]])).float()
+        dots_BK = (found_BKR @ torch.from_numpy(queries[part]).unsqueeze(2)).squeeze(2)
+        norms_BK = torch.linalg.vector_norm(found_BKR, dim=2).clamp_min(1e-12)
+        scores[part] = (dots_BK / norms_BK).numpy()
+        if isinstance(embeddings.base, mmap.mmap) and hasattr(embeddings.base, "madvise"):
+            embeddings.base.madvise(mmap.MADV_DONTNEED)
+    return scores
+
+
+def _ranked(
+    rows_BK: NDArray[np.int64], scores_BK: NDArray[np.float32], k: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Each query's best ``k`` candidates, by score and then by row; -1 stands for none."""
+    order_BK = np.lexsort((rows_BK, np.where(rows_BK < 0, np.inf, -scores_BK)), axis=-1)[:, :k]
+    rows_BK, scores_BK = np.take_along_axis(rows_BK, order_BK, 1), np.take_along_axis(scores_BK, order_BK, 1)
+    counts = (rows_BK >= 0).sum(axis=1).tolist()
+    return [(rows[:n], scores[:n]) for rows, scores, n in zip(rows_BK, scores_BK, counts, strict=True)]
+
+
+def _tune(index: Any, embeddings: NDArray[np.float16]) -> tuple[int, int, float]:
+    """The fewest lists, a power of two, and then the fewest candidates that hold 98 % of the exact top 20 of a sample.
+
+    Returns lists, candidates and the share found, which is less where the codes are too coarse for more.
+    """
+    rows = np.random.default_rng(1).choice(len(embeddings), size=min(_SAMPLE, len(embeddings)), replace=False)
+    queries = unit_rows(embeddings, np.sort(rows))
+    k = min(_BEST, len(embeddings))
     exact = exact_search(embeddings, queries, k)
-    nprobe = 1
-    while True:
+
+    def shares(nprobe: int) -> list[float]:
         index.nprobe = nprobe
-        _, found = index.search(queries, min(100, len(embeddings)))
-        recall = float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(exact, found, strict=True)]))
-        if recall >= _RECALL_TARGET or nprobe >= index.nlist:
-            return nprobe, round(recall, 4)
-        nprobe *= 2
+        _, found = index.search(queries, min(_DEPTHS[-1], len(embeddings)))
+        hits = [[len(np.intersect1d(a, b[:depth])) / k for depth in _DEPTHS] for a, b in zip(exact, found, strict=True)]
+        return [float(share) for share in np.mean(hits, axis=0)]
+
+    nprobe, reached = 1, shares(1)
+    while reached[-1] < _RECALL_TARGET and nprobe < index.nlist:
+        more = shares(2 * nprobe)
+        if more[-1] - reached[-1] < _LEAST_GAIN:
+            break
+        nprobe, reached = 2 * nprobe, more
+    enough = min(_RECALL_TARGET, reached[-1])
+    depth, recall = next(pair for pair in zip(_DEPTHS, reached, strict=True) if pair[1] >= enough)
+    return nprobe, depth, round(recall, 4)

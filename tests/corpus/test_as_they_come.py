@@ -48,12 +48,12 @@ TWO = jsonl("one", "two")
 RIGHT: dict[str, tuple[str, bytes, dict[str, Any], list[str]]] = {
     "byte order mark": ("c.jsonl", codecs.BOM_UTF8 + TWO, {}, ["one", "two"]),
     "byte order mark in csv": ("c.csv", codecs.BOM_UTF8 + b"id,text\na,one\n", {}, ["one"]),
-    "byte order mark, named": ("c.jsonl", codecs.BOM_UTF8 + TWO, {"encoding": "UTF8"}, ["one", "two"]),
-    "latin-1": ("c.jsonl", b'{"id": "a", "text": "caf\xe9"}\n', {"encoding": "latin-1"}, ["café"]),
-    "latin-1 in csv": ("c.csv", b"id,text\na,caf\xe9\n", {"encoding": "latin-1"}, ["café"]),
-    "latin-1 in running text": ("c.txt", b"caf\xe9", {"encoding": "latin-1"}, ["café"]),
+    "byte order mark, named": ("c.jsonl", codecs.BOM_UTF8 + TWO, {"text_encoding": "UTF8"}, ["one", "two"]),
+    "latin-1": ("c.jsonl", b'{"id": "a", "text": "caf\xe9"}\n', {"text_encoding": "latin-1"}, ["café"]),
+    "latin-1 in csv": ("c.csv", b"id,text\na,caf\xe9\n", {"text_encoding": "latin-1"}, ["café"]),
+    "latin-1 in running text": ("c.txt", b"caf\xe9", {"text_encoding": "latin-1"}, ["café"]),
     # The second byte of this letter is that of a line end.
-    "utf-16": ("c.jsonl", '{"id": "a", "text": "aĊb"}\n'.encode("utf-16"), {"encoding": "utf-16"}, ["aĊb"]),
+    "utf-16": ("c.jsonl", '{"id": "a", "text": "aĊb"}\n'.encode("utf-16"), {"text_encoding": "utf-16"}, ["aĊb"]),
     "latin-1 where it is skipped": (
         "c.jsonl",
         jsonl("one") + b'{"id": "x", "text": "caf\xe9"}\n' + jsonl("two", ids="b"),
@@ -84,7 +84,7 @@ RIGHT: dict[str, tuple[str, bytes, dict[str, Any], list[str]]] = {
     "csv in gz": ("c.csv.gz", gzip.compress(b"id,text\na,one\n"), {}, ["one"]),
     "text in zst": ("c.txt.zst", zst(b"one"), {}, ["one"]),
     "html in gz": ("c.html.gz", gzip.compress(b"<p>one</p>"), {}, ["one"]),
-    "latin-1 in gz": ("c.md.gz", gzip.compress(b"caf\xe9"), {"encoding": "latin-1"}, ["café"]),
+    "latin-1 in gz": ("c.md.gz", gzip.compress(b"caf\xe9"), {"text_encoding": "latin-1"}, ["café"]),
     "parquet": ("c.parquet", parquet("one", "two"), {}, ["one", "two"]),
 }  # fmt: skip
 
@@ -99,8 +99,8 @@ WRONG: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
     "latin-1 in csv": ("c.csv", b"id,text\na,caf\xe9\n", {}, r"c\.csv:2: .* 4 of column 'text'\n.* --encoding latin-1"),
     "latin-1 in running text": ("c.md", b"one\ntwo \xe9", {}, r"c\.md:2: .* 5 of the line\n.* --encoding latin-1"),
     "utf-16": ("c.txt", "text".encode("utf-16"), {}, r"c\.txt:1: not UTF-8: byte 0xff at byte 1 of the line"),
-    "half of utf-16": ("c.txt", "text".encode("utf-16")[:-1], {"encoding": "utf-16"}, r"c\.txt: not UTF-16: truncated"),
-    "not of the encoding": ("c.txt", b"one \x81", {"encoding": "cp1252"}, r"c\.txt:1: not CP1252: byte 0x81 at byte 5"),
+    "half of utf-16": ("c.txt", "text".encode("utf-16")[:-1], {"text_encoding": "utf-16"}, r"c\.txt: not UTF-16: trunc"),
+    "not of the encoding": ("c.txt", b"one \x81", {"text_encoding": "cp1252"}, r"c\.txt:1: not CP1252: byte 0x81 at"),
     "a raw NUL in JSON": ("c.jsonl", b'{"id": "a", "text": "one\0"}\n', {}, r"c\.jsonl:1: not JSON: Invalid control"),
     "empty text": ("c.jsonl", jsonl("one", " "), {}, r"c\.jsonl:2: 'text' is empty"),
     "duplicate ids": ("c.jsonl", TWO + TWO, {}, r"c\.jsonl:3: id 'a' stands already at .*c\.jsonl:1"),
