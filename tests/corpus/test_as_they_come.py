@@ -99,7 +99,7 @@ WRONG: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
     "latin-1 in csv": ("c.csv", b"id,text\na,caf\xe9\n", {}, r"c\.csv:2: .* 4 of column 'text'\n.* --encoding latin-1"),
     "latin-1 in running text": ("c.md", b"one\ntwo \xe9", {}, r"c\.md:2: .* 5 of the line\n.* --encoding latin-1"),
     "utf-16": ("c.txt", "text".encode("utf-16"), {}, r"c\.txt:1: not UTF-8: byte 0xff at byte 1 of the line"),
-    "half of utf-16": ("c.txt", "text".encode("utf-16")[:-1], {"text_encoding": "utf-16"}, r"c\.txt: not UTF-16: trunc"),
+    "half of utf-16": ("c.txt", "text".encode("utf-16")[:-1], {"text_encoding": "utf-16"}, r"c\.txt: not UTF-16"),
     "not of the encoding": ("c.txt", b"one \x81", {"text_encoding": "cp1252"}, r"c\.txt:1: not CP1252: byte 0x81 at"),
     "a raw NUL in JSON": ("c.jsonl", b'{"id": "a", "text": "one\0"}\n', {}, r"c\.jsonl:1: not JSON: Invalid control"),
     "empty text": ("c.jsonl", jsonl("one", " "), {}, r"c\.jsonl:2: 'text' is empty"),
