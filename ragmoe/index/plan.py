@@ -249,6 +249,8 @@ def _choose(
         return how, None
     partial = target.folder / "partial"
     if target.resume and (kept := kept_encoding(partial)) is not None:
+        if wanted.batch_tokens is not None:
+            kept = kept.model_copy(update={"batch_tokens": wanted.batch_tokens})
         resumed = replace(how, made=kept)
         begun = Blocks(partial, fingerprint(contents, resumed, rows)).begun
         if begun and wanted.precision in ("auto", kept.precision):

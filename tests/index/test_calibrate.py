@@ -144,8 +144,9 @@ def test_a_build_that_goes_on_does_not_choose_again(world: SimpleNamespace, monk
     with pytest.raises(KeyboardInterrupt):
         world.build(world.city)
     monkeypatch.setattr(_crash, "hook", None)
-    assert world.build(world.city, resume=True).encoding == BF16
-    assert world.calibrated == 1 and world.used == [("bf16", 777)] * 3
+    manifest = world.build(world.city, resume=True, batch_tokens=99)
+    assert manifest.encoding == BF16.model_copy(update={"batch_tokens": 99})
+    assert world.calibrated == 1 and world.used == [*[("bf16", 777)] * 2, ("bf16", 99)]
     # And finished, it is not built again.
     assert world.build(world.city, resume=True) == read_manifest(world.out) and len(world.used) == 3
 
