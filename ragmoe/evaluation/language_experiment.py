@@ -93,7 +93,8 @@ def _model(
 
     config, bundle = folder.experiment.training(arm, seed, index.folder), folder.bundle(arm, seed)
     if arm in folder.experiment.untrained_arms:
-        return *open_decoder(config, index, (config.language or LanguageConfig()).neighbours), config
+        opened = open_decoder(config, index, (config.language or LanguageConfig()).neighbours)
+        return opened.model, opened.tokenizer, config
     if folder.trained(arm, seed):
         say(f"{arm}, seed {seed}: trained already")
     else:
