@@ -52,11 +52,13 @@ class GluExperts(Experts):
     has_rank = False
     summary = "full gated networks (SwiGLU) through transformers' experts kernels, for decoders"
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, fused: nn.Module | None = None) -> None:
+        """Build new ones, or stand around a family's own ``fused`` experts, which stay as they are."""
         super().__init__(config)
         self.std = float(config.initializer_range)
-        self.fused = FusedGluExperts(config)
-        self.reset_parameters()
+        self.fused: Any = FusedGluExperts(config) if fused is None else fused
+        if fused is None:
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
