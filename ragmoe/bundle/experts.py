@@ -215,6 +215,8 @@ def require_enough(map_: BundleMap, left: int) -> None:
     config = map_.extra.get("config", {})
     if (gate := config.get("gate")) and (why := gate_class(gate).fixed_experts):
         raise BundleError(f"the gate {gate!r} lets no expert go: {why}")
+    if (groups := config.get("n_group") or 1) > 1:
+        raise BundleError(f"the experts stand in {groups} groups of one size (n_group): none can go alone")
     top_k = config.get("num_experts_per_tok") or config.get("top_k", 1)
     if left < top_k:
         raise BundleError(

@@ -19,6 +19,8 @@ from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.task import Task, describe, expand, load_task, parse_task, read_yaml
 
 UNTRAINED, DENSE = "untrained", "dense"
+# The setting of documents that have no name of their own.
+VALID = "valid"
 # In values of ``train`` and of the arms it stands for the seed, as in the path of another experiment's bundle.
 SEED = "{seed}"
 
@@ -93,7 +95,7 @@ class Experiment(BaseModel):
             name = min(reserved)
             raise ValueError(f"no arm may be called {name!r}: that is the model that training starts from (untrained)")
         for name in self.arm_names:
-            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            if not _is_folder_name(name):
                 raise ValueError(f"the arm {name!r} names a folder: expected letters, digits, '-', '_' and '.'")
         named = {
             "comparisons name": [name for pair in self.comparisons for name in pair],
@@ -212,19 +214,37 @@ class LanguageExperiment(Experiment):
     """An experiment with language models: arms learn from documents, and are compared by perplexity on others.
 
     Attributes:
-        documents: sources of those that are predicted, in the place of tasks.
+        documents: sources of those that are predicted, in the place of tasks; or several such lists by the name of
+            their setting, as ``{old: [...], new: [...]}``. The first stands in the result as tasks' first does.
         perturbations: what else the gates are shown: no neighbours (``null``), or those of another document's chunk.
     """
 
     tasks: list[str | dict[str, Any]] = Field([], max_length=0)
     goals: list[Goal] = Field([], max_length=0)
-    documents: list[str] = Field(min_length=1)
+    documents: list[str] | dict[str, list[str]] = Field(min_length=1)
     perturbations: list[Literal["null", "shuffled"]] = []
+
+    @field_validator("documents")
+    @classmethod
+    def _named_as_folders(cls, value: list[str] | dict[str, list[str]]) -> list[str] | dict[str, list[str]]:
+        for name, sources in value.items() if isinstance(value, dict) else ():
+            if not _is_folder_name(name) or not sources:
+                raise ValueError(f"{name!r}: expected a name of letters, digits, '-', '_' and '.', and some sources")
+        return value
+
+    @property
+    def settings(self) -> dict[str, list[str]]:
+        """The documents' sources by setting."""
+        return self.documents if isinstance(self.documents, dict) else {VALID: self.documents}
 
     @field_validator("perturbations", mode="before")
     @classmethod
     def _bare_nulls(cls, value: object) -> object:
         return ["null" if entry is None else entry for entry in value] if isinstance(value, list) else value
+
+
+def _is_folder_name(name: str) -> bool:
+    return name.replace("-", "").replace("_", "").replace(".", "").isalnum()
 
 
 def load_experiment(

@@ -3,6 +3,7 @@
     ARM/seed-0/bundle/     the trained model with training.yaml and history.jsonl
     ARM/seed-0/arm.json    index, machine and commit it was trained with, and the seconds it took
     ARM/seed-0/TASK/       its evaluation
+    ARM/seed-0/perplexity.json   of a language model; SETTING/perplexity.json where documents have named settings
 
 Nothing is trained or evaluated here; see experiment_run.py.
 """

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from ragmoe._errors import UsageError
 from ragmoe._folders import expect_folder
-from ragmoe.evaluation.experiment import LanguageExperiment
+from ragmoe.evaluation.experiment import VALID, LanguageExperiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, write
 from ragmoe.evaluation.language_report import gather_language
-from ragmoe.evaluation.language_results import LanguageResults, documents_digest
+from ragmoe.evaluation.language_results import LanguageResults, documents_digest, results_place
 from ragmoe.evaluation.opening import index_of_recipe
 from ragmoe.evaluation.perplexity import document_losses
 from ragmoe.evaluation.perturbation import REAL
@@ -54,24 +54,30 @@ def run_language_experiment(
     root = Path(out) if out else default_folder(experiment)
     expect_folder(root)
     say = say or (lambda line: None)
-    documents = list(read_passages([str(experiment.resolve(source)) for source in experiment.documents]))
+    documents = {
+        setting: list(read_passages([str(experiment.resolve(source)) for source in sources]))
+        for setting, sources in experiment.settings.items()
+    }
     index = index_of_recipe(experiment.resolve(experiment.index), progress=index_progress)
     folder = ExperimentFolder(experiment, root, index.digest)
     for seed in experiment.seeds:
         for arm in experiment.arm_names:
             folder.check(arm, seed, experiment.training(arm, seed, index.folder))
-    digest = documents_digest(documents, index.digest)
+    digests = {setting: documents_digest(found, index.digest) for setting, found in documents.items()}
     for seed in experiment.seeds:
         for arm in only or experiment.arm_names:
             model, tokenizer, config = _model(folder, arm, seed, index, say, show_training)
-            known = LanguageResults.load(folder.place(arm, seed))
             wanted = {REAL, *(experiment.perturbations if _is_shown(model) else ())}
-            if known is not None and known.documents == digest and known.losses.keys() == wanted:
-                continue
-            say(f"{arm}, seed {seed}: predicting {len(documents)} documents")
-            data = _dataset(model, tokenizer, config, documents, index, root / "cache")
-            _measure(model, data, index, sorted(wanted), digest).save(folder.place(arm, seed))
-    outcome = gather_language(folder, digest, command or command_of(experiment, only))
+            for setting, found in documents.items():
+                place = results_place(folder, arm, seed, setting)
+                known = LanguageResults.load(place)
+                if known is not None and known.documents == digests[setting] and known.losses.keys() == wanted:
+                    continue
+                named = "" if setting == VALID else f" of the setting {setting}"
+                say(f"{arm}, seed {seed}: predicting {len(found)} documents{named}")
+                data = _dataset(model, tokenizer, config, found, index, root / "cache")
+                _measure(model, data, index, sorted(wanted), digests[setting]).save(place)
+    outcome = gather_language(folder, digests, command or command_of(experiment, only))
     outcome.written = write(outcome)
     return outcome
 
@@ -87,7 +93,8 @@ def _model(
 
     config, bundle = folder.experiment.training(arm, seed, index.folder), folder.bundle(arm, seed)
     if arm in folder.experiment.untrained_arms:
-        return *open_decoder(config, index, (config.language or LanguageConfig()).neighbours), config
+        opened = open_decoder(config, index, (config.language or LanguageConfig()).neighbours)
+        return opened.model, opened.tokenizer, config
     if folder.trained(arm, seed):
         say(f"{arm}, seed {seed}: trained already")
     else:
@@ -114,6 +121,7 @@ def _dataset(
     from ragmoe.generation.batches import sees_neighbours
     from ragmoe.training.config import LanguageConfig
     from ragmoe.training.language import LanguageDataset
+    from ragmoe.training.language_expert import recalling
 
     return LanguageDataset(
         documents,
@@ -121,7 +129,7 @@ def _dataset(
         tokenizer,
         config.language or LanguageConfig(),
         cache=cache,
-        recall=lambda neighbours, domain: model.recall(neighbours, index, [domain]),
+        recall=recalling(model, index),
     )
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import fmean
 
 from ragmoe._errors import DataError
-from ragmoe.evaluation.experiment import DENSE, Experiment, LanguageExperiment
+from ragmoe.evaluation.experiment import DENSE, VALID, Experiment, LanguageExperiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, head, write
-from ragmoe.evaluation.language_results import LanguageResults
+from ragmoe.evaluation.language_results import LanguageResults, results_place
 from ragmoe.evaluation.machine import commit
 from ragmoe.evaluation.perplexity import DocumentLoss, Perplexity, compare_perplexity, perplexity
 from ragmoe.evaluation.perturbation import REAL
@@ -19,9 +19,12 @@ from ragmoe.evaluation.result import ArmResult, ComparisonResult, DomainResult, 
 from ragmoe.evaluation.statistics import Comparison
 from ragmoe.evaluation.tables import NONE, Table, bounds, number
 
-METRIC = "perplexity_percent"
-Runs = Mapping[str, Sequence[LanguageResults]]
+# Results of one arm, one a seed; by arm; by setting.
+Arm = Sequence[LanguageResults]
+Arms = Mapping[str, Arm]
+Runs = Mapping[str, Arms]
 Triples = Sequence[tuple[str, str, Comparison]]
+Losses = Sequence[Sequence[DocumentLoss]]
 
 
 def report_language_experiment(experiment: LanguageExperiment, *, out: str | Path | None = None) -> Outcome:
@@ -32,57 +35,60 @@ def report_language_experiment(experiment: LanguageExperiment, *, out: str | Pat
     """
     root = Path(out) if out else default_folder(experiment)
     folder = ExperimentFolder(experiment, root)
-    places = [folder.place(arm, seed) for arm in experiment.arm_names for seed in experiment.seeds]
-    found = [results for place in places if (results := LanguageResults.load(place)) is not None]
-    if not found:
+    # What was measured last is what counts: an arm of other documents has to be measured again.
+    digests = {
+        setting: results.documents
+        for setting in experiment.settings
+        for arm in experiment.arm_names
+        for seed in experiment.seeds
+        if (results := LanguageResults.load(results_place(folder, arm, seed, setting))) is not None
+    }
+    if not digests:
         raise DataError(
             f"{root} holds nothing of the experiment {experiment.name}: no arm has predicted a document there",
             hint=command_of(experiment),
         )
-    # What was measured last is what counts: an arm of other documents has to be measured again.
-    outcome = gather_language(folder, found[-1].documents, command_of(experiment))
+    outcome = gather_language(folder, digests, command_of(experiment))
     outcome.written = write(outcome)
     return outcome
 
 
-def gather_language(folder: ExperimentFolder, digest: str, command: str) -> Outcome:
+def gather_language(folder: ExperimentFolder, digests: Mapping[str, str], command: str) -> Outcome:
     """Load what is finished, compare it, and make its tables.
 
     Args:
-        digest: of the documents and the index that count (see ``documents_digest``).
+        digests: by setting, of the documents and the index that count (see ``documents_digest``).
         command: how it is made again.
     """
     experiment = folder.experiment
-    runs: dict[str, list[LanguageResults]] = {}
-    missing = []
-    for arm in experiment.arm_names:
-        found = [LanguageResults.load(folder.place(arm, seed)) for seed in experiment.seeds]
-        whole = [results for results in found if results is not None and results.documents == digest]
-        missing += [f"{arm} seed {s}" for s, r in zip(experiment.seeds, found, strict=True) if r not in whole]
-        if len(whole) == len(experiment.seeds):
-            runs[arm] = whole
+    assert isinstance(experiment, LanguageExperiment)
+    runs, missing = _finished(folder, experiment, digests)
     compared = _compare(experiment, runs)
-    seconds = {arm: folder.seconds(arm) for arm in runs}
-    figures = {arm: _mean_perplexity(of_arm) for arm, of_arm in runs.items()}
+    figures = {setting: _perplexities(of_setting) for setting, of_setting in runs.items()}
+    first = next(iter(runs))
+    seconds = {arm: folder.seconds(arm) for arm in runs[first]}
     result = Result(
         experiment=experiment.name,
         command=command,
         commit=commit(experiment.folder),
         machine=folder.machine(),
         seeds=experiment.seeds,
-        arms={arm: _arm_result(of_arm, figures[arm], seconds[arm]) for arm, of_arm in runs.items()},
+        arms={arm: _arm_result(of_arm, figures[first][arm], seconds[arm]) for arm, of_arm in runs[first].items()},
         comparisons=[
             ComparisonResult(
                 a=a, b=b, metric=c.metric, setting=c.setting, difference=c.difference, low=c.low, high=c.high
             )
-            for a, b, c in compared
+            for a, b, both in compared
+            for c in both
         ],
     )
+    percent = [(a, b, both[0]) for a, b, both in compared]
     tables = [
-        _perplexity_table(figures) if runs else None,
-        comparison_table(compared),
-        _domain_table(compared),
-        _arm_table(runs, experiment.notes, seconds) if runs else None,
+        *(_perplexity_table(setting, found) for setting, found in figures.items() if found),
+        comparison_table(percent),
+        *(_domain_table([t for t in percent if t[2].setting.partition("+")[0] == setting]) for setting in runs),
+        _last_expert_table(runs) if len(runs) > 1 and runs[first] else None,
+        _arm_table(runs[first], experiment.notes, seconds) if runs[first] else None,
     ]
     return Outcome(
         experiment=experiment,
@@ -97,26 +103,55 @@ def gather_language(folder: ExperimentFolder, digest: str, command: str) -> Outc
     )
 
 
-def _compare(experiment: Experiment, runs: Runs) -> list[tuple[str, str, Comparison]]:
-    """The experiment's comparisons of finished arms, then what each arm makes of other neighbours."""
-    found = [
-        (a, b, compare_perplexity(_losses(runs[a]), _losses(runs[b]), setting="valid"))
-        for a, b in experiment.comparisons
-        if {a, b} <= runs.keys()
-    ]
-    for arm, of_arm in runs.items():
-        for name in of_arm[0].losses:
-            if name != REAL:
-                change = compare_perplexity(_losses(of_arm, name), _losses(of_arm), setting=f"valid+{name}")
-                found.append((arm, arm, change))
+def _finished(
+    folder: ExperimentFolder, experiment: LanguageExperiment, digests: Mapping[str, str]
+) -> tuple[Runs, list[str]]:
+    """What is finished in every setting, and the arms and seeds that are not."""
+    runs: dict[str, dict[str, list[LanguageResults]]] = {setting: {} for setting in experiment.settings}
+    missing = []
+    for arm in experiment.arm_names:
+        whole: dict[int, dict[str, LanguageResults]] = {}
+        for seed in experiment.seeds:
+            found = {name: LanguageResults.load(results_place(folder, arm, seed, name)) for name in runs}
+            counted = {name: r for name, r in found.items() if r is not None and r.documents == digests.get(name)}
+            if counted.keys() == runs.keys():
+                whole[seed] = counted
+            else:
+                missing.append(f"{arm} seed {seed}")
+        if len(whole) == len(experiment.seeds):
+            for name, of_setting in runs.items():
+                of_setting[arm] = [counted[name] for counted in whole.values()]
+    return runs, missing
+
+
+def _compare(experiment: Experiment, runs: Runs) -> list[tuple[str, str, tuple[Comparison, Comparison]]]:
+    """By setting the experiment's comparisons of finished arms, then what each arm makes of other neighbours; each in
+    per cent and in points."""
+
+    def both(a: Losses, b: Losses, setting: str) -> tuple[Comparison, Comparison]:
+        return compare_perplexity(a, b, setting=setting), compare_perplexity(a, b, setting=setting, relative=False)
+
+    found = []
+    for setting, arms in runs.items():
+        for a, b in experiment.comparisons:
+            if {a, b} <= arms.keys():
+                found.append((a, b, both(_losses(arms[a]), _losses(arms[b]), setting)))
+        for arm, of_arm in arms.items():
+            for name in of_arm[0].losses:
+                if name != REAL:
+                    found.append((arm, arm, both(_losses(of_arm, name), _losses(of_arm), f"{setting}+{name}")))
     return found
 
 
-def _losses(of_arm: Sequence[LanguageResults], condition: str = REAL) -> list[list[DocumentLoss]]:
+def _perplexities(arms: Arms) -> dict[str, Perplexity]:
+    return {arm: _mean_perplexity(of_arm) for arm, of_arm in arms.items()}
+
+
+def _losses(of_arm: Arm, condition: str = REAL) -> list[list[DocumentLoss]]:
     return [results.losses[condition] for results in of_arm]
 
 
-def _mean_perplexity(of_arm: Sequence[LanguageResults]) -> Perplexity:
+def _mean_perplexity(of_arm: Arm) -> Perplexity:
     """Of an arm, after the losses of each document are averaged over seeds."""
     by_document = zip(*_losses(of_arm), strict=True)
     return perplexity(
@@ -127,7 +162,7 @@ def _mean_perplexity(of_arm: Sequence[LanguageResults]) -> Perplexity:
     )
 
 
-def _arm_result(of_arm: Sequence[LanguageResults], found: Perplexity, seconds: float | None) -> ArmResult:
+def _arm_result(of_arm: Arm, found: Perplexity, seconds: float | None) -> ArmResult:
     routing = {key: _routing(of_arm, key) for key in ("normalised_mi", "gate_entropy", "max_load")}
     return ArmResult(
         macro_f1=None,
@@ -141,12 +176,12 @@ def _arm_result(of_arm: Sequence[LanguageResults], found: Perplexity, seconds: f
     )
 
 
-def _routing(of_arm: Sequence[LanguageResults], key: str) -> float | None:
+def _routing(of_arm: Arm, key: str) -> float | None:
     values = [results.routing[key] for results in of_arm if results.routing is not None]
     return fmean(values) if values else None
 
 
-def _perplexity_table(figures: Mapping[str, Perplexity]) -> Table:
+def _perplexity_table(setting: str, figures: Mapping[str, Perplexity]) -> Table:
     domains = list(next(iter(figures.values())).per_domain)
     rows = [
         [
@@ -159,7 +194,7 @@ def _perplexity_table(figures: Mapping[str, Perplexity]) -> Table:
     ]
     first = next(iter(figures.values()))
     return Table(
-        "Perplexity",
+        "Perplexity" if setting == VALID else f"Perplexity, {setting}",
         ["arm", *domains, "mean", "95 % of the mean"],
         rows,
         note="exp of the mean loss a token; the mean over domains is geometric. Intervals resample documents: "
@@ -173,15 +208,28 @@ def _domain_table(compared: Triples) -> Table | None:
     if not compared:
         return None
     domains = list(compared[0][2].per_domain)
+    named = compared[0][2].setting.partition("+")[0]
+    title = "Difference of perplexity by domain, %" + (f", {named}" if named != VALID else "")
     rows = [[f"{a} − {b}", c.setting, *(_percent(*c.per_domain[d]) for d in domains)] for a, b, c in compared]
-    return Table("Difference of perplexity by domain, %", ["arms", "setting", *domains], rows, labels=2)
+    return Table(title, ["arms", "setting", *domains], rows, labels=2)
 
 
 def _percent(difference: float, low: float, high: float) -> str:
     return f"{number(difference, 2, sign=True)} {bounds(low, high, 2, sign=True)}"
 
 
-def _arm_table(runs: Runs, notes: Mapping[str, str], seconds: Mapping[str, float | None]) -> Table:
+def _last_expert_table(runs: Runs) -> Table:
+    """How far each setting goes to the last expert, which is the new one where one was added."""
+    rows = [[arm, *(number(_last_load(arms[arm])) for arms in runs.values())] for arm in next(iter(runs.values()))]
+    return Table("Choices that fall on the last expert, %", ["arm", *runs], rows, note="Means over layers and seeds.")
+
+
+def _last_load(of_arm: Arm) -> float | None:
+    loads = [layer["load"][-1] for results in of_arm if results.routing for layer in results.routing["layers"]]
+    return 100 * fmean(loads) if loads else None
+
+
+def _arm_table(runs: Arms, notes: Mapping[str, str], seconds: Mapping[str, float | None]) -> Table:
     dense = runs[DENSE][0].parameters["active"] if DENSE in runs else None
     rows = []
     for arm, of_arm in runs.items():

@@ -8,6 +8,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ragmoe.evaluation.experiment import VALID
+from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.perplexity import DocumentLoss
 from ragmoe.evaluation.samples import digest_of, write_text
 
@@ -48,6 +50,11 @@ class LanguageResults:
             return cls(losses=losses, **content)
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def results_place(folder: ExperimentFolder, arm: str, seed: int, setting: str) -> Path:
+    """Where the results of an arm lie in one setting: with the arm itself where the documents have no setting."""
+    return folder.place(arm, seed) / setting if setting != VALID else folder.place(arm, seed)
 
 
 def documents_digest(documents: Sequence[Passage], index: str) -> str:

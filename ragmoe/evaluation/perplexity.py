@@ -126,12 +126,16 @@ def compare_perplexity(
     b: Sequence[Sequence[DocumentLoss]],
     *,
     setting: str = "",
+    relative: bool = True,
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Comparison:
     """By how many per cent the perplexity of a is above that of b (negative: a is better), each one list a seed.
 
-    The losses of a document are averaged over seeds; what is resampled is their difference, document by document.
+    The losses of a document are averaged over seeds; both arms are resampled by the same documents.
+
+    Args:
+        relative: False gives the difference itself, a minus b, which is the metric ``perplexity``.
 
     Raises:
         DataError: the runs are not of the same documents, tokens included.
@@ -139,22 +143,25 @@ def compare_perplexity(
     runs = [*a, *b]
     for other in runs[1:]:
         _require_same(runs[0], other)
-    difference = [fmean(of_a) - fmean(of_b) for of_a, of_b in zip(_nats(a), _nats(b), strict=True)]
-    means, draws_DB = _by_domain(runs[0], difference, resamples, seed)
-    low, high = _per_cent(np.percentile(draws_DB.mean(axis=0), [2.5, 97.5]))
-    bounds = _per_cent(np.percentile(draws_DB, [2.5, 97.5], axis=1)).T
+    change = _per_cent if relative else _points
+    # With the same seed, and so of the same documents in each resample.
+    (means_a, a_DB), (means_b, b_DB) = (
+        _by_domain(runs[0], [fmean(of_one) for of_one in _nats(side)], resamples, seed) for side in (a, b)
+    )
+    low, high = np.percentile(change(a_DB.mean(axis=0), b_DB.mean(axis=0)), [2.5, 97.5])
+    bounds = np.percentile(change(a_DB, b_DB), [2.5, 97.5], axis=1).T
     documents: dict[str, int] = defaultdict(int)
     for loss in runs[0]:
         documents[loss.domain] += 1
     return Comparison(
-        metric="perplexity_percent",
+        metric="perplexity_percent" if relative else "perplexity",
         setting=setting,
-        difference=float(_per_cent(fmean(means.values()))),
+        difference=float(change(fmean(means_a.values()), fmean(means_b.values()))),
         low=float(low),
         high=float(high),
         per_domain={
-            d: (float(_per_cent(mean)), float(bound[0]), float(bound[1]))
-            for (d, mean), bound in zip(means.items(), bounds)
+            d: (float(change(mean, means_b[d])), float(bound[0]), float(bound[1]))
+            for (d, mean), bound in zip(means_a.items(), bounds)
         },
         n=sum(loss.tokens for loss in runs[0]),
         documents=len(runs[0]),
@@ -182,8 +189,13 @@ def _nats(runs: Sequence[Sequence[DocumentLoss]]) -> list[list[float]]:
     return [[loss.nats for loss in of_document] for of_document in zip(*runs, strict=True)]
 
 
-def _per_cent(nats: Any) -> Any:
-    return 100 * np.expm1(nats)
+def _per_cent(a: Any, b: Any) -> Any:
+    """Of mean losses in nats, by how much one perplexity is above the other."""
+    return 100 * np.expm1(a - b)
+
+
+def _points(a: Any, b: Any) -> Any:
+    return np.exp(a) - np.exp(b)
 
 
 def _spread(runs: Sequence[Sequence[DocumentLoss]]) -> float | None:

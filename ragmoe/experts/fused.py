@@ -16,6 +16,9 @@ from ragmoe.gates.routing import Routing
 class FusedKind(Experts):
     """Experts as whole networks, E of them in one module; beside a dense network, where the layer kept one.
 
+    Args:
+        fused: the module where there is one already; None makes it.
+
     Attributes:
         fused_class: module of ``(x_SD, experts_SK, weights_SK) -> y_SD``, made of the model's configuration.
         fused: the module.
@@ -26,10 +29,10 @@ class FusedKind(Experts):
     has_rank = False
     fused_class: ClassVar[type[nn.Module]]
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, fused: nn.Module | None = None) -> None:
         super().__init__(config)
         self.std = float(config.initializer_range)
-        self.fused: Any = self.fused_class(config)
+        self.fused: Any = self.fused_class(config) if fused is None else fused
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

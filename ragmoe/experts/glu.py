@@ -48,9 +48,11 @@ class GluExperts(FusedKind):
     summary = "full gated networks (SwiGLU) through transformers' experts kernels, for decoders"
     fused_class = FusedGluExperts
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.reset_parameters()
+    def __init__(self, config: Any, fused: nn.Module | None = None) -> None:
+        """Build new ones, or stand around a family's own ``fused`` experts, which stay as they are."""
+        super().__init__(config, fused)
+        if fused is None:
+            self.reset_parameters()
 
     def copy_dense(self, up: nn.Linear, down: nn.Linear, *, noise: float, generator: torch.Generator) -> float:
         raise ConfigError(

@@ -13,7 +13,7 @@ S tokens, D model width, E experts, K experts a token, P = S*K pairs of token an
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -48,20 +48,19 @@ class OnDemandExperts(nn.Module):
         counters: hits and misses of this layer.
     """
 
-    def __init__(self, slots: Experts, experts: int, source: ExpertSource, prefix: str) -> None:
+    def __init__(self, slots: Experts, experts: int, source: ExpertSource, names: Mapping[str, str]) -> None:
         """Take over the slots of a layer.
 
         Args:
             experts: E, how many the source has.
-            prefix: of the names that the source has for the parameters of ``slots``.
+            names: by the name of each parameter of ``slots`` the one that the source has for it.
         """
         super().__init__()
         self.slots = slots
         self.experts = experts
         self.counters = Counters()
         self._source = source
-        # By the name of the slots' parameter that in the files.
-        self._names = {name: prefix + name for name, _ in slots.named_parameters()}
+        self._names = dict(names)
         self._resident = len(next(iter(slots.parameters())))
         self._table = SlotTable(self._resident)
         # Brought in ahead, and not asked for since.
@@ -195,6 +194,16 @@ class OnDemandExperts(nn.Module):
             self.counters.bytes_read += tensors[name].nbytes
         self._table.fill(expert, slot)
         return slot
+
+
+class OnDemandFused(OnDemandExperts):
+    """The same for the own experts of a family of transformers, called as the family calls them."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # type: ignore[override]
+        """y_SD for hidden_states (S, D), top_k_index (S, K) int64 and top_k_weights (S, K)."""
+        # Of the logits only their number counts.
+        logits_SE = hidden_states.new_zeros(len(hidden_states), self.experts)
+        return super().forward(hidden_states, Routing(top_k_weights, top_k_index, logits_SE), None)
 
 
 class _Passes:

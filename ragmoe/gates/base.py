@@ -43,6 +43,8 @@ class GateSettings:
         vote_start: logit that the unanimous vote of the neighbours is worth before anything is learned.
         groups: into how many groups of equal size the experts are divided (hierarchical gate).
         expert_types: the type of token that each expert serves, -1 for all types (modality gate).
+        choice_groups: into how many groups of equal size the experts are divided where a token's are chosen from the
+            ``chosen_groups`` best of them alone, whatever the gate (see ``limit_to_groups``).
     """
 
     width: int
@@ -62,6 +64,8 @@ class GateSettings:
     vote_start: float = 0.0
     groups: int = 1
     expert_types: tuple[int, ...] | None = None
+    choice_groups: int = 1
+    chosen_groups: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:

@@ -79,7 +79,23 @@ class TopK(Selection):
     summary = "the K best experts of each token (K = 1: Switch); the default"
 
     def choose(self, ranked_SE: Tensor, tokens: Tokens) -> Tensor:
-        return ranked_SE.topk(self.settings.top_k, dim=-1).indices
+        settings = self.settings
+        if settings.choice_groups > 1:
+            ranked_SE = limit_to_groups(ranked_SE, settings.choice_groups, settings.chosen_groups)
+        return ranked_SE.topk(settings.top_k, dim=-1).indices
+
+
+def limit_to_groups(ranked_SE: Tensor, groups: int, chosen: int) -> Tensor:
+    """Scores with -inf for all experts but those of each token's best groups, by the sum of a group's two best.
+
+    A group of which fewer than two experts are available comes after the others.
+    Source: DeepSeek-AI 2024 (DeepSeek-V3, section 2.1.2), whose groups are devices; GLM-4-MoE has them too.
+    """
+    of_group_SGX = ranked_SE.view(len(ranked_SE), groups, -1)
+    best_SG = of_group_SGX.nan_to_num(neginf=-1e4).topk(2, dim=-1).values.sum(dim=-1)
+    out_SG = torch.ones_like(best_SG, dtype=torch.bool)
+    out_SG.scatter_(1, best_SG.topk(chosen, dim=-1).indices, False)
+    return of_group_SGX.masked_fill(out_SG.unsqueeze(-1), -torch.inf).view_as(ranked_SE)
 
 
 @register_selection("noisy_top_k")

@@ -302,7 +302,8 @@ class RagmoeBertForQuestionAnswering(AvailabilityMixin, ReaderMixin, RagmoeBertP
     @property
     def shared_networks(self) -> list[FeedForward | None]:
         """Of each sparse layer the network that every token runs through, where it has one."""
-        return [self.bert.encoder.layer[i].dense for i in self.sparse_layers]
+        layers = cast(list[RagmoeBertLayer], list(self.bert.encoder.layer))
+        return [layers[i].dense for i in self.sparse_layers]
 
     # -- upcycling --------------------------------------------------------------------------------------------------
 

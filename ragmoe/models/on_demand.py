@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from ragmoe._errors import ModelError
 from ragmoe.bundle import BundleMap, ExpertFiles
-from ragmoe.experts.on_demand import ExpertStore, OnDemandExperts
+from ragmoe.experts import Experts, GluExperts
+from ragmoe.experts.on_demand import ExpertStore, OnDemandExperts, OnDemandFused
 from ragmoe.moe import MoELayer
+from ragmoe.moe.block import SparseBlock
 from ragmoe.neighbours import Neighbours
 
 
@@ -70,24 +72,37 @@ class Slots:
         del model.config.resident_experts
         layers = []
         for name, layer in model.named_modules():
-            if isinstance(layer, MoELayer):
-                own = f"{prefix}{name}.experts."
-                experts = OnDemandExperts(layer.experts, model.config.experts, self._files, own)
+            if isinstance(layer, MoELayer | SparseBlock):
+                experts = _on_demand(layer.experts, model.config, self._files, f"{prefix}{name}.experts.")
                 layer.add_module("experts", experts)
-                layers.append((layer.gate, experts))
+                layers.append((layer.gate if isinstance(layer, MoELayer) else layer.gate.inner, experts))
         model.requires_grad_(False)
         store = ExpertStore(layers, self._resident)
         _show_neighbours(store, model.base_model)
         return store
 
 
+def _on_demand(slots: Any, config: Any, files: ExpertFiles, prefix: str) -> OnDemandExperts:
+    """The experts of a layer, brought in from files that name their parameters with a prefix."""
+    if isinstance(slots, Experts):
+        names = {name: prefix + name for name, _ in slots.named_parameters()}
+        return OnDemandExperts(slots, config.experts, files, names)
+    names = {f"fused.{name}": prefix + name for name, _ in slots.named_parameters()}
+    return OnDemandFused(GluExperts(config, slots), config.experts, files, names)
+
+
 def _show_neighbours(store: ExpertStore, base: Any) -> None:
-    """Let the store see what neighbours come before the first layer runs; every family names them in ``forward``."""
+    """Let the store see what neighbours come before the first layer runs; every family names them in ``forward``.
+
+    While words are generated they are the same at every step, and are seen at the first.
+    """
     signature = inspect.signature(base.forward)
 
     def look(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         if base.gate_sees_neighbours:
-            neighbours = Neighbours.from_tensors(signature.bind(*args, **named).arguments)
+            given = signature.bind(*args, **named).arguments
+            past = given.get("past_key_values")
+            neighbours = Neighbours.from_tensors(given) if past is None or not past.get_seq_length() else None
             if neighbours is not None:
                 store.prefetch(neighbours)
 

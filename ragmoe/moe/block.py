@@ -8,6 +8,7 @@ S flattened tokens, D model width, E experts, K experts a token.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ragmoe._errors import ConfigError
 from ragmoe._registry import Registry
 from ragmoe.experts import FeedForward, LoraGluExperts, Start, gated
+from ragmoe.experts.base import held_experts
 from ragmoe.gates import Routing, gate_class
 from ragmoe.moe.layer import gate_settings
 from ragmoe.neighbours import Neighbours
@@ -102,6 +104,15 @@ class SparseBlock(nn.Module, ABC):
         """What is left where no expert is available."""
 
 
+def _holding(config: Any) -> Any:
+    """A configuration of as many experts as a layer holds in memory."""
+    if (held := held_experts(config)) == config.experts:
+        return config
+    config = copy.copy(config)
+    config.experts = held
+    return config
+
+
 _BLOCKS: Registry[type[SparseBlock]] = Registry("expert kind of decoders")
 register_block, block_names, block_class = _BLOCKS.register, _BLOCKS.names, _BLOCKS.find
 
@@ -112,7 +123,9 @@ class FusedBlock(SparseBlock):
 
     def __init__(self, config: Any, parts: BlockParts, layer: int) -> None:
         super().__init__(config, parts, layer)
-        self.experts = parts.experts(config)
+        self.experts = parts.experts(_holding(config))
+        # The kernel that runs them is read from here, and may be changed later.
+        self.experts.config = config
         self.shared_experts = parts.shared(config) if parts.shared is not None else None
 
     def mix(self, x_SD: Tensor, logits_SE: Tensor, weights_SK: Tensor, experts_SK: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ def gate_settings(config: Any, layer: int = 0) -> GateSettings:
         vote_start=config.vote_start,
         groups=config.expert_groups,
         expert_types=tuple(config.expert_types) if config.expert_types is not None else None,
+        choice_groups=getattr(config, "choice_groups", 1),
+        chosen_groups=getattr(config, "chosen_groups", 1),
     )
 
 

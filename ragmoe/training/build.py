@@ -17,16 +17,11 @@ from ragmoe.models.exchange import GATE_FIELDS, exchange_gate
 from ragmoe.models.starter import resolve_bundle
 from ragmoe.models.upcycling import base_path
 from ragmoe.models.xlora import XLoraReader
-from ragmoe.training.config import LoraConfig, TrainingConfig
+from ragmoe.training.adapters import adapt_reader
+from ragmoe.training.config import TrainingConfig
 from ragmoe.training.trainer import freeze
 
 WARM_START = Path(__file__).parents[1] / "models" / "warm_start"
-# The matrices an adapter changes: attention and feed-forward of the base, never those inside a gate.
-_ADAPTED = (
-    r"bert\.encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense|intermediate\.dense|"
-    r"output\.dense)"
-)
-_HEAD = ["qa_outputs", "special_outputs"]
 _ELSEWHERE = {
     "neighbours": "raft.neighbours",
     "neighbour_width": "data.index",
@@ -181,20 +176,6 @@ def merge_adapter(model: RagmoeBertForQuestionAnswering, folder: Path) -> Ragmoe
     return merged
 
 
-def add_adapter(model: RagmoeBertForQuestionAnswering, lora: LoraConfig) -> Any:
-    """The PEFT model around ours, with low-rank adapters on the frozen base; ours is ``peft.base_model.model``."""
-    import peft
-
-    wanted = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=0.0,
-        target_modules=_ADAPTED,
-        modules_to_save=_HEAD,
-    )
-    return peft.get_peft_model(model, wanted)
-
-
 def make_trainable(model: RagmoeBertForQuestionAnswering, config: TrainingConfig) -> Any:
     """Freeze what is not trained; returns the PEFT model for ``train.what: lora``, else None."""
     if config.train.what in ("gate", "experts", "gate+experts") and not model.sparse_layers:
@@ -205,7 +186,7 @@ def make_trainable(model: RagmoeBertForQuestionAnswering, config: TrainingConfig
             f"{model.config.selection!r} takes no bias: its load is even by construction",
             hint="leave train.balance_bias_rate out",
         )
-    adapted = add_adapter(model, config.train.lora) if config.train.what == "lora" else None
+    adapted = adapt_reader(model, config.train.lora) if config.train.what == "lora" else None
     freeze(model, config.train.what)
     return adapted
 

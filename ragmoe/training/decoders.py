@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from ragmoe.generation.batches import sees_neighbours
 from ragmoe.generation.generator import STYLE_NAME, Generator, is_generator, register_decoders
 from ragmoe.generation.prompts import PromptStyle
 from ragmoe.index import Index
+from ragmoe.training.adapters import adapt_decoder, added_parameters
 from ragmoe.training.config import DataConfig, TrainingConfig
 from ragmoe.training.trainer import freeze
 
 _WHOLE = "all"
 _PARTS = ("gate", "experts", "gate+experts", "new_expert")
+_LORA = "lora"
 # What calibrates a reader's no-answer threshold.
 _CALIBRATING = ("calibration_share", "calibration_limit", "unanswerable_share")
 
@@ -29,7 +31,15 @@ def is_decoder(base: str) -> bool:
     return Path(base).is_dir() and is_generator(base)
 
 
-def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -> tuple[Any, Any]:
+class Decoder(NamedTuple):
+    """A causal language model, its tokenizer, and the PEFT model around it where adapters are trained."""
+
+    model: Any
+    tokenizer: Any
+    adapted: Any
+
+
+def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -> Decoder:
     """The base and its tokenizer, ready to be trained in fp32.
 
     With ``model`` given it gets gates and experts first, as by ``ragmoe init``; else it is trained as it is.
@@ -56,8 +66,9 @@ def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -
             model = make(config.base, seed=config.seed, **given).model.float()
         else:
             model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
-    if config.train.what != _WHOLE and not getattr(model, "sparse_layers", None):
+    if config.train.what in _PARTS and not getattr(model, "sparse_layers", None):
         raise ConfigError(f"train.what is {config.train.what!r}, but the base {config.base} has no sparse layer")
+    adapted = adapt_decoder(model, config.train.lora) if config.train.what == _LORA else None
     freeze(model, config.train.what)
     if sees_neighbours(model):
         if index is None:
@@ -70,16 +81,16 @@ def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -
         model.config.neighbours = neighbours
         model.config.encoder = {"id": encoder.id, "digest": encoder.digest}
         model.config.index_digest = index.digest
-    return model, AutoTokenizer.from_pretrained(config.base)
+    return Decoder(model, AutoTokenizer.from_pretrained(config.base), adapted)
 
 
 def decoder_parameters(model: Any) -> dict[str, int]:
-    """Total, active and trained parameters of a model, sparse or not."""
+    """Total and active parameters of a model, sparse or not, as it will be saved, and how many are trained."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if hasattr(model, "parameter_counts"):
-        return {**model.parameter_counts(), "trained": trained}
     total = sum(p.numel() for p in model.parameters())
-    return {"total": total, "active": total, "trained": trained}
+    counts = model.parameter_counts() if hasattr(model, "parameter_counts") else {"total": total, "active": total}
+    extra = added_parameters(model)
+    return {**{name: count - extra for name, count in counts.items()}, "trained": trained}
 
 
 @torch.no_grad()
@@ -120,10 +131,10 @@ def _check(config: TrainingConfig) -> None:
                 f"data.{name} is {value}, but a causal language model has no no-answer threshold to be calibrated",
                 hint=f"leave data.{name} out",
             )
-    if config.train.what not in (_WHOLE, *_PARTS):
+    if config.train.what not in (_WHOLE, *_PARTS, _LORA):
         raise ConfigError(
             f"train.what is {config.train.what!r}; for a causal language model expected one of: "
-            f"{', '.join((_WHOLE, *_PARTS))}"
+            f"{', '.join((_WHOLE, *_PARTS, _LORA))}"
         )
     if config.train.dropout is not None or config.train.attention_dropout is not None:
         raise ConfigError("train.dropout is set, but a causal language model is trained with its own: leave it out")

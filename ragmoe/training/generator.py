@@ -22,6 +22,7 @@ from ragmoe.generation.generator import Generator
 from ragmoe.generation.prompts import PromptStyle
 from ragmoe.index import Index
 from ragmoe.moe import RoutingStatistics
+from ragmoe.training.adapters import merge
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import GenerateConfig, TrainingConfig
 from ragmoe.training.data import CACHE_NAME, SPARE_NEIGHBOURS, Retrieved, check_passages, training_questions
@@ -97,6 +98,7 @@ class GeneratorRun:
     dataset: GeneratorDataset
     collator: GeneratorCollator
     left_out: int
+    adapted: Any = None
     new_expert: None = None
 
     trainer_class: ClassVar[type[RagmoeTrainer]] = GeneratorTrainer
@@ -116,10 +118,12 @@ class GeneratorRun:
         """What is learned from."""
         return {"fitted": len(self.dataset.questions), "held_out": 0, "left_out": self.left_out}
 
-    def save(self, folder: Path) -> None:
-        """Save, and make sure that what was saved says what was trained."""
+    def save(self, folder: Path) -> Path | None:
+        """Save, and make sure that what was saved says what was trained; the folder of its adapter, if any."""
+        self.model, adapter = merge(self.model, self.adapted, folder)
         batch = self.collator([self.dataset[at] for at in range(min(2, len(self.dataset)))])
         save_checked(self.model, self.collator.tokenizer, self.style, batch, folder)
+        return adapter
 
 
 def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show: Shows | None = None) -> GeneratorRun:
@@ -133,7 +137,8 @@ def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show
     index = Index.open(config.data.required_index)
     questions = training_questions(config.data)
     style = PromptStyle(generate.without_gold, config.raft.max_length, generate.max_answer_tokens)
-    generator = Generator(*open_decoder(config, index, config.raft.neighbours), style)
+    model, tokenizer, adapted = open_decoder(config, index, config.raft.neighbours)
+    generator = Generator(model, tokenizer, style)
     known = [question for question in questions if answerable_from(question)]
     check_passages(known, index)
     raw = config.data.question_field == "question_raw"
@@ -164,4 +169,4 @@ def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show
         recall=lambda neighbours, question: generator.recall(neighbours, index, [question.domain]),
     )
     collator = GeneratorCollator(generator.prompts, sees_neighbours=generator.gate_sees_neighbours, raw=raw)
-    return GeneratorRun(config, index, generator.model, style, dataset, collator, len(questions) - len(fit))
+    return GeneratorRun(config, index, model, style, dataset, collator, len(questions) - len(fit), adapted)

@@ -218,13 +218,14 @@ def cut_excerpts(
     return found[:limit]
 
 
-def _nearest(model: Any, index: Index | None, own: Chunks, others: Chunks) -> int:
+def _nearest(model: Any, index: Index | None, own: Chunks, others: Chunks | None) -> int:
     """The place of the expert whose chunks are nearest to the new ones; see ``nearest_expert``."""
     if index is None:
         raise ConfigError(
             "the nearest expert is found by an index's encoder, and data.index names no index",
             hint="start from a certain expert: --from NAME",
         )
+    assert others is not None, "they are cut where the nearest expert is asked for"
     load_PE = np.concatenate([_loads(model, batch) for batch in others.batches(model, PLACED)])
     return nearest_centroid(load_PE, index.encode(others.texts(PLACED)), index.encode(own.texts(PLACED)))
 

@@ -13,6 +13,7 @@ from ragmoe.corpus.types import Passage
 from ragmoe.generation.batches import sees_neighbours
 from ragmoe.generation.prompts import PromptStyle
 from ragmoe.index import Index
+from ragmoe.training.adapters import merge
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import LanguageConfig, TrainingConfig
 from ragmoe.training.data import CACHE_NAME
@@ -32,6 +33,7 @@ class LanguageRun:
     model: Any
     dataset: LanguageDataset
     collator: LanguageCollator
+    adapted: Any = None
     new_expert: LanguageExpert | None = None
 
     trainer_class: ClassVar[type[RagmoeTrainer]] = GeneratorTrainer
@@ -51,8 +53,9 @@ class LanguageRun:
         """Total, active and trained."""
         return decoder_parameters(self.model)
 
-    def save(self, folder: Path) -> None:
-        """Save, and make sure that what was saved says what was trained."""
+    def save(self, folder: Path) -> Path | None:
+        """Save, and make sure that what was saved says what was trained; the folder of its adapter, if any."""
+        self.model, adapter = merge(self.model, self.adapted, folder)
         if self.new_expert is not None:
             self.model = self.new_expert.finish(self.model)
         # Whoever asks it questions later asks as any model is asked that was not taught how, within its positions.
@@ -60,6 +63,7 @@ class LanguageRun:
         style = PromptStyle(max_length=min(PromptStyle.max_length, positions))
         batch = self.collator([self.dataset[at] for at in range(min(2, len(self.dataset)))])
         save_checked(self.model, self.collator.tokenizer, style, batch, folder)
+        return adapter
 
 
 def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show: Shows | None = None) -> LanguageRun:
@@ -77,7 +81,7 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
         )
     settings, train = config.language or LanguageConfig(), config.train
     index = None if config.data.index is None else Index.open(config.data.index)
-    model, tokenizer = open_decoder(config, index, settings.neighbours)
+    model, tokenizer, adapted = open_decoder(config, index, settings.neighbours)
     length, positions = settings.context_tokens + settings.chunk_tokens, model.config.max_position_embeddings
     if length > positions:
         raise ConfigError(f"a chunk with its context has {length} tokens, but the base has {positions} positions")
@@ -95,4 +99,4 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
     )
     collator = LanguageCollator(tokenizer)
     expert = begin_language_expert(model, config, index, dataset, collator, cache, show)
-    return LanguageRun(config, index, model if expert is None else expert.model, dataset, collator, expert)
+    return LanguageRun(config, index, model if expert is None else expert.model, dataset, collator, adapted, expert)

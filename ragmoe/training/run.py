@@ -20,6 +20,7 @@ from ragmoe.bundle import MAP_NAME
 from ragmoe.bundle.experts import LOAD
 from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering
+from ragmoe.training.adapters import added_parameters, merge
 from ragmoe.training.build import build_model, make_trainable, trained_parameters, wants_bf16
 from ragmoe.training.calibration import calibrate
 from ragmoe.training.callbacks import HistoryCallback, Shows, last_load
@@ -102,10 +103,7 @@ class Run:
     @property
     def parameters(self) -> dict[str, int]:
         """Total and active as the model will be saved, and how many are trained."""
-        counts, extra = self.model.parameter_counts(), 0
-        if self.adapted is not None:
-            merged = ("lora_", ".original_module.")
-            extra = sum(p.numel() for name, p in self.model.named_parameters() if any(mark in name for mark in merged))
+        counts, extra = self.model.parameter_counts(), added_parameters(self.model)
         return {
             "total": counts["total"] - extra,
             "active": counts["active"] - extra,
@@ -313,11 +311,8 @@ def _arguments(config: TrainingConfig, checkpoints: Path, *, bf16: bool) -> Trai
 
 def _save(run: Run, folder: Path) -> Path | None:
     """Merge adapters, calibrate, save, and make sure that what was saved answers like what was trained."""
-    model, adapter = run.model, None
-    if run.adapted is not None:
-        adapter = folder / "adapter"
-        save_adapter(run.adapted, adapter)
-        model = run.adapted.merge_and_unload()
+    model, adapter = merge(run.model, run.adapted, folder)
+    if adapter is not None:
         model.tokenizer = run.collator.tokenizer
     model.eval()
     if run.new_expert is not None:
@@ -344,15 +339,6 @@ def _save(run: Run, folder: Path) -> Path | None:
         (folder / MAP_NAME).unlink()
         raise BundleError(f"{folder} was saved, but its logits differ from the trained model's by {difference:.2e}")
     return adapter
-
-
-def save_adapter(adapted: Any, folder: Path) -> None:
-    """The PEFT adapter with its head, in fp16: half the size, and its deltas are small."""
-    from safetensors.torch import load_file, save_file
-
-    adapted.save_pretrained(str(folder))
-    path = folder / "adapter_model.safetensors"
-    save_file({name: x.half().contiguous() for name, x in load_file(path).items()}, path, metadata={"format": "pt"})
 
 
 @torch.no_grad()

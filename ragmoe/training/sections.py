@@ -135,8 +135,8 @@ class OptimiserConfig(Section):
     """How it is learned.
 
     Attributes:
-        what: ``all``; ``gate``, ``experts`` or ``gate+experts`` (with the head); ``lora``: adapters on the frozen
-            base, with gate, experts and head; ``new_expert``: one more expert of a bundle, and nothing else; or
+        what: ``all``; ``gate``, ``experts`` or ``gate+experts`` (with a reader's head); ``lora``: adapters on the
+            frozen base, with gate, experts and head; ``new_expert``: one more expert of a bundle, and nothing else; or
             ``xlora``: X-LoRA's classifier over the experts of a bundle (with the head), a baseline of experiments.
         steps: optimiser steps.
         batch_size: questions of a micro-batch; ``accumulation`` micro-batches make a step.

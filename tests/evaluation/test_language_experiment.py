@@ -21,6 +21,7 @@ from ragmoe.evaluation.language_report import report_language_experiment
 from ragmoe.evaluation.language_results import FILE, LanguageResults
 from ragmoe.evaluation.result import Result
 from ragmoe.index import BuildOptions, build_index
+from ragmoe.models.initialising import init
 
 WORDS = {"river": "ferry quay tide barge mast rope", "market": "bread cheese apple honey scale coin"}
 SPARSE = {"experts": 2, "top_k": 1, "expert_kind": "lora", "expert_rank": 8, "gate_width": 8}
@@ -105,7 +106,8 @@ def test_from_training_to_the_result_and_taken_up_again(folder: Path, tmp_path: 
     assert set(arms["dense"].per_domain) == set(WORDS) and arms["dense"].per_domain["river"].f1 is None
     # Each domain has one expert, and the oracle always takes it.
     assert arms["oracle"].normalised_mi == pytest.approx(1.0) and arms["dense"].normalised_mi is None
-    pairs = [(c.a, c.b, c.setting) for c in result.comparisons]
+    assert [c.metric for c in result.comparisons] == ["perplexity_percent", "perplexity"] * 6
+    pairs = [(c.a, c.b, c.setting) for c in result.comparisons[::2]]
     assert pairs == [
         ("retrieval", "dense", "valid"),
         ("dense", "untrained", "valid"),
@@ -114,11 +116,12 @@ def test_from_training_to_the_result_and_taken_up_again(folder: Path, tmp_path: 
         ("retrieval", "retrieval", "valid+null"),
         ("retrieval", "retrieval", "valid+shuffled"),
     ]
-    drop = result.comparisons[1]
+    drop, points = result.comparisons[2:4]
     assert drop.metric == "perplexity_percent" and drop.high < 0
     assert drop.difference == pytest.approx(
         100 * (arms["dense"].perplexity / arms["untrained"].perplexity - 1), rel=1e-6
     )
+    assert points.difference == pytest.approx(arms["dense"].perplexity - arms["untrained"].perplexity)
     text = (folder / "result.md").read_text()
     for words in ("### Perplexity", "### Comparisons", "by domain, %", "- dense: one expert", "valid+shuffled"):
         assert words in text
@@ -138,12 +141,55 @@ def test_an_untrained_retrieval_gate_makes_nothing_of_neighbours(folder: Path, t
         report_language_experiment(experiment, out=tmp_path)
 
 
+def test_settings_are_measured_apart_where_an_expert_arrives(folder: Path, tmp_path: Path) -> None:
+    """One arm grows by an expert for a domain, one is trained whole; old and new documents are compared apart."""
+    given = {**SPARSE, "neighbour_width": 64, "expert_names": ["river", "spare"]}
+    init(folder / "base", out=tmp_path / "start", gate="memory", vote_start=8.0, **given)
+    for name in WORDS:
+        kept = [line for line in documents(1).splitlines() if f'"domain": "{name}"' in line]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
+    spec = yaml.safe_load((folder / "experiment.yaml").read_text())
+    spec["train"] |= {"base": str(tmp_path / "start"), "new_expert": {"name": "market"}}
+    spec["train"]["train"] |= {"what": "new_expert", "steps": 2}
+    spec["train"]["data"] = {"documents": [str(folder / "train.jsonl")], "without": ["river"], "calibration_share": 0.0}
+    del spec["train"]["model"], spec["perturbations"], spec["notes"]
+    spec |= {
+        "index": str(folder / "index"),
+        "documents": {"old": ["river.jsonl"], "new": ["market.jsonl"]},
+        "arms": {"added": {"new_expert.train_gate": False}, "full": {"new_expert": None, "train.what": "all"}},
+        "untrained": {"before": "added"},
+        "comparisons": [["added", "before"], ["full", "before"]],
+    }
+    (tmp_path / "late.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    experiment = load_experiment(tmp_path / "late.yaml")
+    assert isinstance(experiment, LanguageExperiment)
+    outcome = run_language_experiment(experiment, out=tmp_path / "out")
+    assert not outcome.missing
+    assert [(c.a, c.setting, c.metric) for c in outcome.result.comparisons] == [
+        (arm, setting, metric)
+        for setting in ("old", "new")
+        for arm in ("added", "full")
+        for metric in ("perplexity_percent", "perplexity")
+    ]
+    assert set(outcome.result.arms["before"].per_domain) == {"river"}
+    text = (tmp_path / "out" / "result.md").read_text()
+    for words in ("### Perplexity, old", "### Perplexity, new", "fall on the last expert", "by domain, %, new"):
+        assert words in text
+    added = LanguageResults.load(tmp_path / "out" / "added" / "seed-0" / "new")
+    assert added is not None and added.routing is not None and added.routing["layers"][0]["load"][-1] > 0.3
+    assert {path.parent.name for path in (tmp_path / "out").rglob(FILE)} == {"old", "new"}
+    (tmp_path / "out" / "full" / "seed-0" / "new" / FILE).unlink()
+    assert report_language_experiment(experiment, out=tmp_path / "out").missing == ["full seed 0"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tasks": ["t.yaml"]}, "tasks"),
         ({"perturbations": ["wrong_domain"]}, "perturbations"),
         ({"documents": []}, "documents"),
+        ({"documents": {"old": []}}, "'old': expected a name of letters"),
+        ({"documents": {"../old": ["valid.jsonl"]}}, "'../old': expected a name of letters"),
     ],
 )
 def test_what_it_may_not_say(folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -50,6 +50,19 @@ def test_the_same_gain_everywhere_has_no_interval() -> None:
     assert found.n == 48 and found.documents == 4 and found.seed_spread == {"a": None, "b": None}
 
 
+def test_the_difference_in_points_by_hand() -> None:
+    a = [shifted(TWO, -0.5), shifted(TWO, 0.1)]
+    found = compare_perplexity(a, [TWO], setting="old", relative=False)
+    # The mean over seeds is 0.2 nats less, with 0.75 and 1.5 nats a token before.
+    by_domain = {"law": (0.75, 1 / 3, 2.0), "code": (1.5, 1.0, 2.0)}
+    assert (found.metric, found.setting) == ("perplexity", "old")
+    assert found.difference == pytest.approx(math.exp(1.125 - 0.2) - math.exp(1.125))
+    for domain, (mean, low, high) in by_domain.items():
+        # The largest gain is where the perplexity is highest.
+        steps = [math.exp(nats - 0.2) - math.exp(nats) for nats in (mean, high, low)]
+        assert found.per_domain[domain] == pytest.approx(steps)
+
+
 def test_seeds_are_averaged_and_pairs_are_kept() -> None:
     draw = random.Random(0)
     b = [DocumentLoss(f"d{i}", "law", draw.uniform(50, 400), 100) for i in range(40)]

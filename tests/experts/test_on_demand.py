@@ -55,7 +55,8 @@ class Source:
 
 
 def on_demand(whole: Experts, kind: str, resident: int, implementation: str = "grouped_mm") -> OnDemandExperts:
-    return OnDemandExperts(build(kind, resident, implementation), E, Source(whole), "layer.")
+    slots = build(kind, resident, implementation)
+    return OnDemandExperts(slots, E, Source(whole), {name: f"layer.{name}" for name, _ in slots.named_parameters()})
 
 
 def network() -> FeedForward:

@@ -144,7 +144,7 @@ def test_a_dry_run_shows_prompts_and_answers(content: Config) -> None:
     ("changes", "message"),
     [
         ({"start": "warm-start"}, "start is 'warm-start'"),
-        ({"train.what": "lora"}, "train.what is 'lora'; for a causal language model expected one of: all, gate"),
+        ({"train.what": "xlora"}, "train.what is 'xlora'; for a causal language model expected one of: all, gate"),
         ({"train.what": "gate"}, "has no sparse layer"),
         ({"train.dropout": 0.1}, "train.dropout is set"),
         ({"data.calibration_share": 0.1}, "data.calibration_share is 0.1, but a causal language model has no"),

@@ -161,3 +161,48 @@ def test_losses_of_no_weight_are_left_out_of_the_log(content: Config, tmp_path: 
 def test_what_does_not_fit_is_refused(content: Config, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(load_config(content(**changes)))
+
+
+@pytest.mark.parametrize("model", [{}, SPARSE])
+def test_adapters_are_trained_beside_gates_and_experts_and_merged(
+    content: Config, base: Path, tmp_path: Path, model: dict[str, Any]
+) -> None:
+    given = content(model=model, checkpoint_every=2, **{"train.what": "lora", "train.lora": {"rank": 4, "alpha": 8.0}})
+    run = prepare(load_config(given))
+    before = {name: x.clone() for name, x in run.model.state_dict().items()}
+    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    parts = {"lora": "lora_", "gate": ".mlp.gate.", "experts": ".mlp.experts."}
+    assert all(any(mark in name for mark in parts.values()) for name in trained)
+    adapted = {name.partition(".lora_A")[0].rpartition(".")[2] for name in trained if ".lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert (
+        any(parts["gate"] in name for name in trained)
+        == any(parts["experts"] in name for name in trained)
+        == bool(model)
+    )
+
+    whole = train(given, out=tmp_path / "whole")
+    after = Generator.load(tmp_path / "whole").model.state_dict()
+    assert whole.adapter == tmp_path / "whole" / "adapter" and (whole.adapter / "adapter_config.json").is_file()
+    assert whole.parameters["total"] == sum(p.numel() for p in Generator.load(tmp_path / "whole").model.parameters())
+    plain = {name.replace(".base_layer", ""): x for name, x in before.items() if "lora_" not in name}
+    assert after.keys() == plain.keys()
+    moved = {name for name, x in after.items() if not torch.equal(x, plain[name])}
+    # Each adapted matrix has moved, by a matrix of low rank; embeddings and norms have not.
+    names = {name for name in after if any(f".{module}." in name for module in adapted)}
+    assert names <= moved and all(name in names or ".mlp.gate." in name or ".mlp.experts." in name for name in moved)
+    for name in names:
+        assert torch.linalg.matrix_rank(after[name] - plain[name], atol=1e-5) <= 4
+
+    class Stop:
+        def stage(self, name: str, done: int, total: int) -> None:
+            if name == "training" and done == 3:
+                raise KeyboardInterrupt
+
+        def line(self, text: str) -> None: ...
+
+    with pytest.raises(KeyboardInterrupt):
+        train(given, out=tmp_path / "torn", show=Stop())
+    train(given, out=tmp_path / "torn", resume=True)
+    again = Generator.load(tmp_path / "torn").model.state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in after.items())

@@ -38,6 +38,7 @@ def load_decoder(
     version: int | None = None,
     experts: Sequence[int | str] | None = None,
     without: Sequence[int | str] = (),
+    resident_experts: int | None = None,
     **kwargs: Any,
 ) -> DecoderForCausalLM:
     """Open a saved decoder, ready to write; its tokenizer is beside it, for ``AutoTokenizer``.
@@ -47,18 +48,21 @@ def load_decoder(
         version: an earlier version of it, by the number of its map; None opens the current one.
         experts: ids or names of the experts to open, in their order; None opens all.
         without: ids or names of experts that are opened but held back: no token goes to them.
+        resident_experts: how many experts each layer keeps in memory; the others stay in their files until a token is
+            routed to them. What is said is the same, and the model can be neither trained nor saved.
         kwargs: what ``from_pretrained`` takes, as ``dtype`` and ``device_map``.
 
     Raises:
         BundleError: it is missing or damaged, has no such version or expert, or holds no decoder.
-        ModelError: there is no expert to be held back of that name.
+        ModelError: there is no expert to be held back of that name, or ``resident_experts`` is less than one.
     """
     folder = check_bundle(bundle)
     found = read_map(folder, version=version).extra.get("config", {}).get("model_type")
     ours = {family.config_class.model_type: family for family in FAMILIES.values()}
     if found not in ours:
         raise BundleError(f"{folder} is a {found!r} model; decoders are {', '.join(ours)}", hint="ragmoe.load opens it")
-    model = ours[found].from_pretrained(folder, version=version, experts=experts, **kwargs).eval()
+    named = {"version": version, "experts": experts, "resident_experts": resident_experts}
+    model = ours[found].from_pretrained(folder, **named, **kwargs).eval()
     if without:
         model.hold_back(without)
     return model

@@ -21,6 +21,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
 )
 
 from ragmoe._errors import ModelError
+from ragmoe.gates import selection_class
+from ragmoe.gates.selection import TopK
 from ragmoe.models.families.config import RoutingConfig
 from ragmoe.models.families.shared import DecoderForCausalLM, DecoderModel, NeighbourLayer, register_family
 from ragmoe.moe.block import BlockParts, NeighbourGate
@@ -51,13 +53,32 @@ class RagmoeGlm4MoeConfig(RoutingConfig, Glm4MoeConfig):
         """All layers but the first ``first_k_dense_replace``."""
         return list(range(self.first_k_dense_replace, self.num_hidden_layers))
 
+    @property
+    def choice_groups(self) -> int:
+        """Into how many groups the experts are divided, of which a token's are chosen from some alone."""
+        return int(self.n_group)
+
+    @property
+    def chosen_groups(self) -> int:
+        """From how many."""
+        return int(self.topk_group)
+
     def check(self) -> None:
         super().check()
-        if self.n_group != 1:
+        if self.n_group == 1:
+            return
+        size, rest = divmod(self.experts, self.n_group)
+        if rest or size < 2 or not 1 <= self.topk_group <= self.n_group:
             raise ModelError(
-                f"n_group is {self.n_group}: expected 1, as in GLM-4.5; a choice of groups before that of experts is "
-                "not known here"
+                f"{self.experts} experts in n_group = {self.n_group} groups, of which topk_group = {self.topk_group} "
+                "are chosen: expected groups of one size, of two experts or more, and a choice of one group or more"
             )
+        if self.topk_group * size < self.num_experts_per_tok:
+            raise ModelError(
+                f"a token takes {self.num_experts_per_tok} experts, but {self.topk_group} groups of {size} have fewer"
+            )
+        if not issubclass(selection_class(self.selection), TopK):
+            raise ModelError(f"the selection {self.selection!r} knows no groups, and n_group is {self.n_group}")
 
 
 class RagmoeGlm4MoeGate(NeighbourGate, Glm4MoeTopkRouter):

@@ -11,7 +11,8 @@ from tiny_decoders import NATIVE, R, make, native, prompts, some_neighbours
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from ragmoe import ConfigError, ModelError
+from ragmoe import BundleError, ConfigError, ModelError
+from ragmoe.bundle import prune_experts
 from ragmoe.gates import Gate
 from ragmoe.models.families import FAMILIES
 
@@ -46,6 +47,34 @@ def test_weights_that_do_not_sum_to_one(family: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     ours, x = opened(family, tmp_path), prompts()
     assert torch.allclose(ours(x).logits, theirs(x).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "chosen"), [(4, 2), (2, 1), (4, 4)])
+def test_experts_are_chosen_from_the_best_groups(groups: int, chosen: int, tmp_path: Path) -> None:
+    theirs = native("glm4_moe", n_routed_experts=8, num_experts_per_tok=3, n_group=groups, topk_group=chosen)
+    theirs.save_pretrained(tmp_path)
+    ours, x = opened("glm4_moe", tmp_path), prompts()
+    got = ours(x, **some_neighbours().tensors(), output_routings=True)
+    assert torch.allclose(got.logits, theirs(x).logits, atol=1e-5)
+    found = [row.div(8 // groups, rounding_mode="floor").unique() for r in got.routings for row in r.experts_SK]
+    assert max(len(row) for row in found) == min(chosen, 3)
+    plain = torch.cat([(gate.scores.ranked(r.logits_SE) + gate.balance_bias).topk(3).indices.sort().values
+                       for gate, r in zip(ours.gates, got.routings, strict=True)])  # fmt: skip
+    same = torch.equal(plain, torch.cat([r.experts_SK.sort().values for r in got.routings]))
+    # Without the groups other experts would have been chosen, unless all groups are.
+    assert same == (chosen == groups)
+
+
+def test_a_group_that_is_held_back_is_not_chosen(tmp_path: Path) -> None:
+    settings = {"n_routed_experts": 8, "n_group": 4, "topk_group": 1}
+    native("glm4_moe", **settings).save_pretrained(tmp_path)
+    ours, x = opened("glm4_moe", tmp_path), prompts()
+    ours.set_available_experts([2, 4, 5])
+    for routing in ours(x, output_routings=True).routings:
+        assert set(routing.experts_SK.flatten().tolist()) == {4, 5}
+    ours.save_pretrained(tmp_path / "bundle")
+    with pytest.raises(BundleError, match=r"stand in 4 groups of one size \(n_group\): none can go alone"):
+        prune_experts(tmp_path / "bundle", [0])
 
 
 def test_dense_layers_stay_dense(tmp_path: Path) -> None:
@@ -137,7 +166,9 @@ def test_jitter_is_mixtrals_own() -> None:
         ("mixtral", {"gate": "router"}, ConfigError, "there is no gate 'router'; there are: centroid, "),
         ("mixtral", {"expert_kind": "glu"}, ConfigError, "expert kind of decoders 'glu'; there are: ffn, lora"),
         ("glm4_moe", {"expert_kind": "lora"}, ModelError, "expert_kind is 'lora', but ragmoe_glm4_moe takes ffn"),
-        ("glm4_moe", {"n_group": 2}, ModelError, "n_group is 2: expected 1"),
+        ("glm4_moe", {"n_group": 3}, ModelError, "4 experts in n_group = 3 groups"),
+        ("glm4_moe", {"n_group": 2, "topk_group": 3}, ModelError, "topk_group = 3 are chosen"),
+        ("glm4_moe", {"n_group": 2, "num_experts_per_tok": 3}, ModelError, "takes 3 experts, but 1 groups of 2"),
         ("olmoe", {"sparse_layers": [1, 2]}, ModelError, r"sparse_layers has \[2\], but the layers are 0 to 1"),
         ("olmoe", {"vote_start": 1.0}, ModelError, "vote_start is 1.0, but the gate 'retrieval' counts no votes"),
         ("olmoe", {"expert_names": ["a", "a", "b", "c"]}, ModelError, "expected 4 different names"),
