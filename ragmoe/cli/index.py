@@ -40,6 +40,7 @@ from ragmoe.cli.index_change import (
     remove,
 )
 from ragmoe.cli.index_exchange import EXPORT_EXAMPLES, IMPORT_EXAMPLES, export, import_
+from ragmoe.cli.index_hub import PULL_EXAMPLES, PUSH_EXAMPLES, pull, push
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Passage
@@ -52,6 +53,8 @@ app.command(epilog=REMOVE_EXAMPLES)(remove)
 app.command(epilog=MERGE_EXAMPLES)(merge)
 app.command(epilog=EXPORT_EXAMPLES)(export)
 app.command("import", epilog=IMPORT_EXAMPLES)(import_)
+app.command(epilog=PUSH_EXAMPLES)(push)
+app.command(epilog=PULL_EXAMPLES)(pull)
 
 
 class LongChoice(StrEnum):

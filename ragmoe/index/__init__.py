@@ -8,6 +8,7 @@ from ragmoe.index.encoder import Encoder, load_encoder
 from ragmoe.index.export import export_index
 from ragmoe.index.folder import Hit, Index
 from ragmoe.index.given import ImportOptions, plan_import
+from ragmoe.index.hub import pull_index, push_index
 from ragmoe.index.manifest import Manifest
 from ragmoe.index.retrievers import Retriever, retriever_names
 from ragmoe.index.verify import verify_index
@@ -28,6 +29,8 @@ __all__ = [
     "plan_import",
     "plan_merge",
     "plan_remove",
+    "pull_index",
+    "push_index",
     "retriever_names",
     "verify_index",
 ]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragmoe._errors import IndexFolderError
+from ragmoe.index.store import map_npy
 
 #: Recorded in the manifest. Stems and k1 were measured: see eval/results/retrieval_core7.md.
 SETTINGS: dict[str, Any] = {"method": "lucene", "k1": 1.2, "b": 0.75, "stopwords": "english", "stemmer": "english"}
@@ -130,7 +131,7 @@ class Bm25Searcher:
         try:
             # Mapped, an array whose header names more than its file holds is refused; read, it would be allotted first.
             for path in folder.glob("*.npy"):
-                np.load(path, mmap_mode="r", allow_pickle=False)
+                map_npy(path)
             # The one backend that checks its bounds, whatever the file says.
             self._index: Any = bm25s.BM25.load(str(folder), load_corpus=False, allow_pickle=False, backend="numpy")
         except (OSError, TypeError, ValueError, KeyError, EOFError) as error:

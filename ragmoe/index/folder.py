@@ -17,10 +17,11 @@ from ragmoe.corpus.chunking import Chunk
 from ragmoe.corpus.types import Passage
 from ragmoe.index import trust
 from ragmoe.index.bm25 import Bm25Searcher, bm25_name
+from ragmoe.index.digests import digests_name, verified
 from ragmoe.index.encoder import Encoder, check_same, load_encoder
 from ragmoe.index.manifest import Manifest, file_record, read_manifest
 from ragmoe.index.retrievers import DEFAULT, Queries, Ranking, make_retriever
-from ragmoe.index.store import PassageStore
+from ragmoe.index.store import PassageStore, map_npy
 from ragmoe.index.vectors import FaissSearcher, unit_rows
 
 if TYPE_CHECKING:
@@ -64,11 +65,7 @@ class Index:
         make_retriever(retriever, self)
         _check_sizes(folder, manifest)
         self._store = PassageStore(folder, manifest.generation)
-        path = folder / embeddings_name(manifest.generation)
-        try:
-            self.embeddings: NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise IndexFolderError(f"{path} is damaged: {error}") from error
+        self.embeddings = self._embeddings()
         expected = (manifest.passages, manifest.encoder.width)
         if self.embeddings.shape != expected or len(self._store) != manifest.passages:
             raise IndexFolderError(
@@ -191,7 +188,7 @@ class Index:
         rankings = self._rank_where(made, k, retriever, where) if where else self._rank(made, k, retriever)
         return [
             [
-                Hit(self.passage_ids[row], int(row), float(score), rank)
+                Hit(self._store.id(row), int(row), float(score), rank)
                 for rank, (row, score) in enumerate(zip(rows, scores, strict=True), start=1)
             ]
             for rows, scores in rankings
@@ -215,7 +212,7 @@ class Index:
             embeddings_BNR[b, : len(rows)] = unit_rows(self.embeddings, rows)
             scores_BN[b, : len(rows)] = embeddings_BNR[b, : len(rows)] @ queries.vectors[b]
             mask_BN[b, : len(rows)] = True
-        ids = [[self.passage_ids[row] for row in rows] for rows, _ in rankings]
+        ids = [[self._store.id(row) for row in rows] for rows, _ in rankings]
         return Neighbours(torch.from_numpy(embeddings_BNR), torch.from_numpy(scores_BN), torch.from_numpy(mask_BN), ids)
 
     def passage(self, passage_id: str) -> Passage:
@@ -244,7 +241,7 @@ class Index:
         row = self._store.row_of.get(passage_id)
         if row is None:
             raise IndexFolderError(
-                f"{self.folder} holds no passage {passage_id!r}; it holds {len(self)}, such as {self.passage_ids[0]!r}"
+                f"{self.folder} holds no passage {passage_id!r}; it holds {len(self)}, such as {self._store.id(0)!r}"
             )
         return row
 
@@ -263,6 +260,18 @@ class Index:
     def text_bytes(self) -> NDArray[np.int64]:
         """int64 (passages,): the length of each text, in bytes of UTF-8."""
         return self._store.sizes
+
+    def _embeddings(self) -> NDArray[np.float16]:
+        """What is mapped; in indexes that have digests by block, each block is verified when it is first read."""
+        path, digests = (self.folder / name(self.manifest.generation) for name in (embeddings_name, digests_name))
+        try:
+            mapped = map_npy(path)
+            if digests.name not in self.manifest.files:
+                return mapped
+            self._check_digests([digests.name])
+            return verified(mapped, path, digests)
+        except ValueError as error:
+            raise IndexFolderError(f"{path} is damaged: {error}") from error
 
     def _rank_where(self, queries: Queries, k: int, retriever: str | None, where: Mapping[str, str]) -> list[Ranking]:
         """As `_rank`, of some passages: deeper and deeper until enough of them were met."""

@@ -31,7 +31,10 @@ FORMAT = 1
 _MOST_BYTES = 64_000_000
 _MOST_PASSAGES = 2**40
 _MOST_LISTS = 2**31
-_FILE = r"(passages-{0}\.parquet|texts-{0}\.bin|offsets-{0}\.npy|embeddings-{0}\.npy|index-{0}\.faiss|bm25-{0}/[\w.]+)"
+_FILE = (
+    r"(passages-{0}\.parquet|texts-{0}\.bin|offsets-{0}\.npy|embeddings-{0}\.npy|digests-{0}\.npy|index-{0}\.faiss"
+    r"|bm25-{0}/[\w.]+)"
+)
 _NEEDED = ("passages-{0}.parquet", "texts-{0}.bin", "offsets-{0}.npy", "embeddings-{0}.npy", "index-{0}.faiss")
 _BUILD = "build one: ragmoe index build SOURCE... --out DIR"
 

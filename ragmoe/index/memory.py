@@ -5,6 +5,7 @@ P passages, L sparse layers, E experts, N neighbours.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -201,17 +202,23 @@ def _read(path: Path) -> ExpertMemory:
         ) from None
 
 
-def forget(folder: Path, digest: str) -> None:
-    """Remove what was recorded with an index that stood in a folder before the one of this digest."""
+def sidecars(folder: Path, digest: str) -> list[Path]:
+    """The files of what was recorded with the index of this digest."""
     from safetensors import SafetensorError, safe_open
 
+    found = []
+    for path in sorted((folder / FOLDER).glob("*.safetensors")):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="numpy") as file:
+            if (file.metadata() or {}).get("index") == digest:
+                found.append(path)
+    return found
+
+
+def forget(folder: Path, digest: str) -> None:
+    """Remove what was recorded with an index that stood in a folder before the one of this digest."""
+    kept = sidecars(folder, digest)
     for path in (folder / FOLDER).glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                kept = (file.metadata() or {}).get("index") == digest
-        except (OSError, SafetensorError):
-            kept = False
-        if not kept:
+        if path not in kept:
             path.unlink(missing_ok=True)
 
 

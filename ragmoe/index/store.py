@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -115,6 +117,19 @@ def write_npy_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) ->
     np.lib.format.write_array_header_1_0(file, header)
 
 
+def map_npy(path: Path) -> NDArray[Any]:
+    """Map an ``.npy`` file.
+
+    Raises:
+        ValueError: its header is not one, or names more than the file holds.
+    """
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (SyntaxError, TokenError, TypeError, EOFError, RecursionError, MemoryError) as error:
+        # numpy reads the header as Python's literals, with all that this may raise.
+        raise ValueError(f"the header of {path.name} is no header of an array") from error
+
+
 def read_rows(folder: Path, generation: int) -> Iterator[tuple[Chunk, int]]:
     """All passages of an index and the windows of each, in order, a batch in memory at a time.
 
@@ -138,10 +153,10 @@ def read_rows(folder: Path, generation: int) -> Iterator[tuple[Chunk, int]]:
 
 
 class PassageStore:
-    """The passages of an index: ids and domains in memory, texts read from disk by row.
+    """The passages of an index: nothing is read before it is asked for, then fields by column and texts by row.
 
     Raises:
-        IndexFolderError: on making one, if the files do not fit each other.
+        IndexFolderError: on making one, if the files do not fit each other; on reading, if they are damaged.
     """
 
     def __init__(self, folder: Path, generation: int) -> None:
@@ -149,27 +164,35 @@ class PassageStore:
         import pyarrow.parquet as pq
 
         self._folder = folder
+        self._columns: dict[str, Any] = {}
+        self._lock = Lock()
         size = (folder / texts_name(generation)).stat().st_size
         try:
-            offsets = np.load(folder / offsets_name(generation), mmap_mode="r", allow_pickle=False)
-            self._offsets: NDArray[np.int64] = offsets
-            with pq.ParquetFile(folder / passages_name(generation)) as file:
-                _check_declared(file.metadata, len(offsets) - 1, size)
-                table = file.read(columns=list(_COLUMNS))
-            self.ids: list[str] = table.column("id").to_pylist()
+            self._offsets: NDArray[np.int64] = map_npy(folder / offsets_name(generation))
+            # It stays open: another generation may take its place before all of it is read.
+            self._file = pq.ParquetFile(folder / passages_name(generation))
+            _check_declared(self._file, len(self._offsets) - 1, size)
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError, TypeError, ValueError, EOFError) as error:
             raise self._damaged(error) from error
-        self._table = table
-        if self._offsets.shape != (table.num_rows + 1,) or int(self._offsets[-1]) != size:
+        if self._offsets.ndim != 1 or int(self._offsets[-1]) != size:
             raise IndexFolderError(f"{folder} is damaged: passages, offsets and texts do not fit each other")
         # An empty file cannot be mapped; but there is no index without passages, and none of them is empty.
         with (folder / texts_name(generation)).open("rb") as file:
             self._texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._offsets) - 1
+
+    def id(self, row: int) -> str:
+        """The id of a row."""
+        return str(self._field("id", row))
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The id of each row."""
+        return self._list("id")
 
     @cached_property
     def row_of(self) -> dict[str, int]:
@@ -179,12 +202,12 @@ class PassageStore:
     @cached_property
     def domains(self) -> list[str]:
         """The domain of each row."""
-        return [self._field("domain", row) for row in range(len(self))]
+        return self._list("domain")
 
     @cached_property
     def windows(self) -> NDArray[np.int64]:
         """int64 (passages,): the windows that each row would need to be read whole."""
-        return self._table.column("windows").to_numpy()
+        return self._column("windows").to_numpy()
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -201,7 +224,7 @@ class PassageStore:
 
         if field not in _KINDS:
             raise UsageError(f"passages are told apart by {', '.join(_KINDS)}; got {field!r}")
-        return pc.equal(self._table.column(field), value).to_numpy()
+        return pc.equal(self._column(field), value).to_numpy()
 
     def text(self, row: int) -> str:
         """The text of a row."""
@@ -222,9 +245,29 @@ class PassageStore:
     def __iter__(self) -> Iterator[Passage]:
         return (self.passage(row) for row in range(len(self)))
 
-    def _field(self, name: str, row: int) -> Any:
+    def _column(self, name: str) -> Any:
+        """A column, by Arrow; read when it is first asked for."""
+        import pyarrow as pa
+
+        with self._lock:
+            if name not in self._columns:
+                try:
+                    self._columns[name] = self._file.read(columns=[name]).column(name)
+                except (pa.ArrowException, OSError, ValueError) as error:
+                    raise self._damaged(error) from error
+            return self._columns[name]
+
+    def _list(self, name: str) -> list[str]:
+        column = self._column(name)
         try:
-            return self._table.column(name)[row].as_py()
+            return column.to_pylist()
+        except UnicodeDecodeError as error:
+            raise self._damaged(error) from error
+
+    def _field(self, name: str, row: int) -> Any:
+        column = self._column(name)
+        try:
+            return column[int(row)].as_py()
         except UnicodeDecodeError as error:
             raise self._damaged(error) from error
 
@@ -233,8 +276,11 @@ class PassageStore:
         return IndexFolderError(f"{self._folder} is damaged: {reason}")
 
 
-def _check_declared(metadata: Any, rows: int, text_bytes: int) -> None:
+def _check_declared(file: Any, rows: int, text_bytes: int) -> None:
     """Refuse a parquet file that says it holds far more than the passages can: reading would allot it first."""
+    metadata = file.metadata
+    if missing := set(_COLUMNS) - set(file.schema_arrow.names):
+        raise ValueError(f"the passages have no {', '.join(sorted(missing))}")
     declared = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
     most = 16 * text_bytes + _MOST_FIELDS * max(rows, 1)
     if metadata.num_rows != rows or declared > most:

@@ -19,7 +19,7 @@ from ragmoe.index import card, memory
 from ragmoe.index import manifest as manifests
 from ragmoe.index.manifest import EncoderRecord, EncodingRecord, Manifest
 
-_DATA_FILE = re.compile(r"^(passages|texts|offsets|embeddings|index|bm25)-(\d+)(\.\w+)?$")
+_DATA_FILE = re.compile(r"^(passages|texts|offsets|embeddings|digests|index|bm25)-(\d+)(\.\w+)?$")
 # ``.neighbours`` is where training keeps what it retrieved; it is keyed by the index's digest.
 _OURS = {
     manifests.NAME,

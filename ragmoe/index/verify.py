@@ -37,7 +37,7 @@ def verify_index(
     manifest = read_manifest(path)
     if (path / NAME).read_bytes() != manifest_text(manifest).encode():
         return [f"{NAME} was changed: it does not stand as it was written"]
-    problems = [problem for name in manifest.files for problem in _check_file(path, manifest, name)]
+    problems = changed_files(path, manifest)
     if problems:
         return problems
     try:
@@ -46,6 +46,11 @@ def verify_index(
         return problems + _check_sample(index, sample)
     except RagmoeError as error:
         return [*problems, error.message]
+
+
+def changed_files(folder: Path, manifest: Manifest) -> list[str]:
+    """What differs of an index's files from what its manifest says of them."""
+    return [problem for name in manifest.files for problem in _check_file(folder, manifest, name)]
 
 
 def _check_file(folder: Path, manifest: Manifest, name: str) -> list[str]:

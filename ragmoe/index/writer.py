@@ -21,6 +21,7 @@ from ragmoe.index import manifest as manifests
 from ragmoe.index._crash import reached
 from ragmoe.index.ahead import BlockEncoder
 from ragmoe.index.blocks import Blocks, Encoded
+from ragmoe.index.digests import digests_name, write_digests
 from ragmoe.index.folder import embeddings_name, faiss_name
 from ragmoe.index.manifest import ChunkingRecord, FaissRecord, LongPassagesRecord, Manifest
 from ragmoe.index.rows import Row, blocks
@@ -76,6 +77,8 @@ class Writer:
         if self.plan.rows.keeps_memory:
             self.recorded = memory.recorded_with(self.plan.rows.known)
         names = self._embed(generation)
+        write_digests(self.folder / embeddings_name(generation), self.folder / digests_name(generation))
+        names.append(digests_name(generation))
         reached("passages")
         embeddings = np.load(self.folder / embeddings_name(generation), mmap_mode="r", allow_pickle=False)
         faiss_record = build_faiss(

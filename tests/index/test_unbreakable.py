@@ -17,7 +17,7 @@ from ragmoe.index import plan_add, verify_index
 from ragmoe.index.manifest import NAME, Manifest, commit, read_manifest, write_manifest
 
 FILES = (
-    NAME, "passages-1.parquet", "texts-1.bin", "offsets-1.npy", "embeddings-1.npy", "index-1.faiss",
+    NAME, "passages-1.parquet", "texts-1.bin", "offsets-1.npy", "embeddings-1.npy", "digests-1.npy", "index-1.faiss",
     "bm25-1/data.csc.index.npy", "bm25-1/indices.csc.index.npy", "bm25-1/indptr.csc.index.npy",
     "bm25-1/params.index.json", "bm25-1/vocab.index.json",
 )  # fmt: skip

@@ -11,6 +11,7 @@ from stub_encoder import StubEncoder
 
 from ragmoe import Index, IndexFolderError
 from ragmoe.index import verify_index
+from ragmoe.index.digests import write_digests
 from ragmoe.index.manifest import FileRecord, Manifest, commit, file_record, read_manifest, write_manifest
 
 KINDS = (
@@ -18,6 +19,7 @@ KINDS = (
     "texts-1.bin",
     "offsets-1.npy",
     "embeddings-1.npy",
+    "digests-1.npy",
     "index-1.faiss",
     "bm25-1/vocab.index.json",
 )
@@ -26,6 +28,7 @@ KINDS = (
 def reseal(folder: Path) -> None:
     """Make the manifest say what the files are now, digests and all."""
     manifest = read_manifest(folder)
+    write_digests(folder / "embeddings-1.npy", folder / "digests-1.npy")
     files: dict[str, FileRecord] = {name: file_record(folder / name) for name in manifest.files}
     sealed: Manifest = manifest.model_copy(update={"files": files}).sealed()
     write_manifest(folder, sealed)

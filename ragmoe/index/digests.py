@@ -1,0 +1,121 @@
+"""Digests of the embeddings by block, so that what is read of them is verified without reading the rest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ragmoe._errors import IndexFolderError
+from ragmoe.index.store import map_npy
+
+#: Bytes of the file that one digest is of. A query reads rows from everywhere: a block is little more than it needs.
+BLOCK = 1 << 16
+
+
+def digests_name(generation: int) -> str:
+    """uint8 (blocks, 32): the sha256 of each block of the embeddings' file."""
+    return f"digests-{generation}.npy"
+
+
+def write_digests(path: Path, out: Path) -> None:
+    """Write the digests of a file's blocks."""
+    with path.open("rb") as file:
+        found = b"".join(iter(lambda: _sha256(file.read(BLOCK)), _sha256(b"")))
+    np.save(out, np.frombuffer(found, dtype=np.uint8).reshape(-1, 32), allow_pickle=False)
+
+
+class VerifiedRows(np.memmap):
+    """A mapped array (rows, R) whose blocks are verified when rows of them are first taken.
+
+    Rows are taken by indexing, as plain arrays. Other operations on the whole see it unverified.
+    """
+
+    _guard: _Guard | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        if self._guard is not None:
+            self._guard.check(key[0] if isinstance(key, tuple) and key else key)
+        taken = super().__getitem__(key)
+        return taken.view(np.ndarray) if isinstance(taken, np.ndarray) else taken
+
+
+def verified(rows: NDArray[np.float16], path: Path, digests: Path) -> VerifiedRows:
+    """A mapped array that verifies its blocks.
+
+    Args:
+        rows: what is mapped, in the order of C.
+        path: its file.
+        digests: what `write_digests` wrote, itself known to be right.
+
+    Raises:
+        ValueError: the digests are not of a file of this size.
+        IndexFolderError: on taking rows, if a block of them was changed.
+    """
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    listed: NDArray[np.uint8] = map_npy(digests)
+    if listed.shape != (-(-len(content) // BLOCK), 32) or listed.dtype != np.uint8:
+        raise ValueError(f"{digests.name} holds {listed.shape}, which does not fit {path.name}")
+    guarded = rows.view(VerifiedRows)
+    guarded._guard = _Guard(content, listed, len(content) - rows.nbytes, rows.strides[0], path)
+    return guarded
+
+
+class _Guard:
+    """Which blocks of a file were verified.
+
+    Args:
+        content: uint8, all of the file, mapped.
+        digests: uint8 (blocks, 32).
+        first: where the rows begin in the file.
+        each: bytes of a row.
+    """
+
+    def __init__(
+        self, content: NDArray[np.uint8], digests: NDArray[np.uint8], first: int, each: int, path: Path
+    ) -> None:
+        self._content = content
+        self._digests = digests
+        self._first = first
+        self._each = each
+        self._path = path
+        self._seen = np.zeros(len(digests), dtype=np.bool_)
+
+    def check(self, key: Any) -> None:
+        """Verify what holds the rows of an index or slice.
+
+        Raises:
+            IndexFolderError: a block is not what was written.
+        """
+        starts = self._first + self._each * self._rows(key)
+        # The blocks from that of a row's first byte to that of its last one.
+        blocks = starts[:, None] // BLOCK + np.arange((self._each - 1) // BLOCK + 2)
+        blocks = np.minimum(blocks, ((starts + self._each - 1) // BLOCK)[:, None])
+        for block in np.unique(blocks[~self._seen[blocks]]).tolist():
+            found = _sha256(self._content[block * BLOCK : (block + 1) * BLOCK])
+            if found != self._digests[block].tobytes():
+                folder = self._path.parent
+                raise IndexFolderError(
+                    f"{folder} is damaged: {self._path.name} was changed in bytes {block * BLOCK} and on",
+                    hint=f"see: ragmoe index verify {folder}",
+                )
+            self._seen[block] = True
+
+    def _rows(self, key: Any) -> NDArray[np.int64]:
+        """The rows that an index means."""
+        count = (len(self._content) - self._first) // self._each
+        if isinstance(key, slice):
+            return np.arange(*key.indices(count))
+        if key is None or key is Ellipsis:
+            return np.arange(count)
+        at = np.asarray(key)
+        if at.dtype == np.bool_:
+            return np.flatnonzero(at.reshape(len(at), -1).any(axis=1))
+        return np.ravel(np.where(at < 0, at + count, at))
+
+
+def _sha256(content: Any) -> bytes:
+    return hashlib.sha256(content).digest()

@@ -1,0 +1,130 @@
+"""Indexes on the Hugging Face Hub, as data set repositories: what was verified goes up, and is verified coming down."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ragmoe._errors import IndexFolderError, RagmoeError
+from ragmoe.index import card, memory
+from ragmoe.index import manifest as manifests
+from ragmoe.index.encoder import Encoder
+from ragmoe.index.manifest import Manifest, read_manifest
+from ragmoe.index.target import NewIndex, locked
+from ragmoe.index.verify import changed_files, verify_index
+
+#: What another generation, pushed before, may have left in the repository.
+_OLD = [
+    *(f"{kind}-*" for kind in ("passages", "texts", "offsets", "embeddings", "digests", "index", "bm25")),
+    f"{memory.FOLDER}/*",
+]
+
+
+def push_index(
+    folder: str | os.PathLike[str], repo: str, *, public: bool = False, encoder: str | Encoder | None = None
+) -> Manifest:
+    """Verify an index and put it on the Hub, in one commit: its files, its card, and what was recorded with it.
+
+    Args:
+        repo: ``NAME`` or ``OWNER/NAME``; made where there is none.
+        public: a repository that is made is readable by everybody.
+        encoder: to verify with; the one that the index names if None.
+
+    Raises:
+        IndexFolderError: there is no index, it is damaged, or the Hub cannot be reached or refuses.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    if problems := verify_index(path, encoder=encoder):
+        raise IndexFolderError(f"{path} is damaged and was not pushed: {'; '.join(problems)}")
+    names = [manifests.NAME, *manifest.files]
+    names += [sidecar.relative_to(path).as_posix() for sidecar in memory.sidecars(path, manifest.digest)]
+    names += [card.NAME] if (path / card.NAME).is_file() else []
+    with _hub(f"{path} cannot be pushed to {repo!r}") as api:
+        api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo,
+            repo_type="dataset",
+            folder_path=path,
+            allow_patterns=names,
+            delete_patterns=_OLD,
+            commit_message=f"Index of {manifest.passages:,} passages, {manifest.digest[:12]}",
+        )
+    return manifest
+
+
+def pull_index(
+    repo: str, out: str | os.PathLike[str], *, revision: str | None = None, overwrite: bool = False
+) -> Manifest:
+    """Get an index from the Hub: beside ``out`` first, and into its place once every digest is right.
+
+    Args:
+        revision: a branch, tag or commit; the newest if None.
+        overwrite: replace the index that is there.
+
+    Raises:
+        IndexFolderError: ``out`` may not be written to, the Hub cannot be reached or has no such repository, or what
+        came is no index or damaged; what was there stays.
+    """
+    target = NewIndex(Path(out), overwrite=overwrite)
+    target.check()
+    part = target.folder.with_name(f".{target.folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        with _hub(f"{repo!r} cannot be pulled") as api:
+            commit = api.dataset_info(repo, revision=revision).sha
+            how = {"repo_type": "dataset", "revision": commit, "local_dir": part}
+            api.snapshot_download(repo, allow_patterns=[manifests.NAME], **how)
+            if not (part / manifests.NAME).is_file():
+                raise IndexFolderError(f"{repo!r} holds no index: it has no {manifests.NAME}")
+            # Only what this manifest names is asked for, and its names were checked.
+            manifest = read_manifest(part)
+            wanted = [*manifest.files, card.NAME, f"{memory.FOLDER}/*.safetensors"]
+            api.snapshot_download(repo, allow_patterns=wanted, **how)
+        shutil.rmtree(part / ".cache", ignore_errors=True)
+        if problems := changed_files(part, manifest):
+            raise IndexFolderError(f"what came of {repo!r} is damaged: {'; '.join(problems)}")
+        _put(part, target)
+    except OSError as error:
+        raise IndexFolderError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return manifest
+
+
+def _put(part: Path, target: NewIndex) -> None:
+    """Put a folder in the place of another, which goes only then."""
+    folder = target.folder
+    if not folder.exists():
+        part.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    with locked(folder):
+        target.check()
+        folder.rename(old)
+        try:
+            part.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+    shutil.rmtree(old)
+
+
+@contextmanager
+def _hub(failure: str) -> Iterator[Any]:
+    """The Hub; whatever goes wrong with it is an error of ours."""
+    from huggingface_hub import HfApi
+
+    try:
+        yield HfApi()
+    except RagmoeError:
+        raise
+    except Exception as error:  # the Hub raises many kinds: offline, no such name, no rights, no room
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise IndexFolderError(
+            f"{failure}: {first}", hint="it needs the network (HF_HUB_OFFLINE unset) and, to write, `hf auth login`"
+        ) from error

@@ -1,0 +1,205 @@
+"""Pushing to and pulling from the Hub, with a folder in its place: verified both ways, all or nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+from stub_encoder import StubEncoder
+from test_verify import reseal
+from typer.testing import CliRunner
+
+from ragmoe import Index, IndexFolderError
+from ragmoe.cli.main import app
+from ragmoe.index import plan_remove, pull_index, push_index, verify_index
+from ragmoe.index.manifest import read_manifest
+from ragmoe.index.memory import ExpertMemory
+
+
+class Hub:
+    """Stands in for `huggingface_hub.HfApi`: one repository is one folder."""
+
+    root: Path
+    made: list[dict[str, Any]]
+
+    def create_repo(self, repo: str, *, repo_type: str, private: bool, exist_ok: bool) -> None:
+        self.made.append({"repo": repo, "type": repo_type, "private": private, "exist_ok": exist_ok})
+        (self.root / repo).mkdir(parents=True, exist_ok=True)
+
+    def upload_folder(
+        self,
+        *,
+        repo_id: str,
+        repo_type: str,
+        folder_path: Path,
+        allow_patterns: list[str],
+        delete_patterns: list[str],
+        commit_message: str,
+    ) -> None:
+        there = self.root / repo_id
+        new = set(filter_repo_objects(_names(folder_path), allow_patterns=allow_patterns))
+        for name in set(filter_repo_objects(_names(there), allow_patterns=delete_patterns)) - new:
+            (there / name).unlink()
+        self._copy(folder_path, there, new)
+
+    def dataset_info(self, repo: str, *, revision: str | None) -> SimpleNamespace:
+        if not (self.root / repo).is_dir():
+            raise OSError(f"404 Client Error: Repository Not Found for {repo}\nand more")
+        return SimpleNamespace(sha="c0ffee")
+
+    def snapshot_download(
+        self, repo: str, *, repo_type: str, revision: str, local_dir: Path, allow_patterns: list[str]
+    ) -> None:
+        assert (repo_type, revision) == ("dataset", "c0ffee")
+        self._copy(
+            self.root / repo, local_dir, filter_repo_objects(_names(self.root / repo), allow_patterns=allow_patterns)
+        )
+        (local_dir / ".cache" / "huggingface").mkdir(parents=True, exist_ok=True)
+
+    def _copy(self, source: Path, to: Path, names: Any) -> None:
+        for name in names:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, to / name)
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the repository ``me/mine``."""
+    monkeypatch.setattr(Hub, "root", tmp_path / "hub", raising=False)
+    monkeypatch.setattr(Hub, "made", [], raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    return tmp_path / "hub" / "me" / "mine"
+
+
+def push(folder: Path) -> None:
+    push_index(folder, "me/mine", encoder=StubEncoder())
+
+
+def test_there_and_back(folder: Path, hub: Path, tmp_path: Path) -> None:
+    index = Index.open(folder, encoder=StubEncoder())
+    (folder / "notes.txt").write_text("not of the index")
+    (folder / "partial").mkdir()
+    (folder / "partial" / "block-000001.npz").write_bytes(b"?")
+    ExpertMemory.of_domains(index, ["river"], [0], [1]).save(index)
+    (folder / "memory" / "old.safetensors").write_bytes(b"of another index")
+    push(folder)
+    assert Hub.made == [{"repo": "me/mine", "type": "dataset", "private": True, "exist_ok": True}]
+    memories = [f"memory/{path.name}" for path in (folder / "memory").iterdir() if path.name != "old.safetensors"]
+    assert _names(hub) == sorted(["README.md", "manifest.json", *index.manifest.files, *memories])
+    out = tmp_path / "new" / "pulled"
+    assert pull_index("me/mine", out).digest == index.digest
+    assert _names(out) == _names(hub) and [path.name for path in out.parent.iterdir()] == ["pulled"]
+    assert verify_index(out, encoder=StubEncoder()) == []
+
+
+def test_an_older_generation_goes_from_the_hub(folder: Path, hub: Path) -> None:
+    push(folder)
+    plan = plan_remove(folder, domain="river")
+    assert plan is not None
+    plan.run()
+    push(folder)
+    assert _names(hub) == sorted(["README.md", "manifest.json", *read_manifest(folder).files])
+
+
+def test_what_is_damaged_is_not_pushed(folder: Path, hub: Path) -> None:
+    (folder / "texts-1.bin").write_bytes(b"?")
+    with pytest.raises(IndexFolderError, match=r"was not pushed: texts-1\.bin has 1 bytes"):
+        push(folder)
+    assert not hub.exists()
+
+
+def test_nothing_is_overwritten_unasked(folder: Path, hub: Path, tmp_path: Path) -> None:
+    push(folder)
+    plan = plan_remove(folder, domain="river")
+    assert plan is not None
+    newer = plan.run().digest
+    with pytest.raises(IndexFolderError, match="holds an index already\nreplace it with --overwrite"):
+        pull_index("me/mine", folder)
+    assert read_manifest(folder).digest == newer
+    assert pull_index("me/mine", folder, overwrite=True).passages == 24
+    assert verify_index(folder, encoder=StubEncoder()) == []
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(IndexFolderError, match=r"holds other things than an index: thesis\.txt"):
+        pull_index("me/mine", tmp_path / "mine", overwrite=True)
+
+
+def _flip(hub: Path) -> None:
+    content = bytearray((hub / "embeddings-1.npy").read_bytes())
+    content[-1] ^= 1
+    (hub / "embeddings-1.npy").write_bytes(content)
+
+
+def _leave(hub: Path) -> None:
+    text = (hub / "manifest.json").read_text()
+    (hub / "manifest.json").write_text(text.replace('"texts-1.bin"', '"../texts-1.bin"'))
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (_flip, r"what came of 'me/mine' is damaged: embeddings-1\.npy was changed"),
+        (lambda hub: (hub / "texts-1.bin").unlink(), r"texts-1\.bin is missing"),
+        (lambda hub: (hub / "manifest.json").unlink(), r"'me/mine' holds no index: it has no manifest\.json"),
+        (_leave, r"'\.\./texts-1\.bin' is no file of generation 1"),
+    ],
+    ids=["flipped", "missing", "no index", "leads elsewhere"],
+)
+def test_what_came_damaged_does_not_take_the_place(
+    harm: Any, reason: str, folder: Path, hub: Path, tmp_path: Path
+) -> None:
+    push(folder)
+    harm(hub)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for out in (folder, tmp_path / "fresh"):
+        with pytest.raises(IndexFolderError, match=reason):
+            pull_index("me/mine", out, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert verify_index(folder, encoder=StubEncoder()) == []
+
+
+def test_a_pulled_faiss_file_is_not_parsed(
+    folder: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ragmoe._threads import import_faiss
+
+    push(folder)
+    (hub / "index-1.faiss").write_bytes(b"IxFI" + bytes(100))
+    reseal(hub)
+    pull_index("me/mine", tmp_path / "pulled")
+    monkeypatch.setattr(import_faiss(), "read_index", lambda *_: pytest.fail("parsed"))
+    (hits,) = Index.open(tmp_path / "pulled", encoder=StubEncoder()).search(["honey"], 1, retriever="dense")
+    assert hits[0].passage_id == "market-5"
+
+
+def test_offline_and_unknown_names_are_said(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real client: the tests are offline."""
+    for work in (lambda: push(folder), lambda: pull_index("me/mine", tmp_path / "out")):
+        with pytest.raises(IndexFolderError, match=r"'me/mine'.*: .*\nit needs the network \(HF_HUB_OFFLINE unset\)"):
+            work()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Hub, "root", tmp_path, raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    with pytest.raises(IndexFolderError, match=r"'me/none' cannot be pulled: 404 Client Error: .* me/none\nit needs"):
+        pull_index("me/none", tmp_path / "out")
+
+
+def test_the_commands(folder: Path, hub: Path, tmp_path: Path) -> None:
+    push(folder)
+    digest = read_manifest(folder).digest
+    done = CliRunner().invoke(app, ["index", "pull", "me/mine", "--out", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 0 and digest in done.stdout
+    again = CliRunner().invoke(app, ["index", "pull", "me/mine", "--out", str(tmp_path / "out")])
+    assert isinstance(again.exception, IndexFolderError) and again.exception.exit_code == 1
+    (folder / "texts-1.bin").unlink()
+    refused = CliRunner().invoke(app, ["index", "push", str(folder), "me/mine"])
+    assert isinstance(refused.exception, IndexFolderError) and "was not pushed" in refused.exception.message
