@@ -44,6 +44,10 @@ class Blocks:
         self._folder.mkdir(parents=True)
         (self._folder / "state.json").write_text(json.dumps(self._state), encoding="utf-8")
 
+    def __contains__(self, number: int) -> bool:
+        """Whether a block is kept."""
+        return self._path(number).is_file()
+
     def read(self, number: int, rows: int) -> Encoded | None:
         """A block of so many rows, None where it is missing or was cut off by whatever stopped the build."""
         try:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter
 
+from ragmoe._ranks import Ranks
 from ragmoe._room import check_room
 from ragmoe.corpus.types import Passage
+from ragmoe.index import blocks
 from ragmoe.index.encoder import Encoder
-from ragmoe.index.manifest import EncoderRecord, Manifest
+from ragmoe.index.manifest import EncoderRecord, Manifest, digest_of
 from ragmoe.index.rows import Rows
 from ragmoe.index.store import CorpusDigest
 from ragmoe.index.target import Target
@@ -26,6 +28,7 @@ _TIMED = 32
 _HEADERS = 10_000
 # What parquet, BM25 and the encoder's batches hold at a time, whatever the size of the corpus.
 _STEADY_BYTES = 150_000_000
+_ALONE = Ranks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Contents:
 
     Attributes:
         new: how many have no vector yet.
+        to_encode: the numbers of the blocks that these are in.
         cut: how many are pieces of something longer.
         longer: how many of those with a vector are longer than the encoder reads.
         text_bytes: of all texts, UTF-8.
@@ -65,6 +69,7 @@ class Contents:
 
     passages: int = 0
     new: int = 0
+    to_encode: list[int] = field(default_factory=list)
     cut: int = 0
     longer: int = 0
     text_bytes: int = 0
@@ -90,6 +95,9 @@ def read_contents(rows: Rows) -> Contents:
         digest.update(passage)
         if at < 0:
             contents.new += 1
+            number = (contents.passages - 1) // blocks.BLOCK
+            if contents.to_encode[-1:] != [number]:
+                contents.to_encode.append(number)
             if len(contents.sample) < _SAMPLE:
                 contents.sample.append(passage)
             elif (place := chance.randrange(contents.new)) < _SAMPLE:
@@ -134,8 +142,24 @@ class BuildPlan:
     @property
     def working_bytes(self) -> int:
         """Estimated disk that is needed until all is done: the folder, encoded blocks, and what sorts the words."""
-        blocks = self.contents.new * (2 * self.how.encoder.width + 8)
-        return self.disk_bytes + blocks + 2 * self.contents.text_bytes
+        encoded = self.contents.new * (2 * self.how.encoder.width + 8)
+        return self.disk_bytes + encoded + 2 * self.contents.text_bytes
+
+    @cached_property
+    def blocks(self) -> blocks.Blocks:
+        """Where encoded blocks are kept until all is done."""
+        state = [self.contents.digest, self.how.encoding, self.rows.base]
+        return blocks.Blocks(self.target.folder / "partial", digest_of(state))
+
+    @property
+    def missing(self) -> list[int] | None:
+        """The numbers of the blocks that a stopped run of just this has not encoded; None where there was no such run.
+
+        Several processes share them out by number: block ``n`` of ``w`` processes is that of rank ``n % w``.
+        """
+        if not self.blocks.begun:
+            return None
+        return [number for number in self.contents.to_encode if number not in self.blocks]
 
     @cached_property
     def seconds(self) -> float:
@@ -157,9 +181,13 @@ class BuildPlan:
         """
         check_room(self.target.folder, disk=self.working_bytes, memory=self.memory_bytes)
 
-    def run(self, progress: Progress | None = None) -> Manifest:
-        """Write the generation and return its manifest; see `build_index` for the errors."""
-        return Writer(self, progress or (lambda stage, done, total: None)).run()
+    def run(self, progress: Progress | None = None, *, ranks: Ranks = _ALONE) -> Manifest:
+        """Write the generation and return its manifest; see `build_index` for the errors.
+
+        Args:
+            ranks: the processes that encode together, each of which calls this with the same plan.
+        """
+        return Writer(self, progress or (lambda stage, done, total: None), ranks).run()
 
     def _encode(self, passages: Iterable[Passage]) -> None:
         if self.encoder is not None:

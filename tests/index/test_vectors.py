@@ -25,7 +25,8 @@ def embeddings(rows: int, width: int = 16) -> NDArray[np.float16]:
     [
         (1, 384, "Flat", 1536), (50_000, 384, "Flat", 1536), (50_001, 384, "IVF1024,PQ128x4fs", 72),
         (1_000_000, 384, "IVF4096,PQ128x4fs", 72), (20_000_000, 768, "IVF16384,PQ256x4fs", 136),
-        (60_000, 1024, "IVF1024,PQ256x4fs", 136), (60_000, 100, "IVF1024,PQ25x4fs", 21), (60_000, 97, "IVF1024,SQ8", 105),
+        (60_000, 1024, "IVF1024,PQ256x4fs", 136), (60_000, 100, "IVF1024,PQ25x4fs", 21),
+        (60_000, 97, "IVF1024,SQ8", 105),
     ],
 )  # fmt: skip
 def test_the_choice_by_count(count: int, width: int, factory: str, bytes_each: int) -> None:
