@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +21,23 @@ LONG = {"windows": "each is encoded as the token-weighted mean of overlapping wi
 
 def run_plan(plan: BuildPlan) -> Manifest:
     """Run a plan, with its progress on stderr."""
+    from ragmoe._ranks import Ranks
     from ragmoe.cli.progress import progress
 
     with progress() as bars:
-        return plan.run(bars.stage)
+        return plan.run(bars.stage, ranks=Ranks.launched())
+
+
+@contextmanager
+def only_the_first_rank_prints() -> Iterator[None]:
+    """Keep what is printed inside to the first of the processes that torchrun started; errors come after it."""
+    from ragmoe._ranks import Ranks
+
+    if not Ranks.launched().rank:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def chunking(chunks: int, words: int, overlap: int, rechunk: bool) -> str:
@@ -42,6 +58,10 @@ def print_plan(plan: BuildPlan) -> None:
     how, skipped, left = plan.how, list(plan.rows.skipped), {}
     if plan.contents.new < plan.passages:
         left["of these known"] = f"{plan.passages - plan.contents.new:,}: their vectors are taken over"
+    if (missing := plan.missing) is not None:
+        blocks = len(plan.contents.to_encode)
+        redo = "" if plan.target.resume else "; --resume encodes only these, without it all are encoded again"
+        left["stopped before"] = f"{blocks - len(missing)} of {blocks} blocks are encoded, {_numbers(missing)}{redo}"
     if plan.rows.duplicates:
         left["duplicates"] = f"{plan.rows.duplicates:,} are there already and are passed over"
     print_pairs(
@@ -61,6 +81,16 @@ def print_plan(plan: BuildPlan) -> None:
     )
 
 
+def _numbers(missing: list[int]) -> str:
+    """Which blocks are missing, runs of them as first to last."""
+    if not missing:
+        return "none is missing"
+    there = set(missing)
+    starts, ends = ([n for n in missing if n + step not in there] for step in (-1, 1))
+    runs = [f"{a}" if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
+    return "missing: " + ", ".join(runs[:8]) + (f" and {len(runs) - 8} more" if len(runs) > 8 else "")
+
+
 def reads(encoder: EncoderRecord) -> str:
     """An encoder's width and maximum length."""
     return f"width {encoder.width}, reads {encoder.max_length} tokens"
@@ -77,6 +107,7 @@ def plan_summary(plan: BuildPlan) -> dict[str, Any]:
         "skipped": len(plan.rows.skipped),
         "skipped_lines": list(plan.rows.skipped),
         "chunks": plan.contents.cut,
+        "missing_blocks": plan.missing,
         "encoder": plan.how.encoder.id,
         "encoding": plan.how.made and plan.how.made.model_dump(),
         "longer_share": plan.longer_share,

@@ -19,6 +19,7 @@ from ragmoe.cli._index_output import (
     console,
     domains,
     kept,
+    only_the_first_rank_prints,
     plain,
     plan_summary,
     print_lengths,
@@ -48,6 +49,14 @@ if TYPE_CHECKING:
     from ragmoe.index.folder import Hit
 
 app = typer.Typer(help="Build, search, inspect and verify indexes.", no_args_is_help=True)
+
+
+@app.callback()
+def _ranks(context: typer.Context) -> None:
+    """Build, search, inspect and verify indexes."""
+    context.with_resource(only_the_first_rank_prints())
+
+
 app.command(epilog=ADD_EXAMPLES)(add)
 app.command(epilog=REMOVE_EXAMPLES)(remove)
 app.command(epilog=MERGE_EXAMPLES)(merge)
@@ -77,6 +86,7 @@ _BUILD_EXAMPLES = """Examples:
   ragmoe index build docs notes.md 'wiki/**/*.html' --out indexes/mine
   ragmoe index build corpus.jsonl --out indexes/mine --domain law --dry-run
   ragmoe index build docs --out indexes/mine --resume
+  torchrun --nproc-per-node=2 -m ragmoe index build docs --out indexes/mine
   ragmoe index build --recipe indexes/demo.yaml"""
 _SEARCH_EXAMPLES = """Examples:
 

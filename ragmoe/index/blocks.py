@@ -49,6 +49,10 @@ class Blocks:
         self._folder.mkdir(parents=True)
         (self._folder / "state.json").write_text(json.dumps(self._state | self._encoding), encoding="utf-8")
 
+    def __contains__(self, number: int) -> bool:
+        """Whether a block is kept."""
+        return self._path(number).is_file()
+
     def read(self, number: int, rows: int) -> Encoded | None:
         """A block of so many rows, None where it is missing or was cut off by whatever stopped the build."""
         try:
@@ -57,10 +61,6 @@ class Blocks:
                 return (vectors, windows) if len(vectors) == len(windows) == rows else None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
-
-    def has(self, number: int) -> bool:
-        """Whether a block is there, whole or not."""
-        return self._path(number).exists()
 
     def write(self, number: int, encoded: Encoded) -> None:
         """Keep a block; it is there whole or not at all."""

@@ -6,10 +6,13 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from time import perf_counter
 
+from ragmoe._ranks import Ranks
 from ragmoe._room import check_room
 from ragmoe.corpus.types import Passage
+from ragmoe.index import blocks
 from ragmoe.index import manifest as manifests
 from ragmoe.index.blocks import Blocks, kept_encoding
 from ragmoe.index.calibrate import FEWEST, Asked, asked_record, calibrate
@@ -28,6 +31,7 @@ _TIMED = 32
 _HEADERS = 10_000
 # What parquet, BM25 and the encoder's batches hold at a time, whatever the size of the corpus.
 _STEADY_BYTES = 150_000_000
+_ALONE = Ranks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class Contents:
 
     Attributes:
         new: how many have no vector yet.
+        to_encode: the numbers of the blocks that these are in.
         cut: how many are pieces of something longer.
         longer: how many of those with a vector are longer than the encoder reads.
         text_bytes: of all texts, UTF-8.
@@ -74,6 +79,7 @@ class Contents:
 
     passages: int = 0
     new: int = 0
+    to_encode: list[int] = field(default_factory=list)
     cut: int = 0
     longer: int = 0
     text_bytes: int = 0
@@ -99,6 +105,9 @@ def read_contents(rows: Rows) -> Contents:
         digest.update(passage)
         if at < 0:
             contents.new += 1
+            number = (contents.passages - 1) // blocks.BLOCK
+            if contents.to_encode[-1:] != [number]:
+                contents.to_encode.append(number)
             if len(contents.sample) < _SAMPLE:
                 contents.sample.append(passage)
             elif (place := chance.randrange(contents.new)) < _SAMPLE:
@@ -145,8 +154,31 @@ class BuildPlan:
     @property
     def working_bytes(self) -> int:
         """Estimated disk that is needed until all is done: the folder, encoded blocks, and what sorts the words."""
-        blocks = self.contents.new * (2 * self.how.encoder.width + 8)
-        return self.disk_bytes + blocks + 2 * self.contents.text_bytes
+        encoded = self.contents.new * (2 * self.how.encoder.width + 8)
+        return self.disk_bytes + encoded + 2 * self.contents.text_bytes
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """Where encoded blocks are kept until all is done."""
+        return Blocks(self._partial, fingerprint(self.contents, self.how, self.rows), self.how.made)
+
+    @property
+    def missing(self) -> list[int] | None:
+        """The numbers of the blocks that a stopped run of just this has not encoded; None where there was no such run.
+
+        Several processes share them out by number: block ``n`` of ``w`` processes is that of rank ``n % w``.
+        """
+        stopped = self.as_begun().blocks
+        return [number for number in self.contents.to_encode if number not in stopped] if stopped.begun else None
+
+    def as_begun(self) -> BuildPlan:
+        """The same plan with the precision and size of a batch that the run in the folder, if any, has chosen."""
+        kept = kept_encoding(self._partial)
+        return self if kept is None else replace(self, how=replace(self.how, made=kept))
+
+    @property
+    def _partial(self) -> Path:
+        return self.target.folder / "partial"
 
     @cached_property
     def seconds(self) -> float:
@@ -165,11 +197,6 @@ class BuildPlan:
         self._encode(sample, self.encoder)
         return (perf_counter() - start) / len(sample) * self.contents.new
 
-    @property
-    def fingerprint(self) -> str:
-        """What the blocks of a stopped run must have been made of, to be of use."""
-        return fingerprint(self.contents, self.how, self.rows)
-
     def check_room(self) -> None:
         """Refuse what cannot fit.
 
@@ -178,9 +205,13 @@ class BuildPlan:
         """
         check_room(self.target.folder, disk=self.working_bytes, memory=self.memory_bytes)
 
-    def run(self, progress: Progress | None = None) -> Manifest:
-        """Write the generation and return its manifest; see `build_index` for the errors."""
-        return Writer(self, progress or (lambda stage, done, total: None)).run()
+    def run(self, progress: Progress | None = None, *, ranks: Ranks = _ALONE) -> Manifest:
+        """Write the generation and return its manifest; see `build_index` for the errors.
+
+        Args:
+            ranks: the processes that encode together, each of which calls this with the same plan.
+        """
+        return Writer(self, progress or (lambda stage, done, total: None), ranks).run()
 
     def _encode(self, passages: list[Passage], encoder: Encoder) -> None:
         prompt = self.how.encoder.passage_prompt
@@ -247,6 +278,9 @@ def _choose(
     made = asked_record(encoder, wanted.precision, wanted.batch_tokens)
     if made is None or how.made is not None:
         return how, None
+    if Ranks.launched().rank:
+        # The first rank chooses for all, and measures alone.
+        return replace(how, made=made), None
     partial = target.folder / "partial"
     if target.resume and (kept := kept_encoding(partial)) is not None:
         if wanted.batch_tokens is not None:

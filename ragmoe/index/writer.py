@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragmoe._errors import DataError, IndexFolderError
+from ragmoe._ranks import Meeting, Ranks
 from ragmoe._version import __version__
 from ragmoe.index import bm25, memory, trust
 from ragmoe.index import manifest as manifests
 from ragmoe.index._crash import reached
 from ragmoe.index.ahead import BlockEncoder
-from ragmoe.index.blocks import Blocks, Encoded
+from ragmoe.index.blocks import Encoded
 from ragmoe.index.digests import digests_name, write_digests
 from ragmoe.index.folder import embeddings_name, faiss_name
 from ragmoe.index.manifest import ChunkingRecord, FaissRecord, LongPassagesRecord, Manifest
@@ -40,21 +41,41 @@ _VERSIONS = ("faiss-cpu", "sentence-transformers", "transformers", "torch", "bm2
 
 
 class Writer:
-    """One run of a plan, under the lock."""
+    """One run of a plan, under the lock; of several ranks the first one's."""
 
-    def __init__(self, plan: BuildPlan, progress: Progress) -> None:
+    def __init__(self, plan: BuildPlan, progress: Progress, ranks: Ranks) -> None:
         self.plan = plan
         self.folder = plan.target.folder
         self.progress = progress
         self.total = plan.passages
-        self.blocks = Blocks(self.folder / "partial", plan.fingerprint, plan.how.made)
+        self.blocks = plan.blocks
+        self.ranks = ranks
+        self.meeting = Meeting(None)
         self.longer = 0
         #: Where each row's vector comes from, kept only if something is recorded of the old rows.
         self.origins: list[NDArray[np.int64]] = []
         self.recorded: list[tuple[int, memory.ExpertMemory]] = []
 
     def run(self) -> Manifest:
-        """Write the generation, unless ``resume`` finds it written."""
+        """Write the generation, unless ``resume`` finds it written; all ranks come back when it is in force."""
+        with self.ranks.joined() as self.meeting:
+            return self._follow() if self.ranks.rank else self._lead()
+
+    def _follow(self) -> Manifest:
+        """Encode what falls to this rank, and write nothing else."""
+        if self.meeting.hear(False):
+            self.plan = self.plan.as_begun()
+            self.blocks = self.plan.blocks
+            if not self.blocks.begun:
+                raise IndexFolderError(
+                    f"{self.folder}: rank {self.ranks.rank} does not find what the first rank has begun",
+                    hint="all machines need the same folder, sources and encoder",
+                )
+            self._encode_share()
+            self.meeting.wait()
+        return manifests.read_manifest(self.folder)
+
+    def _lead(self) -> Manifest:
         target, contents = self.plan.target, self.plan.contents
         with locked(self.folder):
             reached("locked")
@@ -63,6 +84,7 @@ class Writer:
             done = target.finished(contents.digest, self.plan.how.encoding, self.blocks.begun)
             if done is not None:
                 clean(self.folder, done)
+                self.meeting.hear(False)
                 return done
             generation = next_generation(self.folder)
             sweep(self.folder)
@@ -105,11 +127,16 @@ class Writer:
         reached("committed")
         clean(self.folder, manifest)
         reached("cleaned")
+        self.meeting.wait()
         return manifest
 
     def _embed(self, generation: int) -> list[str]:
         """Write passages and embeddings, a block in memory at a time; returns the names of the files."""
         self.blocks.start(resume=self.plan.target.resume)
+        self.meeting.hear(True)
+        if self.ranks.count > 1:
+            self._encode_share()
+        stage = "encode" if self.ranks.count == 1 else "write"
         store = StoreWriter(self.folder, generation, self.total)
         name, digest, done = embeddings_name(generation), CorpusDigest(), 0
         try:
@@ -123,7 +150,7 @@ class Writer:
                         digest.update(row.chunk.passage)
                     self.longer += int((windows > 1).sum())
                     done += len(rows)
-                    self.progress("encode", done, self.total)
+                    self.progress(stage, done, self.total)
             reached("encoded")
         finally:
             store.close()
@@ -134,17 +161,35 @@ class Writer:
             )
         return [*store.names, name]
 
+    def _encode_share(self) -> None:
+        """Encode this rank's share of the blocks, as far as it is not there, and wait for the others to do so."""
+        done = 0
+        with self._encoder() as encoder:
+            for number, rows in enumerate(self._rows(encoder, self._is_ours)):
+                done += len(rows)
+                new = [row for row in rows if row.at < 0]
+                if new and self._is_ours(number):
+                    self._encoded(number, new, encoder)
+                    reached("block")
+                self.progress("encode", done, self.total)
+        self.meeting.wait()
+
+    def _is_ours(self, number: int) -> bool:
+        return number % self.ranks.count == self.ranks.rank
+
     def _encoder(self) -> AbstractContextManager[BlockEncoder | None]:
         how, encoder = self.plan.how, self.plan.encoder
         if encoder is None:
             return nullcontext()
         return BlockEncoder(encoder, how.long_passages, how.encoder.passage_prompt, how.made)
 
-    def _rows(self, encoder: BlockEncoder | None) -> Iterator[list[Row]]:
-        """The rows in blocks, read one block ahead, so that what is to be encoded of it can be begun."""
+    def _rows(
+        self, encoder: BlockEncoder | None, wanted: Callable[[int], bool] = lambda number: True
+    ) -> Iterator[list[Row]]:
+        """The rows in blocks, read one block ahead, so that what is to be encoded of wanted ones can be begun."""
         last: list[Row] | None = None
         for number, rows in enumerate(blocks(self.plan.rows, self.blocks.size)):
-            if encoder is not None and not self.blocks.has(number):
+            if encoder is not None and wanted(number) and number not in self.blocks:
                 encoder.begin(number, [row.chunk.passage for row in rows if row.at < 0])
             if last is not None:
                 yield last
@@ -163,15 +208,19 @@ class Writer:
         if len(known):
             vectors[known] = self.plan.rows.take(at[known])
         if len(new):
-            encoded = self.blocks.read(number, len(new))
-            if encoded is None:
-                if encoder is None:
-                    raise IndexFolderError(f"{self.folder}: passages without a vector, and no encoder to make one")
-                encoded = encoder.encode(number, [rows[i].chunk.passage for i in new.tolist()])
-                self.blocks.write(number, encoded)
-            vectors[new], windows[new] = encoded
+            vectors[new], windows[new] = self._encoded(number, [rows[i] for i in new.tolist()], encoder)
         reached("block")
         return vectors, windows
+
+    def _encoded(self, number: int, new: list[Row], encoder: BlockEncoder | None) -> Encoded:
+        """What has to be encoded of a block: as it was kept, or encoded now and kept."""
+        encoded = self.blocks.read(number, len(new))
+        if encoded is None:
+            if encoder is None:
+                raise IndexFolderError(f"{self.folder}: passages without a vector, and no encoder to make one")
+            encoded = encoder.encode(number, [row.chunk.passage for row in new])
+            self.blocks.write(number, encoded)
+        return encoded
 
     def _texts(self, generation: int) -> Iterator[str]:
         """What BM25 reads, as it was just written."""
