@@ -45,9 +45,11 @@ K = 16
 QUERIES = 256
 THEIR_BATCHES = (32, 128, 512, 1024)
 NOTES = """
-sentence-transformers' other backends were measured once, on one thread of a Xeon with AVX-512 and no AMX, over batches
-of 2,000 tokens, and are left out: of torch's float32 rate ONNX Runtime 1.32 reached about 0.85, OpenVINO 2026.4 about
-1.15 in float32 and 0.72 in bf16; torch in bf16 reached 0.6, which is why a calibration chooses the precision.
+Other backends are left out. They were tried once, roughly, on one thread of a busy Xeon with AVX-512 without AMX, with
+batches of 2,000 tokens, by processor time, torch in a process of its own. Of torch's float32 rate
+ONNX Runtime 1.32 had about 0.85,
+OpenVINO 2026.4 about 1.15 in float32 and 0.72 in bf16, torch itself 0.6 in bf16. These are rates only: the exported
+model's outputs did not agree with torch's, and why was not found out.
 """
 Row = dict[str, Any]
 
