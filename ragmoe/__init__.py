@@ -5,6 +5,8 @@ Names are loaded at first use, so that ``import ragmoe`` costs nothing:
     index = ragmoe.Index.open("indexes/city")
     model = ragmoe.load("runs/city/bundle")
     answers = model.answer(["When does the archive open?"], index)
+
+The Auto classes of transformers know our decoders after ``import ragmoe.models.families``.
 """
 
 from __future__ import annotations

@@ -123,4 +123,10 @@ def _text(made: Made, out: Path) -> str:
     ]
     if made.deviation:
         lines.append(f"expert copies differ from the dense weights by up to {made.deviation:.2e}")
+    if made.model.can_generate():
+        # Nothing of transformers is imported with ragmoe, and so nothing can be made known to it then.
+        lines.append(
+            f"in Python: ragmoe.load_decoder({str(out)!r}); after `import ragmoe.models.families` "
+            "AutoModelForCausalLM opens it too"
+        )
     return "\n".join([*lines, *(f"note: {note}" for note in made.notes)])

@@ -163,26 +163,19 @@ def new_expert_config(
     kind = experts_class(settings.get("expert_kind", "lora"))
     shares = kind.needs_dense or settings.get("shared_expert")
     unseen = [*judges.dev, *judges.known, *(file for task in judges.tasks for file in task.question_files())]
-    neighbours, sources = {"neighbours": settings.get("neighbours", 16)}, [_absolute(source) for source in corpus]
-    data: dict[str, Any] = {
-        "index": None if index is None else os.path.abspath(index),
-        "calibration_share": 0.0 if judges.dev else _DEV_SHARE,
-    }
+    sources = [_absolute(source) for source in corpus]
     if is_decoder(str(bundle)):
-        learned = language_material(name, sources, questions, judges)
-        sections = {"language": {**neighbours, **_section_of(Path(bundle), "language")}}
-        sources = []
+        section, learned, sources = "language", language_material(name, sources, questions, judges), []
     else:
-        if index is None:
-            raise UsageError("a reader's expert needs the index that holds its passages", hint="--index DIR")
-        if judges.known:
-            raise ConfigError("--known is given, but a reader is judged by questions", hint="--task TASK")
-        learned = {"questions": [_absolute(file) for file in questions], "calibration_limit": 1_000_000}
-        sections = {"raft": {**neighbours, **_section_of(Path(bundle), "raft")}}
+        section, learned = "raft", _reader_material(index, questions, judges)
     content: dict[str, Any] = {
         "base": os.path.abspath(bundle),
-        "data": {**data, **learned},
-        **sections,
+        "data": {
+            "index": None if index is None else os.path.abspath(index),
+            "calibration_share": 0.0 if judges.dev else _DEV_SHARE,
+            **learned,
+        },
+        section: {"neighbours": settings.get("neighbours", 16), **_section_of(Path(bundle), section)},
         "train": {
             "what": "new_expert",
             "steps": steps or 300,
@@ -200,6 +193,15 @@ def new_expert_config(
         },
     }
     return load_config(content, overrides)
+
+
+def _reader_material(index: str | os.PathLike[str] | None, questions: Sequence[str], judges: Judges) -> dict[str, Any]:
+    """What a reader's new expert learns from, as ``DataConfig`` says it."""
+    if index is None:
+        raise UsageError("a reader's expert needs the index that holds its passages", hint="--index DIR")
+    if judges.known:
+        raise ConfigError("--known is given, but a reader is judged by questions", hint="--task TASK")
+    return {"questions": [_absolute(file) for file in questions], "calibration_limit": 1_000_000}
 
 
 def _train(work: Path, config: TrainingConfig, *, resume: bool, overwrite: bool, show: Shows | None) -> dict[str, Any]:

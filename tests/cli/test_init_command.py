@@ -32,6 +32,8 @@ def test_a_dense_model_is_upcycled(ragmoe: Any, llama: Path, tmp_path: Path) -> 
         f"{tmp_path / 'out'}: upcycling, llama to ragmoe_mixtral with 4 experts and the gate 'retrieval'",
         "layers changed (2 of 3): 0, 2",
         f"{counts['total']:,} parameters, {counts['active']:,} active for a token",
+        f"in Python: ragmoe.load_decoder({str(tmp_path / 'out')!r}); after `import ragmoe.models.families` "
+        "AutoModelForCausalLM opens it too",
         f"note: {llama} has no tokenizer, and so has {tmp_path / 'out'}",
     ]
     assert counts["active"] < counts["total"] == sum(p.numel() for p in model.parameters())
