@@ -53,7 +53,7 @@ def choose_factory(count: int, width: int) -> Choice:
     """
     if count <= FLAT_LIMIT:
         return Choice("Flat", f"{count:,} passages are at most {FLAT_LIMIT:,}: exact search is fast enough", 4 * width)
-    lists = int(2 ** np.round(np.log2(4 * np.sqrt(count))))
+    lists = list_count(count)
     train = 4 * width * min(count, _TRAIN_EACH * lists)
     beyond = f"{count:,} passages are more than {FLAT_LIMIT:,}: {lists} lists (4 roots of the count) of"
     parts = next((parts for parts in range(width // 3, width // 8, -1) if width % parts == 0), None)
@@ -61,6 +61,11 @@ def choose_factory(count: int, width: int) -> Choice:
         return Choice(f"IVF{lists},SQ8", f"{beyond} vectors at 8 bits a dimension, ranked again", width + 8, train)
     reason = f"{beyond} vectors as {parts} codes of 4 bits, ranked again by the stored embeddings"
     return Choice(f"IVF{lists},PQ{parts}x4fs", reason, -(-parts // 2) + 8, train)
+
+
+def list_count(count: int) -> int:
+    """The lists for so many vectors: about 4 roots of their number, a power of two."""
+    return int(2 ** np.round(np.log2(4 * np.sqrt(count))))
 
 
 def build_faiss(
@@ -77,7 +82,7 @@ def build_faiss(
     for start in range(0, rows, _BLOCK):
         index.add(unit_rows(embeddings, np.arange(start, min(start + _BLOCK, rows))))
         progress(min(start + _BLOCK, rows))
-    nprobe, depth, recall = (None, None, None) if choice.factory == "Flat" else _tune(index, embeddings)
+    nprobe, depth, recall = _tune(index, embeddings) if choice.factory.startswith("IVF") else (None, None, None)
     try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
