@@ -29,8 +29,8 @@ _SAMPLE = 200
 _BEST = 20
 # Candidates that may be ranked again for the best 20.
 _DEPTHS = (100, 200, 400)
-# Rows read from the mapped embeddings at a time: the system maps up to 64 kB around each, here 64 MB at most.
-_ROWS_AT_ONCE = 1024
+# Rows read from the mapped embeddings at a time: the system maps what lies around each too, of 1,024 rows 235 MB.
+_ROWS_AT_ONCE = 256
 # faiss asks for 39 at least, and takes 256 at most, which for 16,384 lists would be gigabytes.
 _TRAIN_EACH = 64
 
