@@ -49,7 +49,7 @@ def choose_factory(count: int, width: int) -> Choice:
     """The FAISS index for ``count`` vectors of ``width``: exact to 50,000, then lists of codes that find candidates.
 
     The codes are product quantisers of 4 bits, compared 32 at a time in registers (Andre, Kermarrec and Le Scouarnec,
-    "Quicker ADC", TPAMI 2019), on three dimensions each where the width allows: eval/results/scale.md has the others.
+    "Quicker ADC", TPAMI 2019), on three dimensions each where the width allows; eval/bench/scale.py has the others.
     """
     if count <= FLAT_LIMIT:
         return Choice("Flat", f"{count:,} passages are at most {FLAT_LIMIT:,}: exact search is fast enough", 4 * width)
