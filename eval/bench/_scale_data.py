@@ -26,32 +26,32 @@ class Source:
 
     Args:
         real_PR: vectors of passages, unit length.
-        noise: the mean length of what is added.
+        noise: the mean length of what is added (its root mean square).
     """
 
     def __init__(self, real_PR: NDArray[np.float32], noise: float) -> None:
-        self._real_PR, self.noise = real_PR, noise
+        self.real_PR, self._noise = real_PR, noise
         values, vectors = np.linalg.eigh(np.cov(real_PR.T))
         root_RR = vectors * np.sqrt(np.maximum(values, 0))
         self._root_RR = (root_RR.T / np.sqrt(np.maximum(values, 0).sum())).astype(np.float32)
 
     def draw(self, first: int, count: int) -> NDArray[np.float32]:
         """Vectors ``first`` and on, float32 (count, R), unit length: the same whenever they are asked for."""
-        rows, width = np.arange(first, first + count) % len(self._real_PR), self._real_PR.shape[1]
+        rows, width = np.arange(first, first + count) % len(self.real_PR), self.real_PR.shape[1]
         white = np.random.default_rng([first, count]).standard_normal((count, width), dtype=np.float32)
-        made = self._real_PR[rows] + self.noise * (white @ self._root_RR)
+        made = self.real_PR[rows] + self._noise * (white @ self._root_RR)
         return made / np.linalg.norm(made, axis=1, keepdims=True)
 
     def write(self, path: Path, count: int) -> None:
         """The first ``count`` vectors as an index stores them: float16 in an ``.npy`` file."""
         with path.open("wb") as file:
-            write_npy_header(file, np.dtype(np.float16), (count, self._real_PR.shape[1]))
+            write_npy_header(file, np.dtype(np.float16), (count, self.real_PR.shape[1]))
             for start in range(0, count, _BLOCK):
                 file.write(self.draw(start, min(_BLOCK, count - start)).astype(np.float16).tobytes())
 
     def queries(self, count: int) -> NDArray[np.float32]:
         """Vectors made in the same way of passages evenly spread; none of them is among those written."""
-        step = max(len(self._real_PR) // count, 1)
+        step = max(len(self.real_PR) // count, 1)
         return np.concatenate([self.draw(10**9 + number * step, 1) for number in range(count)])
 
 

@@ -29,8 +29,8 @@ _SAMPLE = 200
 _BEST = 20
 # Candidates that may be ranked again for the best 20.
 _DEPTHS = (100, 200, 400)
-# Rows read from the mapped embeddings at a time: the system maps up to 64 kB around each, here 64 MB at most.
-_ROWS_AT_ONCE = 1024
+# Rows read from the mapped embeddings at a time: the system maps what lies around each too, of 1,024 rows 235 MB.
+_ROWS_AT_ONCE = 256
 # faiss asks for 39 at least, and takes 256 at most, which for 16,384 lists would be gigabytes.
 _TRAIN_EACH = 64
 
@@ -49,11 +49,11 @@ def choose_factory(count: int, width: int) -> Choice:
     """The FAISS index for ``count`` vectors of ``width``: exact to 50,000, then lists of codes that find candidates.
 
     The codes are product quantisers of 4 bits, compared 32 at a time in registers (Andre, Kermarrec and Le Scouarnec,
-    "Quicker ADC", TPAMI 2019), on three dimensions each where the width allows: eval/results/scale.md has the others.
+    "Quicker ADC", TPAMI 2019), on three dimensions each where the width allows; eval/bench/scale.py has the others.
     """
     if count <= FLAT_LIMIT:
         return Choice("Flat", f"{count:,} passages are at most {FLAT_LIMIT:,}: exact search is fast enough", 4 * width)
-    lists = int(2 ** np.round(np.log2(4 * np.sqrt(count))))
+    lists = list_count(count)
     train = 4 * width * min(count, _TRAIN_EACH * lists)
     beyond = f"{count:,} passages are more than {FLAT_LIMIT:,}: {lists} lists (4 roots of the count) of"
     parts = next((parts for parts in range(width // 3, width // 8, -1) if width % parts == 0), None)
@@ -61,6 +61,11 @@ def choose_factory(count: int, width: int) -> Choice:
         return Choice(f"IVF{lists},SQ8", f"{beyond} vectors at 8 bits a dimension, ranked again", width + 8, train)
     reason = f"{beyond} vectors as {parts} codes of 4 bits, ranked again by the stored embeddings"
     return Choice(f"IVF{lists},PQ{parts}x4fs", reason, -(-parts // 2) + 8, train)
+
+
+def list_count(count: int) -> int:
+    """The lists for so many vectors: about 4 roots of their number, a power of two."""
+    return int(2 ** np.round(np.log2(4 * np.sqrt(count))))
 
 
 def build_faiss(
@@ -75,7 +80,7 @@ def build_faiss(
         sample.sort()
         index.train(unit_rows(embeddings, sample))
     _add_all(index, embeddings, progress)
-    nprobe, depth, recall = (None, None, None) if choice.factory == "Flat" else _tune(index, embeddings)
+    nprobe, depth, recall = _tune(index, embeddings) if choice.factory.startswith("IVF") else (None, None, None)
     try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
