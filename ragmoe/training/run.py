@@ -103,7 +103,8 @@ class Run:
     @property
     def parameters(self) -> dict[str, int]:
         """Total and active as the model will be saved, and how many are trained."""
-        counts, extra = self.model.parameter_counts(), added_parameters(self.model)
+        counts = self.model.parameter_counts()
+        extra = added_parameters(self.model) if self.adapted is not None else 0
         return {
             "total": counts["total"] - extra,
             "active": counts["active"] - extra,
