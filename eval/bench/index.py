@@ -45,11 +45,8 @@ K = 16
 QUERIES = 256
 THEIR_BATCHES = (32, 128, 512, 1024)
 NOTES = """
-Other backends are left out. They were tried once, roughly, on one thread of a busy Xeon with AVX-512 without AMX, with
-batches of 2,000 tokens, by processor time, torch in a process of its own. Of torch's float32 rate
-ONNX Runtime 1.32 had about 0.85,
-OpenVINO 2026.4 about 1.15 in float32 and 0.72 in bf16, torch itself 0.6 in bf16. These are rates only: the exported
-model's outputs did not agree with torch's, and why was not found out.
+The ONNX and OpenVINO backends of sentence-transformers are left out: they need optimum-onnx (0.1.0: transformers below
+4.58) or optimum-intel (2.2.0: below 5.6), and ragmoe needs 5.23 or newer.
 """
 Row = dict[str, Any]
 
