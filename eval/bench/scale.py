@@ -168,7 +168,7 @@ def main() -> None:
         f"threads; {machine()}. Memory is that of a process that opened the index and searched: resident, what of it "
         "is mapped from files (libraries and embeddings), its proportional share, and the most it had.\n\n"
         + table(_HEADERS, lines)
-        + "\nMade by `python eval/bench/scale.py --index DIR`.\n"
+        + f"\nMade by `python eval/bench/scale.py --index DIR --noise {arguments.noise:g}`.\n"
     )
     write_result(arguments.out, "scale", rows, report)
     print(json.dumps({"bench": "scale", "machine": machine(), "rows": rows}) if arguments.json else report)
