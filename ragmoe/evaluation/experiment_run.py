@@ -24,6 +24,7 @@ from ragmoe.evaluation.run import Progress, evaluate
 if TYPE_CHECKING:
     from ragmoe.index import Index
     from ragmoe.training.callbacks import Shows
+    from ragmoe.training.config import TrainingConfig
 
 IndexProgress = Callable[[str, int, int], None]
 
@@ -52,20 +53,14 @@ def run_experiment(
         RagmoeError: a file or an index is wrong, all of which is checked before the first arm trains; or an arm in
             ``out`` was trained with another configuration.
     """
-    if unknown := [name for name in only if name not in experiment.arm_names]:
-        raise UsageError(f"there is no arm {unknown[0]!r}; there are: {', '.join(experiment.arm_names)}")
-    root = Path(out) if out else default_folder(experiment)
-    expect_folder(root)
+    root = begin(experiment, out, only)
     say = say or (lambda line: None)
     tasks = experiment.load_tasks()
     for task in tasks:
         if told := check_gold(task, task.load_questions()):
             say(told)
     index = index_of_recipe(experiment.resolve(experiment.index), progress=index_progress)
-    folder = ExperimentFolder(experiment, root, index.digest)
-    for seed in experiment.seeds:
-        for arm in experiment.arm_names:
-            folder.check(arm, seed, experiment.training(arm, seed, index.folder))
+    folder = open_folder(experiment, root, index)
     retrieval = Retrieval(index)
     for seed in experiment.seeds:
         for arm in only or experiment.arm_names:
@@ -79,20 +74,36 @@ def run_experiment(
     return outcome
 
 
-def _model(
-    folder: ExperimentFolder, arm: str, seed: int, index: Index, say: Callable[[str], None], show: Shows | None
-) -> Reader:
-    """An arm's model, trained first where it is not yet."""
-    from ragmoe.models import load
-    from ragmoe.models.xlora import XLoraReader
+def begin(experiment: Experiment, out: str | Path | None, only: Sequence[str]) -> Path:
+    """The folder that an experiment runs in, once it is known that it can be one, and that the arms are there."""
+    if unknown := [name for name in only if name not in experiment.arm_names]:
+        raise UsageError(f"there is no arm {unknown[0]!r}; there are: {', '.join(experiment.arm_names)}")
+    root = Path(out) if out else default_folder(experiment)
+    expect_folder(root)
+    return root
+
+
+def open_folder(experiment: Experiment, root: Path, index: Index) -> ExperimentFolder:
+    """The experiment's folder, in which no arm was trained otherwise; ConfigError where one was."""
+    folder = ExperimentFolder(experiment, root, index.digest)
+    for seed in experiment.seeds:
+        for arm in experiment.arm_names:
+            folder.check(arm, seed, experiment.training(arm, seed, index.folder))
+    return folder
+
+
+def trained_bundle(
+    folder: ExperimentFolder,
+    arm: str,
+    seed: int,
+    config: TrainingConfig,
+    say: Callable[[str], None],
+    show: Shows | None,
+) -> Path:
+    """An arm's bundle, trained first where it is not yet."""
     from ragmoe.training import train
-    from ragmoe.training.build import build_model
 
-    config, bundle = folder.experiment.training(arm, seed, index.folder), folder.bundle(arm, seed)
-    if arm in folder.experiment.untrained_arms:
-        import torch
-
-        return build_model(config, index, on_cpu=not torch.cuda.is_available())
+    bundle = folder.bundle(arm, seed)
     if folder.trained(arm, seed):
         say(f"{arm}, seed {seed}: trained already")
     else:
@@ -100,4 +111,21 @@ def _model(
         folder.begin(arm, seed)
         done = train(config, out=bundle, resume=True, cache=folder.root / "cache", show=show)
         folder.end(arm, seed, done.seconds)
+    return bundle
+
+
+def _model(
+    folder: ExperimentFolder, arm: str, seed: int, index: Index, say: Callable[[str], None], show: Shows | None
+) -> Reader:
+    """An arm's model, trained first where it is not yet."""
+    from ragmoe.models import load
+    from ragmoe.models.xlora import XLoraReader
+    from ragmoe.training.build import build_model
+
+    config = folder.experiment.training(arm, seed, index.folder)
+    if arm in folder.experiment.untrained_arms:
+        import torch
+
+        return build_model(config, index, on_cpu=not torch.cuda.is_available())
+    bundle = trained_bundle(folder, arm, seed, config, say, show)
     return XLoraReader.from_pretrained(bundle) if config.train.what == "xlora" else load(bundle)

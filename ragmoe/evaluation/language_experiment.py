@@ -12,11 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ragmoe._errors import UsageError
-from ragmoe._folders import expect_folder
 from ragmoe.evaluation.experiment import VALID, LanguageExperiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
-from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, write
+from ragmoe.evaluation.experiment_report import Outcome, command_of, write
+from ragmoe.evaluation.experiment_run import begin, open_folder, trained_bundle
 from ragmoe.evaluation.language_report import gather_language
 from ragmoe.evaluation.language_results import LanguageResults, documents_digest, results_place
 from ragmoe.evaluation.opening import index_of_recipe
@@ -49,20 +48,14 @@ def run_language_experiment(
     """
     from ragmoe.corpus import read_passages
 
-    if unknown := [name for name in only if name not in experiment.arm_names]:
-        raise UsageError(f"there is no arm {unknown[0]!r}; there are: {', '.join(experiment.arm_names)}")
-    root = Path(out) if out else default_folder(experiment)
-    expect_folder(root)
+    root = begin(experiment, out, only)
     say = say or (lambda line: None)
     documents = {
         setting: list(read_passages([str(experiment.resolve(source)) for source in sources]))
         for setting, sources in experiment.settings.items()
     }
     index = index_of_recipe(experiment.resolve(experiment.index), progress=index_progress)
-    folder = ExperimentFolder(experiment, root, index.digest)
-    for seed in experiment.seeds:
-        for arm in experiment.arm_names:
-            folder.check(arm, seed, experiment.training(arm, seed, index.folder))
+    folder = open_folder(experiment, root, index)
     digests = {setting: documents_digest(found, index.digest) for setting, found in documents.items()}
     for seed in experiment.seeds:
         for arm in only or experiment.arm_names:
@@ -87,22 +80,14 @@ def _model(
 ) -> tuple[Any, Any, TrainingConfig]:
     """An arm's model, trained first where it is not yet; its tokenizer; and its configuration."""
     from ragmoe.generation import Generator
-    from ragmoe.training import train
     from ragmoe.training.config import LanguageConfig
     from ragmoe.training.decoders import open_decoder
 
-    config, bundle = folder.experiment.training(arm, seed, index.folder), folder.bundle(arm, seed)
+    config = folder.experiment.training(arm, seed, index.folder)
     if arm in folder.experiment.untrained_arms:
         opened = open_decoder(config, index, (config.language or LanguageConfig()).neighbours)
         return opened.model, opened.tokenizer, config
-    if folder.trained(arm, seed):
-        say(f"{arm}, seed {seed}: trained already")
-    else:
-        say(f"{arm}, seed {seed}: training {config.train.steps} steps")
-        folder.begin(arm, seed)
-        done = train(config, out=bundle, resume=True, cache=folder.root / "cache", show=show)
-        folder.end(arm, seed, done.seconds)
-    generator = Generator.load(bundle)
+    generator = Generator.load(trained_bundle(folder, arm, seed, config, say, show))
     return generator.model, generator.tokenizer, config
 
 

@@ -112,7 +112,8 @@ def _how(options: BuildOptions) -> tuple[How, Encoder]:
     made = asked_record(encoder, options.precision, options.batch_tokens)
     old = current(options.out)
     if options.precision == "auto" and made is not None:
-        made = old.encoding if old is not None and old.encoder == encoder_record(encoder) else None
+        # Earlier versions recorded nothing: theirs are float32, and what is new must not become something else.
+        made = (old.encoding or made) if old is not None and old.encoder == encoder_record(encoder) else None
         if made is not None and options.batch_tokens is not None:
             made = made.model_copy(update={"batch_tokens": options.batch_tokens})
     words, overlap = options.chunk_words, options.chunk_overlap

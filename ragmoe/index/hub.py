@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,21 @@ def push_index(
         encoder: to verify with; the one that the index names if None.
 
     Raises:
+        IndexLockedError: somebody else is building this index.
         IndexFolderError: there is no index, it is damaged, or the Hub cannot be reached or refuses.
     """
     path = Path(folder)
-    manifest = read_manifest(path)
-    if problems := verify_index(path, encoder=encoder):
-        raise IndexFolderError(f"{path} is damaged and was not pushed: {'; '.join(problems)}")
+    read_manifest(path)
+    # No other generation may take its place meanwhile. Where nobody can write, nobody can do that.
+    with locked(path) if os.access(path, os.W_OK) else nullcontext():
+        manifest = read_manifest(path)
+        if problems := verify_index(path, encoder=encoder):
+            raise IndexFolderError(f"{path} is damaged and was not pushed: {'; '.join(problems)}")
+        _upload(path, manifest, repo, public)
+    return manifest
+
+
+def _upload(path: Path, manifest: Manifest, repo: str, public: bool) -> None:
     names = [manifests.NAME, *manifest.files]
     names += [sidecar.relative_to(path).as_posix() for sidecar in memory.sidecars(path, manifest.digest)]
     names += [card.NAME] if (path / card.NAME).is_file() else []
@@ -54,7 +63,6 @@ def push_index(
             delete_patterns=_OLD,
             commit_message=f"Index of {manifest.passages:,} passages, {manifest.digest[:12]}",
         )
-    return manifest
 
 
 def pull_index(
@@ -108,10 +116,12 @@ def _put(part: Path, target: NewIndex) -> None:
         folder.rename(old)
         try:
             part.rename(folder)
-        except OSError:
-            old.rename(folder)
+        except BaseException:
+            # Also where the user stops it here: an index is there in any case.
+            if not folder.exists():
+                old.rename(folder)
             raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -163,7 +163,9 @@ def _other_chunks(
 ) -> Chunks:
     """Chunks of documents that the expert is not for."""
     language = config.language or LanguageConfig()
-    hidden = {document_of(document) for document in [*data.documents, *read_passages(wanted.unseen)]}
+    # Not only what it learns from: an index also holds what is kept aside to judge it by, or left out by a limit.
+    own = [document for document in read_passages(config.data.documents) if document.domain not in config.data.without]
+    hidden = {document_of(document) for document in [*data.documents, *own, *read_passages(wanted.unseen)]}
     if wanted.others:
         found = list(read_passages(wanted.others))
     else:

@@ -19,7 +19,7 @@ from ragmoe.index import calibrate as calibration
 from ragmoe.index import plan as plans
 from ragmoe.index.calibrate import Calibration, calibrate, described
 from ragmoe.index.encoder import SentenceEncoder
-from ragmoe.index.manifest import EncodingRecord, read_manifest
+from ragmoe.index.manifest import EncodingRecord, commit, read_manifest, write_manifest
 from ragmoe.index.tokens import TokenEncoder
 
 BF16 = EncodingRecord(precision="bf16", batch_tokens=777, chosen="calibrated", speed=1.8, cosine=0.9998)
@@ -133,6 +133,20 @@ def test_what_was_chosen_is_used_recorded_and_kept_by_changes(world: SimpleNames
     other = world.build(world.city, overwrite=True, precision="fp32", batch_tokens=64)
     assert other.encoding == EncodingRecord(precision="fp32", batch_tokens=64, chosen="asked")
     assert world.used[5:] == [("fp32", 64)] * 3 and world.calibrated == 1
+
+
+def test_what_is_built_over_an_index_of_before_is_encoded_like_it(world: SimpleNamespace) -> None:
+    """An older manifest does not say with what precision, which was float32: two kinds of vectors must not mix."""
+    world.build(world.city, precision="fp32", batch_tokens=64)
+    old = read_manifest(world.out)
+    write_manifest(world.out, old.model_copy(update={"encoding": None}).sealed())
+    commit(world.out)
+    new = world.source("bank", WORDS.split()[:11])
+    manifest = world.build(world.city, new, overwrite=True)
+    assert manifest.encoding is not None and manifest.encoding.precision == "fp32"
+    assert world.calibrated == 0 and {precision for precision, _ in world.used} == {"fp32"}
+    # Of 23 passages in five blocks, those of the first two are known.
+    assert len(world.used) == 3 + 3
 
 
 def test_a_build_that_goes_on_does_not_choose_again(world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

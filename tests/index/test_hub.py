@@ -13,7 +13,7 @@ from stub_encoder import StubEncoder
 from test_verify import reseal
 from typer.testing import CliRunner
 
-from ragmoe import Index, IndexFolderError
+from ragmoe import Index, IndexFolderError, IndexLockedError
 from ragmoe.cli.main import app
 from ragmoe.index import plan_remove, pull_index, push_index, verify_index
 from ragmoe.index.manifest import read_manifest
@@ -114,6 +114,40 @@ def test_what_is_damaged_is_not_pushed(folder: Path, hub: Path) -> None:
     with pytest.raises(IndexFolderError, match=r"was not pushed: texts-1\.bin has 1 bytes"):
         push(folder)
     assert not hub.exists()
+
+
+def test_no_build_takes_the_place_of_what_is_being_pushed(folder: Path, hub: Path, monkeypatch: Any) -> None:
+    upload = Hub.upload_folder
+
+    def meanwhile(self: Hub, **how: Any) -> None:
+        plan = plan_remove(folder, domain="river")
+        assert plan is not None
+        with pytest.raises(IndexLockedError):
+            plan.run()
+        upload(self, **how)
+
+    monkeypatch.setattr(Hub, "upload_folder", meanwhile)
+    push(folder)
+    assert read_manifest(hub) == read_manifest(folder)
+
+
+def test_a_pull_that_is_stopped_at_the_last_leaves_what_was_there(
+    folder: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(folder)
+    rename = Path.rename
+
+    def stopped(self: Path, to: Path) -> Path:
+        if self.name.endswith(".part"):
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pull_index("me/mine", folder, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert verify_index(folder, encoder=StubEncoder()) == []
 
 
 def test_nothing_is_overwritten_unasked(folder: Path, hub: Path, tmp_path: Path) -> None:

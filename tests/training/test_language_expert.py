@@ -195,6 +195,18 @@ def test_the_lesson_reaches_gate_rows_alone(bundle: Callable[..., Path], market:
     assert all(side.data.chunks[place].number for side in (own, others) for place in side.places)
 
 
+@pytest.mark.parametrize(("override", "left"), [("data.calibration_share=0.49", "03"), ("data.limit=3", "013")])
+def test_what_is_kept_aside_is_no_other_document(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], override: str, left: str
+) -> None:
+    """The index holds it too: read as another's, it would teach the gate not to call the expert for it."""
+    run = prepare(market(bundle(), "data.calibration_share=0", override, judges=Judges()))
+    assert {document.id for document in run.material} == {f"market-0-{at}" for at in left}
+    assert run.new_expert is not None and run.new_expert.lesson is not None
+    _, others = run.new_expert.lesson.batches.sides
+    assert {document.domain for document in others.data.documents} == {"river", "hill"}
+
+
 def test_other_documents_are_put_together_and_cut_to_what_is_read(land: Path) -> None:
     documents = indexed_documents(Index.open(land / "index", encoder=StubEncoder()))
     whole = {p.id: p.text for d in WORDS for p in read_passages([str(land / f"{d}_train.jsonl")])}
