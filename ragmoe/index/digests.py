@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragmoe._errors import IndexFolderError
-from ragmoe.index.store import map_npy
+from ragmoe.index.store import map_npy, release
 
 #: Bytes of the file that one digest is of. A query reads rows from everywhere: a block is little more than it needs.
 BLOCK = 1 << 16
@@ -94,7 +94,8 @@ class _Guard:
         # The blocks from that of a row's first byte to that of its last one.
         blocks = starts[:, None] // BLOCK + np.arange((self._each - 1) // BLOCK + 2)
         blocks = np.minimum(blocks, ((starts + self._each - 1) // BLOCK)[:, None])
-        for block in np.unique(blocks[~self._seen[blocks]]).tolist():
+        unseen = np.unique(blocks[~self._seen[blocks]]).tolist()
+        for block in unseen:
             found = _sha256(self._content[block * BLOCK : (block + 1) * BLOCK])
             if found != self._digests[block].tobytes():
                 folder = self._path.parent
@@ -103,6 +104,9 @@ class _Guard:
                     hint=f"see: ragmoe index verify {folder}",
                 )
             self._seen[block] = True
+        # It is a mapping of its own, which nothing else reads: all of the embeddings would stay in it.
+        if unseen:
+            release(self._content)
 
     def _rows(self, key: Any) -> NDArray[np.int64]:
         """The rows that an index means."""

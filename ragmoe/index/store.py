@@ -130,6 +130,15 @@ def map_npy(path: Path) -> NDArray[Any]:
         raise ValueError(f"the header of {path.name} is no header of an array") from error
 
 
+def release(mapped: NDArray[Any]) -> None:
+    """Let go of what is in memory of a mapped array; what is used again is read again, mostly from the file's cache."""
+    base: Any = mapped
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 def read_rows(folder: Path, generation: int) -> Iterator[tuple[Chunk, int]]:
     """All passages of an index and the windows of each, in order, a batch in memory at a time.
 

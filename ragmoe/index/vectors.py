@@ -7,7 +7,6 @@ candidates only; their scores are computed from the stored embeddings.
 from __future__ import annotations
 
 import errno
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from ragmoe._errors import IndexFolderError
 from ragmoe._threads import import_faiss, import_torch
 from ragmoe.index.manifest import FaissRecord
+from ragmoe.index.store import release
 
 FLAT_LIMIT = 50_000
 _BLOCK = 65_536
@@ -171,8 +171,7 @@ def _rescored(
         dots_BK = (found_BKR @ torch.from_numpy(queries[part]).unsqueeze(2)).squeeze(2)
         norms_BK = torch.linalg.vector_norm(found_BKR, dim=2).clamp_min(1e-12)
         scores[part] = (dots_BK / norms_BK).numpy()
-        if isinstance(embeddings.base, mmap.mmap) and hasattr(embeddings.base, "madvise"):
-            embeddings.base.madvise(mmap.MADV_DONTNEED)
+        release(embeddings)
     return scores
 
 

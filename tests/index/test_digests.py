@@ -18,6 +18,7 @@ from ragmoe import Index, IndexFolderError
 from ragmoe.index import digests, plan_add, verify_index
 from ragmoe.index.digests import VerifiedRows, verified, write_digests
 from ragmoe.index.manifest import commit, file_record, read_manifest, write_manifest
+from ragmoe.index.vectors import Choice, FaissSearcher, build_faiss
 
 BLOCK = 1000
 ROWS, WIDTH = 120, 24
@@ -93,6 +94,33 @@ def test_a_block_is_verified_once(
     assert seen == [1000, 888]
     np.testing.assert_array_equal(mapped[:], plain)
     assert len(seen) == 6
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what of a mapping is in memory")
+def test_a_search_keeps_no_embeddings_in_memory(tmp_path: Path) -> None:
+    """Neither what it ranked again, nor what it verified on the way."""
+    path, listed = tmp_path / "e.npy", tmp_path / "d.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((8192, 64)).astype(np.float16))
+    write_digests(path, listed)
+    plain = np.load(path, mmap_mode="r")
+    record = build_faiss(tmp_path / "x.faiss", plain, Choice("IVF16,SQ8", "", 1), lambda done: None)
+    assert _resident(path) > 0
+    del plain
+    searcher = FaissSearcher(tmp_path / "x.faiss", verified(np.load(path, mmap_mode="r"), path, listed), record)
+    queries = np.random.default_rng(1).standard_normal((256, 64)).astype(np.float32)
+    assert all(len(rows) == 5 for rows, _ in searcher.search(queries, 5))
+    assert _resident(path) == 0
+
+
+def _resident(path: Path) -> int:
+    """Bytes of a file that are in memory of this process, in all its mappings."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.partition(" ")[0].endswith(":"):
+            ours = line.endswith(str(path))
+        elif ours and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
 
 
 def test_digests_of_another_size_are_refused(tmp_path: Path) -> None:
