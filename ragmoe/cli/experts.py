@@ -197,7 +197,7 @@ def _sentence(change: dict[str, Any]) -> str:
 def _difference(change: dict[str, Any]) -> str:
     from ragmoe.evaluation.tables import bounds, number
 
-    return f"{number(change['difference'], 2, sign=True)} {bounds(change['low'], change['high'], sign=True)}"
+    return f"{number(change['difference'], 2, sign=True)} {bounds(change['low'], change['high'], 2, sign=True)}"
 
 
 def _print_expert(expert: ExpertInfo) -> None:
@@ -219,10 +219,10 @@ def _print_expert(expert: ExpertInfo) -> None:
 # What is masked, what the shares are of, and what judges the cost.
 _ABOUT_QUESTIONS = (
     "answers and scores",
-    "tokens, questions of which most tokens are, questions of which any is",
+    "Routed to it, in per cent: tokens, questions of which most tokens are, questions of which any is",
     "--task TASK",
 )
-_ABOUT_LANGUAGE = ("the losses of documents", "tokens", "--known FILE")
+_ABOUT_LANGUAGE = ("the losses of documents", "Routed to it: the share of tokens", "--known FILE")
 
 
 def _judge(change: dict[str, Any]) -> list[str]:
@@ -252,10 +252,10 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
     trained = f"{counts['trained']:,} of {counts['total']:,} parameters"
     note = (
         f"{certificate['steps']} steps on {learned} in {took}; {trained}. Masked: without the expert, {said} against "
-        f"before, bit for bit. Routed to it, in per cent: {shares_of}."
+        f"before, bit for bit. {shares_of}."
     )
     if not rows:
         note = f"Judged by nothing: --dev FILE judges what it brings, {cost} what it costs. {note}"
     judged_by = ["domain", "tokens", "perplexity before"] if language else ["task", "n", "F1 before"]
-    columns = ["", *judged_by, "masked", "live", "change, %" if language else "change", *keys]
+    columns = ["", *judged_by, "masked", "live", *(["change, %", "routed, %"] if language else ["change", *keys])]
     return Table(f"Certificate of {certificate['name']}", columns, rows, note=note, labels=2)

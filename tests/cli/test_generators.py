@@ -112,7 +112,14 @@ def test_an_expert_is_added_without_an_index(world: Path, capsys: pytest.Capture
     assert "3 in 3 chunks" in capsys.readouterr().out and read_map(world / "bundle").version == 1
     assert main([*words, *judged, "train.gate_learning_rate=0.3"]) == 0
     said = capsys.readouterr().out
-    for text in ("Certificate of market", "perplexity before", "identical", "change, %", "2 steps on 3 documents"):
+    for text in (
+        "Certificate of market",
+        "perplexity before",
+        "identical",
+        "change, %",
+        "routed, %",
+        "2 steps on 3 documents",
+    ):
         assert text in said.replace("\n", " "), said
     assert main(["experts", "show", str(world / "bundle"), "market"]) == 0
     assert "Certificate of market" in capsys.readouterr().out
