@@ -32,6 +32,7 @@ class Show:
     def stage(self, name: str, done: int, total: int) -> None:
         """Called by the building of an index."""
         if name not in self._tasks:
+            self._bars.start()
             self._tasks[name] = self._bars.add_task(name, total=total)
         self._bars.update(self._tasks[name], completed=done, total=total)
 
@@ -43,5 +44,10 @@ def progress() -> Iterator[Show]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    bars = Progress(*columns, console=Console(stderr=True))
+    try:
         yield Show(bars)
+    finally:
+        # Where nothing was shown, rich would still end with an empty line.
+        if bars.live.is_started:
+            bars.stop()

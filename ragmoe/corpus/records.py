@@ -80,7 +80,7 @@ def _json_line(place: str, line: str, encoding: str) -> Record:
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
-        return Record(place, None, f"not JSON: {error.msg} at column {error.colno}")
+        return Record(place, None, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return Record(place, None, "not JSON that can be read: nested too deeply")
     if not isinstance(fields, dict):

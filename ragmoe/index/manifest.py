@@ -195,7 +195,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise IndexFolderError(f"{path} has {size} bytes; expected at most {_MOST_BYTES}", hint=_rebuild(folder))
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise IndexFolderError(_missing(folder), hint=_BUILD) from None
+        raise _missing(folder) from None
     except NotADirectoryError:
         raise IndexFolderError(f"{folder} is a file; an index is a folder with a {NAME}") from None
     except (ValueError, RecursionError) as error:
@@ -257,13 +257,16 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _missing(folder: Path) -> str:
+def _missing(folder: Path) -> IndexFolderError:
     if not folder.exists():
-        return f"there is no index at {folder}: no such folder"
+        return IndexFolderError(f"there is no index at {folder}: no such folder", hint=_BUILD)
     if (folder / "partial").is_dir():
-        return f"{folder} holds a build that did not finish; go on with: ragmoe index build ... --out {folder} --resume"
+        return IndexFolderError(
+            f"{folder} holds a build that did not finish",
+            hint=f"go on with: ragmoe index build SOURCE... --out {folder} --resume",
+        )
     have = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    return f"{folder} is not an index: it has no {NAME}; it holds: {have}"
+    return IndexFolderError(f"{folder} is not an index: it has no {NAME}; it holds: {have}", hint=_BUILD)
 
 
 def _rebuild(folder: Path) -> str:

@@ -147,8 +147,11 @@ def set_key(content: dict[str, Any], override: str) -> str:
     """Apply ``a.b=c`` to nested mappings in place and return ``a.b``; UsageError where it cannot be read."""
     key, equals, value = override.partition("=")
     if not equals or not key:
+        # Mostly the second of several files behind one option.
+        several = "; an option is given once for each file" if os.path.exists(override) else ""
         raise UsageError(
-            f"cannot read the override {override!r}: expected key.key=value", hint="for example: train.steps=200"
+            f"cannot read the override {override!r}: expected key.key=value",
+            hint=f"for example: train.steps=200{several}",
         )
     *path, last = key.split(".")
     try:

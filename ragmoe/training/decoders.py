@@ -74,7 +74,8 @@ def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -
         if index is None:
             raise ConfigError(
                 f"the gate {model.config.gate!r} sees neighbours, but data.index names no index to take them from",
-                hint="ragmoe index build SOURCE --out DIR makes one; the gate token needs none",
+                hint="ragmoe index build SOURCE --out DIR makes one, data.index (experts add: --index DIR) names it; "
+                "the gate token needs none",
             )
         model.check_index(index)
         encoder = index.manifest.encoder

@@ -103,7 +103,7 @@ def test_adding_an_expert(add: Any, ragmoe: Any, small_city: Path, bundle: Path,
     code, out, _ = ragmoe("experts", "show", bundle, "coins")
     assert code == 0 and "Certificate of coins" in out and "add expert coins" in out
     code, _, err = add()
-    assert code == 1 and "error: there is an expert 'coins' already" in err
+    assert code == 1 and err.startswith("error: there is an expert 'coins' already")
 
 
 def test_adding_to_a_copy(add: Any, small_city: Path, bundle: Path, tmp_path: Path) -> None:

@@ -115,9 +115,8 @@ def test_stopped_by_the_user_it_says_how_to_go_on(
     assert done.err.splitlines()[-1] == f"stopped; what is encoded so far is kept; go on with: {again}"
     monkeypatch.setattr(_crash, "hook", None)
     unfinished = run("index", "info", tmp_path / "index")
-    assert (
-        unfinished.code == 1 and "holds a build that did not finish; go on with: ragmoe index build" in unfinished.err
-    )
+    hint = f"hint: go on with: ragmoe index build SOURCE... --out {tmp_path / 'index'} --resume"
+    assert unfinished.code == 1 and f"holds a build that did not finish\n{hint}" in unfinished.err
     assert run("index", "build", corpus, "--out", tmp_path / "index", "--resume").code == 0
 
 

@@ -101,7 +101,7 @@ WRONG: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
     "utf-16": ("c.txt", "text".encode("utf-16"), {}, r"c\.txt:1: not UTF-8: byte 0xff at byte 1 of the line"),
     "half of utf-16": ("c.txt", "text".encode("utf-16")[:-1], {"text_encoding": "utf-16"}, r"c\.txt: not UTF-16"),
     "not of the encoding": ("c.txt", b"one \x81", {"text_encoding": "cp1252"}, r"c\.txt:1: not CP1252: byte 0x81 at"),
-    "a raw NUL in JSON": ("c.jsonl", b'{"id": "a", "text": "one\0"}\n', {}, r"c\.jsonl:1: not JSON: Invalid control"),
+    "a raw NUL in JSON": ("c.jsonl", b'{"id": "a", "text": "one\0"}\n', {}, "Invalid control character at column"),
     "empty text": ("c.jsonl", jsonl("one", " "), {}, r"c\.jsonl:2: 'text' is empty"),
     "duplicate ids": ("c.jsonl", TWO + TWO, {}, r"c\.jsonl:3: id 'a' stands already at .*c\.jsonl:1"),
     "no passages": ("c.jsonl", b"", {}, r"no passages in .*"),

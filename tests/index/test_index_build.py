@@ -219,7 +219,7 @@ def test_a_killed_build_goes_on_where_it_was(build: Build, tmp_path: Path) -> No
     with pytest.raises(Killed):
         build()
     _crash.hook = None
-    with pytest.raises(IndexFolderError, match=r"holds a build that did not finish; go on with: .* --resume"):
+    with pytest.raises(IndexFolderError, match=r"holds a build that did not finish\ngo on with: .* --resume"):
         Index.open(tmp_path / "index")
     encoder = StubEncoder()
     resumed = build(resume=True, encoder=encoder)

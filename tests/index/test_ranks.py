@@ -43,7 +43,7 @@ def test_a_rank_is_killed_and_the_next_command_encodes_what_is_missing(
     words = [str(corpus), "--out", str(out), "--resume"]
     # Rank 1 dies after block 1; of the blocks 0, 2 and 4 rank 0 has made some, or all before it was told.
     assert torchrun(tmp_path, *words, KILL="1").returncode != 0
-    with pytest.raises(IndexFolderError, match=r"holds a build that did not finish; go on with: .* --resume"):
+    with pytest.raises(IndexFolderError, match=r"holds a build that did not finish\ngo on with: .* --resume"):
         Index.open(out)
     kept = {int(path.stem[-6:]) for path in (out / "partial").glob("block-*.npz")}
     assert 1 in kept and 3 not in kept
