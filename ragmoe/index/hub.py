@@ -78,8 +78,13 @@ def pull_index(
         IndexFolderError: ``out`` may not be written to, the Hub cannot be reached or has no such repository, or what
         came is no index or damaged; what was there stays.
     """
-    target = NewIndex(Path(out), overwrite=overwrite)
-    target.check()
+    NewIndex(Path(out), overwrite=overwrite).check()
+    # Of a link what it leads to is replaced, and a folder's name is needed for those beside it.
+    target = NewIndex(Path(out).resolve(), overwrite=overwrite)
+    if target.folder == Path.cwd():
+        raise IndexFolderError(
+            f"{out} is the current folder, and what is pulled takes a folder's place", hint="name another with --out"
+        )
     part = target.folder.with_name(f".{target.folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)

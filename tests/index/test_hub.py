@@ -150,6 +150,21 @@ def test_a_pull_that_is_stopped_at_the_last_leaves_what_was_there(
     assert verify_index(folder, encoder=StubEncoder()) == []
 
 
+def test_the_current_folder_is_not_replaced_and_of_a_link_what_it_leads_to(
+    folder: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(folder)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    with pytest.raises(IndexFolderError, match=r"^\. is the current folder"):
+        pull_index("me/mine", ".")
+    monkeypatch.chdir(tmp_path)
+    pull_index("me/mine", "link")
+    assert (tmp_path / "link").is_symlink() and verify_index(tmp_path / "real", encoder=StubEncoder()) == []
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 def test_nothing_is_overwritten_unasked(folder: Path, hub: Path, tmp_path: Path) -> None:
     push(folder)
     plan = plan_remove(folder, domain="river")
