@@ -91,9 +91,10 @@ class _Guard:
             IndexFolderError: a block is not what was written.
         """
         starts = self._first + self._each * self._rows(key)
-        # The blocks from that of a row's first byte to that of its last one.
-        blocks = starts[:, None] // BLOCK + np.arange((self._each - 1) // BLOCK + 2)
-        blocks = np.minimum(blocks, ((starts + self._each - 1) // BLOCK)[:, None])
+        firsts, lasts = starts // BLOCK, (starts + self._each - 1) // BLOCK
+        if self._each <= BLOCK and self._seen[firsts].all() and self._seen[lasts].all():
+            return
+        blocks = np.minimum(firsts[:, None] + np.arange((self._each - 1) // BLOCK + 2), lasts[:, None])
         unseen = np.unique(blocks[~self._seen[blocks]]).tolist()
         for block in unseen:
             found = _sha256(self._content[block * BLOCK : (block + 1) * BLOCK])
@@ -105,8 +106,7 @@ class _Guard:
                 )
             self._seen[block] = True
         # It is a mapping of its own, which nothing else reads: all of the embeddings would stay in it.
-        if unseen:
-            release(self._content)
+        release(self._content)
 
     def _rows(self, key: Any) -> NDArray[np.int64]:
         """The rows that an index means."""

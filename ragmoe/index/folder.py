@@ -188,8 +188,10 @@ class Index:
         rankings = self._rank_where(made, k, retriever, where) if where else self._rank(made, k, retriever)
         return [
             [
-                Hit(self._store.id(row), int(row), float(score), rank)
-                for rank, (row, score) in enumerate(zip(rows, scores, strict=True), start=1)
+                Hit(*found, rank)
+                for rank, found in enumerate(
+                    zip(self._store.ids_of(rows), rows.tolist(), scores.tolist(), strict=True), start=1
+                )
             ]
             for rows, scores in rankings
         ]
@@ -212,7 +214,7 @@ class Index:
             embeddings_BNR[b, : len(rows)] = unit_rows(self.embeddings, rows)
             scores_BN[b, : len(rows)] = embeddings_BNR[b, : len(rows)] @ queries.vectors[b]
             mask_BN[b, : len(rows)] = True
-        ids = [[self._store.id(row) for row in rows] for rows, _ in rankings]
+        ids = [self._store.ids_of(rows) for rows, _ in rankings]
         return Neighbours(torch.from_numpy(embeddings_BNR), torch.from_numpy(scores_BN), torch.from_numpy(mask_BN), ids)
 
     def passage(self, passage_id: str) -> Passage:
@@ -225,7 +227,7 @@ class Index:
 
     def passages(self, passage_ids: Sequence[str]) -> list[Passage]:
         """The passages of some ids, in their order."""
-        return [self.passage(name) for name in passage_ids]
+        return self._store.passages([self.row(name) for name in passage_ids])
 
     def find(self, passage_id: str) -> Passage | None:
         """The passage of an id, None where there is none."""
@@ -247,7 +249,7 @@ class Index:
 
     def chunks(self) -> Iterator[Chunk]:
         """All passages with where each stands in what it was cut from: what `remap_questions` needs."""
-        return (self._store.chunk(row) for row in range(len(self)))
+        return self._store.chunks()
 
     def iterate(self) -> Iterator[Passage]:
         """All passages by row."""

@@ -196,7 +196,7 @@ class PassageStore:
 
     def id(self, row: int) -> str:
         """The id of a row."""
-        return str(self._field("id", row))
+        return str(self.ids_of(np.asarray([row]))[0])
 
     @cached_property
     def ids(self) -> list[str]:
@@ -242,17 +242,33 @@ class PassageStore:
         except UnicodeDecodeError as error:
             raise self._damaged(error) from error
 
+    def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
+        """The ids of some rows, without reading all into Python as `ids` does."""
+        return self._fields("id", rows)
+
+    def passages(self, rows: Sequence[int] | NDArray[np.int64]) -> list[Passage]:
+        """The passages of some rows, in their order."""
+        at = np.asarray(rows, dtype=np.int64)
+        names = [name for name in _PASSAGE if name != "text"]
+        columns = [self._fields(name, at) for name in names]
+        return [
+            Passage(text=self.text(row), **dict(zip(names, fields, strict=True)))
+            for row, *fields in zip(at.tolist(), *columns, strict=True)
+        ]
+
     def passage(self, row: int) -> Passage:
         """The passage of a row."""
-        names = ("id", "title", "domain", "doc_id", "split")
-        return Passage(text=self.text(row), **{name: self._field(name, row) for name in names})
-
-    def chunk(self, row: int) -> Chunk:
-        """The passage of a row with where it stands in what it was cut from."""
-        return Chunk(self.passage(row), self._field("source_id", row), self._field("source_start", row))
+        return self.passages([row])[0]
 
     def __iter__(self) -> Iterator[Passage]:
-        return (self.passage(row) for row in range(len(self)))
+        return (chunk.passage for chunk in self.chunks())
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All passages in order with where each stands in what it was cut from, a batch in memory at a time."""
+        for start in range(0, len(self), _BATCH):
+            at = np.arange(start, min(start + _BATCH, len(self)))
+            parts = (self.passages(at), self._fields("source_id", at), self._fields("source_start", at))
+            yield from map(Chunk, *parts)
 
     def _column(self, name: str) -> Any:
         """A column, by Arrow; read when it is first asked for."""
@@ -261,22 +277,25 @@ class PassageStore:
         with self._lock:
             if name not in self._columns:
                 try:
-                    self._columns[name] = self._file.read(columns=[name]).column(name)
+                    # In one piece as far as Arrow can: taking rows of many pieces costs in proportion to the pieces.
+                    self._columns[name] = self._file.read(columns=[name]).combine_chunks().column(name)
                 except (pa.ArrowException, OSError, ValueError) as error:
                     raise self._damaged(error) from error
             return self._columns[name]
 
     def _list(self, name: str) -> list[str]:
-        column = self._column(name)
+        return self._values(self._column(name))
+
+    def _fields(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
+        """A field of some rows."""
+        import pyarrow as pa
+
+        return self._values(self._column(name).take(pa.array(rows)))
+
+    def _values(self, column: Any) -> list[Any]:
+        """What an Arrow column holds."""
         try:
             return column.to_pylist()
-        except UnicodeDecodeError as error:
-            raise self._damaged(error) from error
-
-    def _field(self, name: str, row: int) -> Any:
-        column = self._column(name)
-        try:
-            return column[int(row)].as_py()
         except UnicodeDecodeError as error:
             raise self._damaged(error) from error
 
