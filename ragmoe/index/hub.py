@@ -9,7 +9,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ragmoe._errors import IndexFolderError, RagmoeError
+from filelock import FileLock, Timeout
+
+from ragmoe._errors import IndexFolderError, IndexLockedError, RagmoeError
 from ragmoe.index import card, memory
 from ragmoe.index import manifest as manifests
 from ragmoe.index.encoder import Encoder
@@ -75,6 +77,7 @@ def pull_index(
         overwrite: replace the index that is there.
 
     Raises:
+        IndexLockedError: another pull to ``out`` is under way.
         IndexFolderError: ``out`` may not be written to, the Hub cannot be reached or has no such repository, or what
         came is no index or damaged; what was there stays.
     """
@@ -85,28 +88,60 @@ def pull_index(
         raise IndexFolderError(
             f"{out} is the current folder, and what is pulled takes a folder's place", hint="name another with --out"
         )
-    part = target.folder.with_name(f".{target.folder.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        with _hub(f"{repo!r} cannot be pulled") as api:
-            commit = api.dataset_info(repo, revision=revision).sha
-            how = {"repo_type": "dataset", "revision": commit, "local_dir": part}
-            api.snapshot_download(repo, allow_patterns=[manifests.NAME], **how)
-            if not (part / manifests.NAME).is_file():
-                raise IndexFolderError(f"{repo!r} holds no index: it has no {manifests.NAME}")
-            # Only what this manifest names is asked for, and its names were checked.
-            manifest = read_manifest(part)
-            wanted = [*manifest.files, card.NAME, f"{memory.FOLDER}/*.safetensors"]
-            api.snapshot_download(repo, allow_patterns=wanted, **how)
-        shutil.rmtree(part / ".cache", ignore_errors=True)
-        if problems := changed_files(part, manifest):
-            raise IndexFolderError(f"what came of {repo!r} is damaged: {'; '.join(problems)}")
-        _put(part, target)
-    except OSError as error:
-        raise IndexFolderError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with _alone(target.folder):
+        manifest = _fetch(repo, revision, _beside(target.folder, "part"))
+        _put(_beside(target.folder, "part"), target)
     return manifest
+
+
+def _fetch(repo: str, revision: str | None, part: Path) -> Manifest:
+    """Get an index into a new folder, and verify it."""
+    part.mkdir()
+    with _hub(f"{repo!r} cannot be pulled") as api:
+        commit = api.dataset_info(repo, revision=revision).sha
+        how = {"repo_type": "dataset", "revision": commit, "local_dir": part}
+        api.snapshot_download(repo, allow_patterns=[manifests.NAME], **how)
+        if not (part / manifests.NAME).is_file():
+            raise IndexFolderError(f"{repo!r} holds no index: it has no {manifests.NAME}")
+        # Only what this manifest names is asked for, and its names were checked.
+        manifest = read_manifest(part)
+        wanted = [*manifest.files, card.NAME, f"{memory.FOLDER}/*.safetensors"]
+        api.snapshot_download(repo, allow_patterns=wanted, **how)
+    shutil.rmtree(part / ".cache", ignore_errors=True)
+    if problems := changed_files(part, manifest):
+        raise IndexFolderError(f"what came of {repo!r} is damaged: {'; '.join(problems)}")
+    return manifest
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.pull-{kind}")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only pull to a folder; what one that was killed has left beside it goes, or goes back into its place.
+
+    Raises:
+        IndexLockedError: another pull to this folder is under way.
+        IndexFolderError: whatever goes wrong with files inside.
+    """
+    lock, part, old = (_beside(folder, kind) for kind in ("lock", "part", "old"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=0):
+            try:
+                shutil.rmtree(part, ignore_errors=True)
+                if old.exists() and not folder.exists():
+                    old.rename(folder)
+                shutil.rmtree(old, ignore_errors=True)
+                yield
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+    except Timeout:
+        raise IndexLockedError(f"another process pulls to {folder}", hint="wait until it has finished") from None
+    except OSError as error:
+        raise IndexFolderError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def _put(part: Path, target: NewIndex) -> None:
@@ -115,7 +150,7 @@ def _put(part: Path, target: NewIndex) -> None:
     if not folder.exists():
         part.rename(folder)
         return
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    old = _beside(folder, "old")
     with locked(folder):
         target.check()
         folder.rename(old)

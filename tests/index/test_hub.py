@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,7 +139,7 @@ def test_a_pull_that_is_stopped_at_the_last_leaves_what_was_there(
     rename = Path.rename
 
     def stopped(self: Path, to: Path) -> Path:
-        if self.name.endswith(".part"):
+        if self.name.endswith("part"):
             raise KeyboardInterrupt
         return rename(self, to)
 
@@ -148,6 +149,49 @@ def test_a_pull_that_is_stopped_at_the_last_leaves_what_was_there(
         pull_index("me/mine", folder, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert verify_index(folder, encoder=StubEncoder()) == []
+
+
+@pytest.mark.parametrize("then", ["", "refused", "other"])
+def test_what_a_killed_pull_left_is_put_right_by_the_next(folder: Path, hub: Path, tmp_path: Path, then: str) -> None:
+    push(folder)
+    child = os.fork()
+    if child == 0:
+        # It ends without any clean-up, as one that is killed.
+        rename = Path.rename
+        Path.rename = lambda self, to: os._exit(9) if self.name.endswith("part") else rename(self, to)  # type: ignore
+        try:
+            pull_index("me/mine", folder, overwrite=True)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    # The worst moment: the old index was moved away, the new one is not yet in its place.
+    assert not folder.exists()
+    assert {path.name for path in tmp_path.glob(".*")} == {f".{folder.name}.pull-{x}" for x in ("lock", "part", "old")}
+    if then == "refused":
+        with pytest.raises(IndexFolderError, match="holds an index already"):
+            pull_index("me/mine", folder)
+    elif then == "other":
+        with pytest.raises(IndexFolderError, match="cannot be pulled"):
+            pull_index("me/none", folder, overwrite=True)
+    else:
+        pull_index("me/mine", folder, overwrite=True)
+    assert not list(tmp_path.glob(".*")) and verify_index(folder, encoder=StubEncoder()) == []
+
+
+def test_one_pull_to_a_folder_at_a_time(
+    folder: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(folder)
+    download = Hub.snapshot_download
+
+    def meanwhile(self: Hub, *words: Any, **how: Any) -> None:
+        with pytest.raises(IndexLockedError, match="another process pulls to"):
+            pull_index("me/mine", tmp_path / "new")
+        download(self, *words, **how)
+
+    monkeypatch.setattr(Hub, "snapshot_download", meanwhile)
+    pull_index("me/mine", tmp_path / "new")
+    assert verify_index(tmp_path / "new", encoder=StubEncoder()) == [] and not list(tmp_path.glob(".*"))
 
 
 def test_the_current_folder_is_not_replaced_and_of_a_link_what_it_leads_to(
