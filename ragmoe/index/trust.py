@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import stat
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from ragmoe.index.vectors import Choice, FaissSearcher, build_faiss, choose_fact
 
 logger = logging.getLogger(__name__)
 _LIST = "faiss-files-written-here"
+# After so long without use, what was built for an index is removed from the cache when another is built.
+_KEPT_SECONDS = 90 * 24 * 3600
 
 
 def remember(digest: str) -> None:
@@ -56,7 +59,8 @@ def is_ours(digest: str) -> bool:
 def rebuilt(embeddings: NDArray[np.float16], path: Path, expected: FileRecord) -> FaissSearcher:
     """The FAISS side of an index whose own FAISS file is not trusted.
 
-    An exact one is made in memory. Any other is kept in the user's cache, and said on stderr: it takes its time.
+    An exact one is made in memory. Any other is kept in the user's cache, and said on stderr: it takes its time. What
+    was not used for 90 days goes from there when another comes.
 
     Args:
         embeddings: float16 (passages, R), mapped.
@@ -75,6 +79,7 @@ def rebuilt(embeddings: NDArray[np.float16], path: Path, expected: FileRecord) -
     try:
         record = FaissRecord.model_validate_json(record_path.read_bytes())
         if is_ours(file_record(kept).sha256):
+            os.utime(record_path)
             return FaissSearcher(kept, embeddings, record)
     except (OSError, ValidationError):
         pass
@@ -88,6 +93,7 @@ def rebuilt(embeddings: NDArray[np.float16], path: Path, expected: FileRecord) -
         f"{len(embeddings):,} vectors ({choice.factory}) is built from the embeddings, once, and kept as {kept}"
     )
     try:
+        _forget_unused(kept.parent)
         return FaissSearcher(kept, embeddings, _build(kept, record_path, embeddings, choice))
     except OSError as error:
         raise IndexFolderError(
@@ -108,3 +114,13 @@ def _build(kept: Path, record_path: Path, embeddings: NDArray[np.float16], choic
     finally:
         part.unlink(missing_ok=True)
     return record
+
+
+def _forget_unused(cache: Path) -> None:
+    oldest = time.time() - _KEPT_SECONDS
+    for record_path in cache.glob("*.json"):
+        # Another process may have removed it at this moment.
+        with contextlib.suppress(FileNotFoundError):
+            if record_path.stat().st_mtime < oldest:
+                record_path.with_suffix(".faiss").unlink(missing_ok=True)
+                record_path.unlink()

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import pickle
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,26 @@ def test_a_large_one_is_built_once_and_said(abroad: Path, tmp_path: Path, caplog
     assert hits(abroad) == index.search(QUERIES, 24, retriever="dense")
     assert len(caplog.messages) == 2 and trust.is_ours(file_record(kept).sha256)
     assert sorted(path.suffix for path in kept.parent.iterdir()) == [".faiss", ".json"]
+
+
+@pytest.mark.usefixtures("lists")
+def test_what_was_long_not_used_goes_from_the_cache(abroad: Path, tmp_path: Path) -> None:
+    hits(abroad)
+    cache = tmp_path / "cache" / "faiss"
+    (record,) = cache.glob("*.json")
+    for name, days in (("used", 80), ("unused", 100)):
+        for suffix in (".json", ".faiss"):
+            copied = shutil.copy(record.with_suffix(suffix), cache / f"{name}{suffix}")
+            os.utime(copied, (time.time() - days * 24 * 3600,) * 2)
+    record.with_suffix(".faiss").unlink()
+    hits(abroad)
+    assert sorted(path.name for path in cache.iterdir()) == sorted(
+        [f"{record.stem}.faiss", record.name, "used.faiss", "used.json"]
+    )
+    # To be used is to be kept on.
+    os.utime(record, (0, 0))
+    hits(abroad)
+    assert record.stat().st_mtime > time.time() - 3600
 
 
 @pytest.mark.usefixtures("lists")
