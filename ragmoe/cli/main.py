@@ -16,6 +16,7 @@ import typer
 
 from ragmoe._errors import RagmoeError
 from ragmoe._memory import keep_freed_memory
+from ragmoe._ranks import Ranks
 from ragmoe._version import __version__
 from ragmoe.cli import bundle, data, experts, gates, index, losses
 from ragmoe.cli import eval as eval_
@@ -97,6 +98,15 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", module=rf"({_LIBRARIES})(\.|$)")
 
 
+def _complain(message: str, hint: str | None = None) -> None:
+    """An error on stderr; of several processes each says which it is."""
+    ranks = Ranks.launched()
+    which = f"rank {ranks.rank}: " if ranks.count > 1 else ""
+    typer.echo(f"{which}error: {message}", err=True)
+    if hint:
+        typer.echo(f"{which}hint: {hint}", err=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with the arguments given (those of the process if None) and return its exit code.
 
@@ -110,14 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(args=words, prog_name="ragmoe")
     except RagmoeError as error:
-        typer.echo(f"error: {error.message}", err=True)
-        if error.hint:
-            typer.echo(f"hint: {error.hint}", err=True)
+        _complain(error.message, error.hint)
         return error.exit_code
     except OSError as error:
         if error.filename is None and error.errno not in _DISK_FULL:
             raise
-        typer.echo(f"error: {error.filename or 'the disk'}: {error.strerror}", err=True)
+        _complain(f"{error.filename or 'the disk'}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
         return 130

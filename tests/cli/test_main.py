@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -219,3 +220,13 @@ print(logging.get_verbosity(), logging.is_progress_bar_enabled())
     assert done.stdout.splitlines()[-1] == "20 False"
     assert "from us" in done.stderr
     assert "from a library" not in done.stderr
+
+
+def test_each_of_several_processes_says_which_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["index", "info", str(tmp_path / "none")]) != 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith(("rank 1: error: ", "rank 1: hint: ")) for line in lines)
