@@ -5,9 +5,11 @@
 - encode: passages a second of ours (tokenize and encode, as calibrated) against `SentenceTransformer.encode` as its
   users call it: same model and maximum length, float32, batches of 32, all passages in memory, a process of its own.
 - build: read, tokenize, encode, write, index against that same encode alone. At least 2.5 times on a CPU with AMX.
+- processes: the build command by torchrun, a process a core, against the same command with a thread a core.
 - quality: mean and lowest cosine to those float32 vectors, and R@20 of the dev questions by both.
 - search, over made-up vectors around the real ones: a batch of queries, one query with ids, scores and embeddings, one
-  with texts as well, each against raw FAISS on the same index; and the time to open it.
+  with texts as well, each against raw FAISS on the same index; and opening it, the first search and the first passage
+  by its id in fresh processes, with the memory that each adds.
 - on a GPU: tokens a second against sentence-transformers' own bf16 with the best of its batch sizes.
 
 What it does not do: other FAISS types, or sizes, than the automatic ones.
@@ -17,11 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -33,6 +37,7 @@ from _timing import Clock, chosen
 
 from ragmoe import Index
 from ragmoe._memory import keep_freed_memory
+from ragmoe._threads import available_threads
 from ragmoe.corpus import Passage, Question
 from ragmoe.index import BuildOptions, build_index, load_encoder
 from ragmoe.index.calibrate import calibrate, described
@@ -45,6 +50,9 @@ K = 16
 QUERIES = 256
 THEIR_BATCHES = (32, 128, 512, 1024)
 NOTES = """
+Passages longer than the encoder reads are cut at a word, up to four tokens before where sentence-transformers does,
+and MiniLM's vector of such a passage hangs on its last tokens: that is where the lower cosines are.
+
 The ONNX and OpenVINO backends of sentence-transformers are left out: they need optimum-onnx (0.1.0: transformers below
 4.58) or optimum-intel (2.2.0: below 5.6), and ragmoe needs 5.23 or newer.
 """
@@ -58,7 +66,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=20_000, help="in the index that is searched")
     parser.add_argument("--encoder", default="minilm", help="its name or folder")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is timed at most")
-    parser.add_argument("--only", default="", metavar="REGEX", help="the cases to run: encode, search, gpu")
+    parser.add_argument("--only", default="", metavar="REGEX", help="the cases to run: encode, processes, search, gpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the result is written, with a .md beside it")
     arguments = parser.parse_args()
     data = data_folder(arguments.data)
@@ -76,6 +84,8 @@ def main() -> None:
         bench = Bench(Path(folder), passages, questions, encoder, record, arguments.rounds)
         if chosen("encode, build, quality", arguments.only):
             rows += bench.encode(baseline)
+        if available_threads() > 1 and chosen("processes", arguments.only):
+            rows += bench.processes()
         if chosen("search, open", arguments.only):
             rows += bench.search(arguments.vectors)
         if torch.cuda.is_available() and chosen("gpu", arguments.only):
@@ -110,9 +120,7 @@ class Bench:
 
     def encode(self, baseline: Theirs) -> list[Row]:
         """Encoding and building, by turns with the baseline's encoding, and what became of the vectors."""
-        source = self.folder / "corpus.jsonl"
-        fields = ("id", "title", "text", "domain", "doc_id")
-        _write(source, ({name: getattr(p, name) for name in fields} for p in self.passages))
+        source = self._source()
         texts = [encoder_text(p) for p in self.passages]
         options = BuildOptions(
             sources=(str(source),),
@@ -127,6 +135,7 @@ class Bench:
         def ours() -> None:
             prepared = prepare_passages(self.passages, self.encoder, mode="truncate", prompt=self.prompt)
             kept["ours"] = encode_prepared(prepared, self.encoder, prompt=self.prompt, how=self.record)
+            kept["whole"] = prepared.per_passage == 1
 
         def build() -> None:
             # Another folder each time, or the vectors would be taken over.
@@ -152,7 +161,38 @@ class Bench:
             row(case, "mean cosine", float(cosines.mean()), baseline=1.0, target=0.999, unit="cosine"),
             row(case, "lowest cosine", float(cosines.min()), baseline=1.0, target=None, unit="cosine"),
         ]
+        if kept["whole"].any():
+            name = f"lowest cosine of the {kept['whole'].sum():,} read whole"
+            rows.append(row(case, name, float(cosines[kept["whole"]].min()), baseline=1.0, target=None, unit="cosine"))
         return rows + self._recall(case, Index.open(kept["out"], encoder=self.encoder), kept["theirs"])
+
+    def processes(self) -> list[Row]:
+        """The build command by torchrun with a process a core, against one process with a thread a core."""
+        source, count = self._source(), len(self.passages)
+        words = ["-m", "ragmoe", "index", "build", str(source), "--encoder", self.encoder.id, "--overwrite"]
+        words += ["--precision", self.record.precision, "--batch-tokens", str(self.record.batch_tokens)]
+        each = ["-m", "torch.distributed.run", "--nproc-per-node", str(available_threads())]
+
+        def build(before: list[str], name: str) -> Callable[[], object]:
+            def run() -> None:
+                # Another folder each time, or the vectors would be taken over.
+                out = Path(tempfile.mkdtemp(dir=self.folder)) / name
+                subprocess.run([sys.executable, *before, *words, "--out", str(out)], capture_output=True, check=True)
+
+            return run
+
+        taken = Clock(self.rounds, 240.0).medians({"one": build([], "one"), "each": build(each, "each")})
+        case = f"{count:,} passages, {available_threads()} processes to one, the start of Python included"
+        return [
+            row(case, "build", count / taken["each"], baseline=count / taken["one"], target=None, unit="passages/s")
+        ]
+
+    def _source(self) -> Path:
+        """The passages in a file."""
+        source = self.folder / "corpus.jsonl"
+        fields = ("id", "title", "text", "domain", "doc_id")
+        _write(source, ({name: getattr(p, name) for name in fields} for p in self.passages))
+        return source
 
     def _recall(self, case: str, index: Index, theirs_PR: np.ndarray) -> list[Row]:
         asked = [question.question for question in self.questions]
@@ -186,7 +226,6 @@ class Bench:
             "raw": lambda: [raw.search(vector[None], K) for _, vector in some],
             "embeddings": lambda: [index.neighbours([query], K, retriever="dense") for query, _ in some],
             "texts": lambda: [with_texts(query) for query, _ in some],
-            "open": lambda: Index.open(out),
         }
         taken = Clock(5 * self.rounds, 60.0).medians(runs)
         case, alone = f"{vectors:,} passages, {index.manifest.faiss.factory}", 1000 * taken["raw"] / len(some)
@@ -199,7 +238,25 @@ class Bench:
             what = "ids, scores, embeddings" if name == "embeddings" else "texts as well"
             line = row(case, f"one query, {what}: added to raw", added, baseline=alone, target=None, unit="ms")
             rows.append(line | {"target": limit, "ok": added <= limit})
-        return [*rows, row(case, "open", 1000 * taken["open"], baseline=None, target=None, unit="ms")]
+        return rows + self._opened(case, out)
+
+    def _opened(self, case: str, folder: Path) -> list[Row]:
+        """Opening and first use, each in a fresh process: the median of several."""
+        script = Path(__file__).with_name("_open_case.py")
+        runs: list[dict[str, dict[str, float]]] = []
+        for _ in range(self.rounds):
+            done = subprocess.run(
+                [sys.executable, str(script), str(folder)], capture_output=True, text=True, check=True
+            )
+            runs.append(json.loads(done.stdout))
+        rows = []
+        for name in runs[0]:
+            seconds, held = (median(run[name][what] for run in runs) for what in ("seconds", "bytes"))
+            line = row(case, f"{name}, a fresh process", 1000 * seconds, baseline=None, target=None, unit="ms")
+            if name == "open":
+                line |= {"target": 1000.0, "ok": seconds < 1}
+            rows += [line, row(case, f"{name}: memory", held / 1e6, baseline=None, target=None, unit="MB")]
+        return rows
 
 
 def gpu_rows(baseline: Theirs, model: TokenEncoder, passages: Sequence[Passage], record: EncodingRecord) -> list[Row]:

@@ -37,14 +37,17 @@ def data(tmp_path: Path) -> Path:
 def test_the_rows(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(index, "QUERIES", 32)
-    words = ["--passages", "28", "--vectors", "200", "--rounds", "1", "--encoder"]
+    words = ["--only", "encode|search", "--passages", "28", "--vectors", "200", "--rounds", "1", "--encoder"]
     out, encoder = tmp_path / "new" / "r.json", save_tiny_encoder(tmp_path / "model")
     monkeypatch.setattr(sys, "argv", ["index", "--data", str(data), "--json", str(out), *words, str(encoder)])
     index.main()
     rows = {r["metric"]: r for r in json.loads(out.read_text())["rows"]}
     assert list(rows) == [
-        "encode", "build to encode alone", "mean cosine", "lowest cosine", "R@20 of 7 questions", "search, 32 queries",
-        "one query, ids, scores, embeddings: added to raw", "one query, texts as well: added to raw", "open",
+        "encode", "build to encode alone", "mean cosine", "lowest cosine", "lowest cosine of the 28 read whole",
+        "R@20 of 7 questions", "search, 32 queries",
+        "one query, ids, scores, embeddings: added to raw", "one query, texts as well: added to raw",
+        "open, a fresh process", "open: memory", "first search, a fresh process", "first search: memory",
+        "first ids, a fresh process", "first ids: memory",
     ]  # fmt: skip
     # Of a tiny random model both make the same vectors, in whatever precision was found faster.
     assert rows["mean cosine"]["ok"] and rows["lowest cosine"]["value"] > 0.99
@@ -75,3 +78,15 @@ def test_made_up_vectors_are_near_real_ones_and_the_same_each_time() -> None:
     vectors = encoder.encode([line["text"] for line in lines])
     assert len(np.unique(vectors, axis=0)) == 9 and ((vectors @ base.T).max(axis=1) > 0.6).all()
     np.testing.assert_array_equal(encoder.encode([lines[4]["text"]])[0], vectors[4])
+
+
+@pytest.mark.slow
+def test_processes_are_compared_by_the_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(index, "available_threads", lambda: 2)
+    out, encoder = tmp_path / "r.json", save_tiny_encoder(tmp_path / "model")
+    words = ["--only", "processes", "--passages", "28", "--rounds", "1", "--json", str(out), "--encoder", str(encoder)]
+    monkeypatch.setattr(sys, "argv", ["index", "--data", str(data), *words])
+    index.main()
+    (found,) = json.loads(out.read_text())["rows"]
+    assert found["value"] > 0 and found["baseline"] > 0
