@@ -39,12 +39,16 @@ CacheOption = Annotated[
 
 @dataclass
 class Thrift:
-    """A command's wish to spare memory or work, or to do without experts, and what that has brought."""
+    """A command's wish to spare memory or work, or to do without experts, and what that has brought.
+
+    Attributes:
+        model: what was loaded, once it is.
+    """
 
     resident_experts: int | None = None
     output_cache: int | None = None
     without: Sequence[str] = ()
-    reader: RagmoeBertForQuestionAnswering | None = None
+    model: Any = None
 
     def load(self, bundle: Path) -> RagmoeBertForQuestionAnswering | Generator:
         """Open a bundle, or a generator, as was wished."""
@@ -52,22 +56,22 @@ class Thrift:
         from ragmoe.models import OutputCache, load
 
         if is_generator(bundle):
-            for name, given in (("resident-experts", self.resident_experts), ("output-cache", self.output_cache),
-                                ("without", self.without)):  # fmt: skip
-                if given:
-                    raise UsageError(f"--{name} is for readers, but {bundle} holds a causal language model")
-            return Generator.load(bundle)
-        self.reader = load(bundle, resident_experts=self.resident_experts, without=self.without)
-        self.reader.output_cache = OutputCache(self.output_cache) if self.output_cache is not None else None
-        return self.reader
+            if self.output_cache is not None:
+                raise UsageError(f"--output-cache is for readers, but {bundle} holds a causal language model")
+            generator = Generator.load(bundle, resident_experts=self.resident_experts, without=self.without)
+            self.model = generator.model
+            return generator
+        self.model = load(bundle, resident_experts=self.resident_experts, without=self.without)
+        self.model.output_cache = OutputCache(self.output_cache) if self.output_cache is not None else None
+        return self.model
 
     def found(self) -> dict[str, Any]:
         """What it has brought, by the names that --json has for it; empty where nothing was wished."""
         found: dict[str, Any] = {}
-        if self.reader is not None and self.reader.expert_store is not None:
-            found["experts_on_demand"] = self.reader.expert_store.summary()
-        if self.reader is not None and self.reader.output_cache is not None:
-            found["output_cache"] = self.reader.output_cache.summary()
+        for key, name in (("experts_on_demand", "expert_store"), ("output_cache", "output_cache")):
+            # Any causal language model may be asked: most have neither.
+            if (kept := getattr(self.model, name, None)) is not None:
+                found[key] = kept.summary()
         return found
 
     def tell(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ragmoe._errors import ModelError
 from ragmoe._quiet import quiet_loading
+from ragmoe.bundle import is_bundle
 from ragmoe.corpus.types import Passage
 from ragmoe.generation.answers import GeneratedAnswer, read_answer
 from ragmoe.generation.batches import pad_token, read_batch, sees_neighbours
@@ -58,7 +59,6 @@ class Generator:
 
     sparse_layers: Sequence[int] = ()
     expert_names: Sequence[str] = ()
-    held_back: Sequence[int] = ()
 
     def __init__(self, model: Any, tokenizer: Any, style: PromptStyle | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -71,11 +71,20 @@ class Generator:
             )
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Generator:
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        without: Sequence[int | str] = (),
+        resident_experts: int | None = None,
+    ) -> Generator:
         """Open what ``save`` wrote, or any folder of a causal language model with a tokenizer.
 
+        Args:
+            without, resident_experts: of a bundle, as ``load_decoder`` takes them.
+
         Raises:
-            ModelError: the folder holds none, or its prompt.json is damaged.
+            ModelError: the folder holds none, its prompt.json is damaged, or experts are spoken of and it is no bundle.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,9 +97,16 @@ class Generator:
                 style = PromptStyle(**json.loads(file.read_text(encoding="utf-8")))
             except (ValueError, TypeError) as error:
                 raise ModelError(f"{file} is damaged: {error}") from None
+        if not is_bundle(path) and (without or resident_experts is not None):
+            raise ModelError(f"{path} is no bundle: it has no experts of its own to be left out or kept in files")
         register_decoders()
         with quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(path).eval()
+            if is_bundle(path):
+                from ragmoe.models.families import load_decoder
+
+                model: Any = load_decoder(path, without=without, resident_experts=resident_experts)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(path).eval()
         return cls(model, AutoTokenizer.from_pretrained(path), style)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -107,6 +123,19 @@ class Generator:
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @property
+    def held_back(self) -> Sequence[int]:
+        """The places of the experts that no token goes to."""
+        return getattr(self.model, "held_back", ())
+
+    @property
+    def expert_store(self) -> Any:
+        """Where experts are brought in from their files; None where all are in memory."""
+        return getattr(self.model, "expert_store", None)
+
+    def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        return self.model.named_modules()
 
     @property
     def gate_sees_neighbours(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which experts of a reader may be chosen at all. E experts."""
+"""Which experts of a model may be chosen at all. E experts."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ class AvailabilityMixin:
         def gates(self) -> list[Gate]: ...
         @property
         def expert_names(self) -> list[str]: ...
+
+    @property
+    def held_back(self) -> list[int]:
+        """The places of the experts that no token goes to for now."""
+        return (~self.gates[0].available).nonzero().flatten().tolist() if self.gates else []
 
     def set_available_experts(self, experts: Sequence[int] | None) -> None:
         """Let only these experts be chosen, in all layers; None lets all. ModelError for one that does not exist."""

@@ -39,16 +39,23 @@ class MemoryMixin:
         def gate_sees_neighbours(self) -> bool: ...
 
     def check_index(self, index: Index) -> None:
-        """Raise ModelError unless the index was made with the encoder that the gate learned to read."""
-        trained = self.config.encoder
-        if self.gate_sees_neighbours and trained:
-            have = index.manifest.encoder
-            if have.digest != trained["digest"]:
-                raise ModelError(
-                    f"the model's gate was trained on embeddings of {trained['id']} ({trained['digest'][:12]}), "
-                    f"the index holds those of {have.id} ({have.digest[:12]})",
-                    hint=f"ragmoe index build SOURCE --encoder {trained['id']} --out DIR",
-                )
+        """Raise ModelError unless the index was made with the encoder that the gate learned to read.
+
+        An untrained gate reads any of its width.
+        """
+        trained, have = self.config.encoder, index.manifest.encoder
+        if self.gate_sees_neighbours and not trained and have.width != self.config.neighbour_width:
+            raise ModelError(
+                f"the model's gate reads embeddings of width {self.config.neighbour_width}, the index holds those of "
+                f"{have.id}, of width {have.width}",
+                hint=f"a gate for this index: ragmoe init ... --neighbour-width {have.width}",
+            )
+        if self.gate_sees_neighbours and trained and have.digest != trained["digest"]:
+            raise ModelError(
+                f"the model's gate was trained on embeddings of {trained['id']} ({trained['digest'][:12]}), "
+                f"the index holds those of {have.id} ({have.digest[:12]})",
+                hint=f"ragmoe index build SOURCE --encoder {trained['id']} --out DIR",
+            )
 
     def memory(self, index: Index) -> ExpertMemory | None:
         """The expert memory that the gates use with an index; None for gates without memory."""

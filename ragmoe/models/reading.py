@@ -101,12 +101,8 @@ class ReaderMixin(MemoryMixin, nn.Module):
         def gate_sees_neighbours(self) -> bool: ...
         @property
         def moe_layers(self) -> list[Any]: ...
-
-    @property
-    def held_back(self) -> list[int]:
-        """The places of the experts that no token goes to for now."""
-        gates = [layer.gate for layer in self.moe_layers]
-        return (~gates[0].available).nonzero().flatten().tolist() if gates else []
+        @property
+        def held_back(self) -> list[int]: ...
 
     @property
     def tokenizer(self) -> Any:

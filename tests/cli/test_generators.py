@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stub_encoder import StubEncoder
@@ -46,8 +47,9 @@ def test_ask(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["answer_type"] == "text" and said["answered"] is True and said["answer"] and 0 <= said["score"] <= 1
-    assert main([*words, "--without", "x"]) == 2
-    assert "--without is for readers" in capsys.readouterr().err
+    for option in (["--without", "x"], ["--resident-experts", "1"]):
+        assert main([*words, *option]) == 1
+        assert "is no bundle: it has no experts of its own" in capsys.readouterr().err
     style = json.loads((world / "model" / "prompt.json").read_text())
     prompts = Generator.load(world / "model").prompts
     whole = len(prompts.ids("who keeps the quay?", [Passage(name, text) for name, text in TEXTS.items()]))
@@ -55,6 +57,39 @@ def test_ask(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "model" / "prompt.json").write_text(json.dumps({**style, "max_length": whole + 7}))
     assert main(words) == 0
     assert "1 passages were shortened or left out" in capsys.readouterr().err
+
+
+def test_experts_on_demand_and_held_back(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = world / "bundle"
+    words = ["ask", str(bundle), "who keeps the quay?", "--index", str(world / "index"), "--json"]
+    settings = {"gate": "retrieval", "experts": 4, "expert_rank": 8}
+    init(world / "model", out=world / "of-another-width", **settings)
+    assert main(["ask", str(world / "of-another-width"), *words[2:]]) == 1
+    assert f"init ... --neighbour-width {StubEncoder().width}" in capsys.readouterr().err
+    init(world / "model", out=bundle, **settings, neighbour_width=StubEncoder().width)
+
+    def said(*more: str) -> dict[str, Any]:
+        assert main([*words, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain, thrifty = said(), said("--resident-experts", "2")
+    counted = thrifty.pop("experts_on_demand")
+    assert thrifty == plain and (counted["resident"], counted["experts"]) == (2, 4) and counted["misses"] > 0
+    # With all held back but one there is but one to be read.
+    first, *others = Generator.load(bundle).model.expert_names
+    alone = said("--resident-experts", "1", *(x for name in others for x in ("--without", name)))
+    assert alone["experts_on_demand"]["bytes_read"] < counted["bytes_read"]
+    assert main([*words, "--without", "nobody"]) == 1 and f"there are: {first}" in capsys.readouterr().err
+    # What is recorded of the same model is taken over; of one that does without an expert it is not.
+    out, task = ["--out", str(world / "out"), "--json"], str(world / "task.yaml")
+    run = ["eval", "run", task, "--model", str(bundle), "--index", str(world / "index"), *out]
+    digests = []
+    for more in ([], ["--resident-experts", "2"], ["--without", first]):
+        assert main([*run, *more]) == 0
+        digests.append(Results.load(world / "out" / "port").model_digest)
+        capsys.readouterr()
+    assert digests[0] == digests[1] != digests[2]
+    assert main([*run, "--output-cache", "3"]) == 2 and "--output-cache is for readers" in capsys.readouterr().err
 
 
 def test_eval_run_scores_words_and_citations(
