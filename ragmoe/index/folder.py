@@ -223,15 +223,19 @@ class Index:
         Raises:
             IndexFolderError: the index holds no such passage.
         """
-        return self._store.passage(self.row(passage_id))
+        return self.passages([passage_id])[0]
 
     def passages(self, passage_ids: Sequence[str]) -> list[Passage]:
-        """The passages of some ids, in their order."""
-        return self._store.passages([self.row(name) for name in passage_ids])
+        """The passages of some ids, in their order.
+
+        Raises:
+            IndexFolderError: the index holds no such passage.
+        """
+        return self._store.passages(self.rows(passage_ids))
 
     def find(self, passage_id: str) -> Passage | None:
         """The passage of an id, None where there is none."""
-        row = self._store.row_of.get(passage_id)
+        row = self._store.rows_of([passage_id])[0]
         return None if row is None else self._store.passage(row)
 
     def row(self, passage_id: str) -> int:
@@ -240,12 +244,21 @@ class Index:
         Raises:
             IndexFolderError: the index holds no such passage.
         """
-        row = self._store.row_of.get(passage_id)
-        if row is None:
+        return self.rows([passage_id])[0]
+
+    def rows(self, passage_ids: Sequence[str]) -> list[int]:
+        """The rows of some ids, in their order.
+
+        Raises:
+            IndexFolderError: the index holds no such passage.
+        """
+        found = self._store.rows_of(passage_ids)
+        if None in found:
             raise IndexFolderError(
-                f"{self.folder} holds no passage {passage_id!r}; it holds {len(self)}, such as {self._store.id(0)!r}"
+                f"{self.folder} holds no passage {passage_ids[found.index(None)]!r}; it holds {len(self)}, such as "
+                f"{self._store.id(0)!r}"
             )
-        return row
+        return [row for row in found if row is not None]
 
     def chunks(self) -> Iterator[Chunk]:
         """All passages with where each stands in what it was cut from: what `remap_questions` needs."""

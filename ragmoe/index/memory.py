@@ -91,7 +91,7 @@ class ExpertMemory:
         B, N = neighbours.mask_BN.shape
         votes_BNLE = torch.zeros(B, N, *self.affinity_PLE.shape[1:])
         for b, (mask_N, ids) in enumerate(zip(neighbours.mask_BN, neighbours.passage_ids, strict=True)):
-            votes_BNLE[b, mask_N] = torch.from_numpy(self.votes([index.row(name) for name in ids]))
+            votes_BNLE[b, mask_N] = torch.from_numpy(self.votes(index.rows(ids)))
         return replace(neighbours, votes_BNLE=votes_BNLE)
 
     def save(self, index: Index) -> Path:

@@ -23,6 +23,9 @@ from ragmoe.corpus.types import Passage
 _PASSAGE = ("id", "title", "text", "domain", "doc_id", "split")
 _KINDS = ("domain", "doc_id", "split")
 _BATCH = 1024
+# Of more passages, the ids are looked through for the first so many calls; a table of all takes as long as about 40.
+_SMALL = 100_000
+_SCANS = 20
 # Bytes that all fields of a passage but its text may have, far more than any do.
 _MOST_FIELDS = 1_000_000
 _COLUMNS = ("id", "title", "domain", "doc_id", "split", "source_id", "source_start", "windows")
@@ -175,6 +178,7 @@ class PassageStore:
         self._folder = folder
         self._columns: dict[str, Any] = {}
         self._lock = Lock()
+        self._scans = 0
         size = (folder / texts_name(generation)).stat().st_size
         try:
             self._offsets: NDArray[np.int64] = map_npy(folder / offsets_name(generation))
@@ -203,10 +207,30 @@ class PassageStore:
         """The id of each row."""
         return self._list("id")
 
+    def rows_of(self, ids: Sequence[str]) -> list[int | None]:
+        """The row of each of some ids, None where there is no such passage.
+
+        A table of all ids takes seconds where there are millions: there the first few calls look through the column.
+        """
+        if len(self) > _SMALL and self._scans < _SCANS and "_row_of" not in self.__dict__:
+            self._scans += 1
+            found = self._scan(ids)
+        else:
+            found = self._row_of
+        return [found.get(name) for name in ids]
+
     @cached_property
-    def row_of(self) -> dict[str, int]:
-        """The row of each id."""
+    def _row_of(self) -> dict[str, int]:
         return {name: row for row, name in enumerate(self.ids)}
+
+    def _scan(self, ids: Sequence[str]) -> dict[str, int]:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        wanted = list(dict.fromkeys(ids))
+        at = pc.index_in(self._column("id"), value_set=pa.array(wanted, type=pa.string()))
+        rows = np.flatnonzero(pc.is_valid(at).to_numpy())
+        return {wanted[place]: row for place, row in zip(at.take(pa.array(rows)).to_pylist(), rows.tolist())}
 
     @cached_property
     def domains(self) -> list[str]:
@@ -243,7 +267,9 @@ class PassageStore:
             raise self._damaged(error) from error
 
     def ids_of(self, rows: NDArray[np.int64]) -> list[str]:
-        """The ids of some rows, without reading all into Python as `ids` does."""
+        """The ids of some rows; from Arrow, unless all were taken out of it already."""
+        if "ids" in self.__dict__:
+            return [self.ids[row] for row in rows.tolist()]
         return self._fields("id", rows)
 
     def passages(self, rows: Sequence[int] | NDArray[np.int64]) -> list[Passage]:

@@ -164,7 +164,7 @@ class Retrieved:
         for begin in range(0, len(texts), _CHUNK):
             found = index.neighbours(texts[begin : begin + _CHUNK], n, retriever=retriever)
             for at, ids in enumerate(found.passage_ids):
-                rows_QN[begin + at, : len(ids)] = [index.row(name) for name in ids]
+                rows_QN[begin + at, : len(ids)] = index.rows(ids)
                 scores_QN[begin + at, : len(ids)] = found.scores_BN[at, : len(ids)].numpy()
             progress(min(begin + _CHUNK, len(texts)), len(texts))
         # An index may lie where nothing can be written; then the next run retrieves again.

@@ -283,7 +283,7 @@ def _loads(model: RagmoeBertForQuestionAnswering, index: Index, documents: Seque
 
 
 def _embeddings(index: Index, documents: Sequence[Document]) -> np.ndarray:
-    rows = [index.row(document.passage_id) for document in documents]
+    rows = index.rows([document.passage_id for document in documents])
     return np.asarray(index.embeddings[rows], dtype=np.float32)
 
 

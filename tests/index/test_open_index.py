@@ -12,7 +12,7 @@ import torch
 from stub_encoder import StubEncoder
 
 from ragmoe import EncoderMismatchError, Index, IndexFolderError, Passage, UsageError
-from ragmoe.index import Manifest, retriever_names
+from ragmoe.index import Manifest, retriever_names, store
 from ragmoe.index.retrievers import Blend, Hybrid, fuse
 
 RETRIEVERS = ("blend", "bm25", "dense", "hybrid")
@@ -238,3 +238,22 @@ def test_the_digest_is_of_the_content(build: Callable[..., Manifest], tmp_path: 
     first = build(out=tmp_path / "a")
     assert Index.open(tmp_path / "a").digest == first.digest
     assert build(out=tmp_path / "b", encoder=StubEncoder(1)).digest != first.digest
+
+
+@pytest.mark.parametrize("scans", [0, 2])
+def test_ids_are_found_whether_looked_through_or_in_a_table(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, scans: int
+) -> None:
+    monkeypatch.setattr(store, "_SMALL", 0)
+    monkeypatch.setattr(store, "_SCANS", scans)
+    index = Index.open(folder, encoder=StubEncoder())
+    ids = list(index.passage_ids)
+    for _ in range(4):
+        asked = [ids[7], ids[0], ids[7], ids[-1]]
+        assert index.rows(asked) == [7, 0, 7, len(ids) - 1]
+        assert [passage.id for passage in index.passages(asked)] == asked
+        assert index.find("nobody") is None and index.find(ids[3]) == index.passage(ids[3])
+        with pytest.raises(IndexFolderError, match="holds no passage 'nobody'; it holds"):
+            index.rows([ids[1], "nobody"])
+    assert index.passages([]) == []
+    assert "_row_of" in index._store.__dict__
