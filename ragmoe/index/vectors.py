@@ -115,11 +115,14 @@ class FaissSearcher:
     def search(self, vectors: NDArray[np.float32], k: int) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """For each query vector (B, R) the best rows and their cosines, best first, at most ``k``."""
         queries_BR = np.ascontiguousarray(vectors, dtype=np.float32)
-        depth = k if self._full else max(self._depth, self._depth * k // _BEST)
-        scores_BK, rows_BK = self.index.search(queries_BR, min(depth, len(self._embeddings)))
+        scores_BK, rows_BK = self.index.search(queries_BR, self.candidates(k))
         if not self._full:
             scores_BK = _rescored(self._embeddings, queries_BR, rows_BK)
         return _ranked(rows_BK, scores_BK, k)
+
+    def candidates(self, k: int) -> int:
+        """How many faiss is asked for where the best ``k`` are wanted: more where they are ranked again."""
+        return min(k if self._full else max(self._depth, self._depth * k // _BEST), len(self._embeddings))
 
     def cosines(self, vector: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The cosines of one query vector (R,) and some rows, float32 (len(rows),)."""
