@@ -25,12 +25,14 @@ from ragmoe.bundle import is_bundle
 from ragmoe.corpus.types import Passage
 from ragmoe.generation.answers import GeneratedAnswer, read_answer
 from ragmoe.generation.batches import pad_token, read_batch, sees_neighbours
-from ragmoe.generation.likelihood import Likelihood, log_likelihoods
+from ragmoe.generation.likelihood import Count, Likelihood, log_likelihoods
 from ragmoe.generation.prompts import REFUSAL, Prompt, PromptMaker, PromptStyle
 from ragmoe.neighbours import Neighbours
 
 if TYPE_CHECKING:
+    from ragmoe.gates import Routing
     from ragmoe.index import Index
+    from ragmoe.moe import RoutingStatistics
 
 STYLE_NAME = "prompt.json"
 
@@ -56,9 +58,6 @@ class Generator:
     It has what ``ragmoe.evaluation.evaluate`` needs of a model. What a family adds of its own (``recall``, ``memory``,
     ``check_index``, ``parameter_counts``) is the model's where it has it.
     """
-
-    sparse_layers: Sequence[int] = ()
-    expert_names: Sequence[str] = ()
 
     def __init__(self, model: Any, tokenizer: Any, style: PromptStyle | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -125,6 +124,15 @@ class Generator:
         return self.model.config
 
     @property
+    def sparse_layers(self) -> Sequence[int]:
+        """The layers with experts; none in a dense model, or in one that is not ours."""
+        return getattr(self.model, "sparse_layers", ())
+
+    @property
+    def expert_names(self) -> Sequence[str]:
+        return getattr(self.model, "expert_names", ())
+
+    @property
     def held_back(self) -> Sequence[int]:
         """The places of the experts that no token goes to."""
         return getattr(self.model, "held_back", ())
@@ -185,7 +193,7 @@ class Generator:
         neighbours: Neighbours | None = None,
         *,
         batch_tokens: int = 8192,
-        statistics: Any = None,
+        statistics: RoutingStatistics | None = None,
         domains: Sequence[str] | None = None,
     ) -> list[GeneratedAnswer]:
         """Answer each question from its own passages, all in one prompt, best first.
@@ -193,14 +201,16 @@ class Generator:
         Args:
             neighbours: what the gate sees, a row a question.
             batch_tokens: tokens of a batch, padding and answers included.
-            statistics, domains: as readers take them; routing is not counted while words are generated.
+            statistics, domains: as readers take them; the tokens of the prompt are counted, without what is said.
         """
         if len(questions) != len(passages):
             raise ValueError(f"{len(questions)} questions, but passages for {len(passages)}")
         prompts = [self.prompts.make(asked, shown) for asked, shown in zip(questions, passages, strict=True)]
         said = self._generate(prompts, neighbours, batch_tokens)
         refusal = self.prompts.answer_ids(REFUSAL)
-        refused = self._likelihoods([(prompt.ids, refusal) for prompt in prompts], neighbours, batch_tokens)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        count = _prompts_alone(statistics, lengths, domains) if statistics is not None and self.sparse_layers else None
+        refused = self._likelihoods([(prompt.ids, refusal) for prompt in prompts], neighbours, batch_tokens, count)
         return [
             read_answer(prompt, text, nats, none.nats)
             for prompt, (text, nats), none in zip(prompts, said, refused, strict=True)
@@ -220,10 +230,14 @@ class Generator:
         return self._likelihoods(pairs, rows, 8192)
 
     def _likelihoods(
-        self, pairs: Sequence[tuple[list[int], list[int]]], neighbours: Neighbours | None, batch_tokens: int
+        self,
+        pairs: Sequence[tuple[list[int], list[int]]],
+        neighbours: Neighbours | None,
+        batch_tokens: int,
+        count: Count | None = None,
     ) -> list[Likelihood]:
         padding = pad_token(self.tokenizer)
-        return log_likelihoods(self.model, pairs, neighbours, padding=padding, batch_tokens=batch_tokens)
+        return log_likelihoods(self.model, pairs, neighbours, padding=padding, batch_tokens=batch_tokens, count=count)
 
     @torch.no_grad()
     def _generate(
@@ -272,3 +286,15 @@ class Generator:
         named = self.model.generation_config.eos_token_id
         named = [] if named is None else named if isinstance(named, list) else [named]
         return list(dict.fromkeys([self.tokenizer.eos_token_id, *named]))
+
+
+def _prompts_alone(statistics: RoutingStatistics, lengths: Sequence[int], domains: Sequence[str] | None) -> Count:
+    """Counts the routing of the first ``lengths`` tokens of each sequence, by its domain."""
+
+    def count(routings: Sequence[Routing], mask_S: Tensor, at: list[int]) -> None:
+        mask_BT = mask_S.view(len(at), -1)
+        ends_B = torch.tensor([lengths[i] for i in at], device=mask_S.device)
+        own_BT = mask_BT & (torch.arange(mask_BT.shape[1], device=mask_S.device) < ends_B.unsqueeze(1))
+        statistics.update(routings, own_BT.reshape(-1), [domains[i] if domains else "" for i in at])
+
+    return count

@@ -76,7 +76,7 @@ def test_experts_on_demand_and_held_back(world: Path, capsys: pytest.CaptureFixt
     counted = thrifty.pop("experts_on_demand")
     assert thrifty == plain and (counted["resident"], counted["experts"]) == (2, 4) and counted["misses"] > 0
     # With all held back but one there is but one to be read.
-    first, *others = Generator.load(bundle).model.expert_names
+    first, *others = Generator.load(bundle).expert_names
     alone = said("--resident-experts", "1", *(x for name in others for x in ("--without", name)))
     assert alone["experts_on_demand"]["bytes_read"] < counted["bytes_read"]
     assert main([*words, "--without", "nobody"]) == 1 and f"there are: {first}" in capsys.readouterr().err
@@ -86,7 +86,10 @@ def test_experts_on_demand_and_held_back(world: Path, capsys: pytest.CaptureFixt
     digests = []
     for more in ([], ["--resident-experts", "2"], ["--without", first]):
         assert main([*run, *more]) == 0
-        digests.append(Results.load(world / "out" / "port").model_digest)
+        found = Results.load(world / "out" / "port")
+        digests.append(found.model_digest)
+        shares = [layer["load"][0] for layer in found.real["routing"]["layers"]]
+        assert (sum(shares) == 0) == ("--without" in more)
         capsys.readouterr()
     assert digests[0] == digests[1] != digests[2]
     assert main([*run, "--output-cache", "3"]) == 2 and "--output-cache is for readers" in capsys.readouterr().err

@@ -17,6 +17,8 @@ from ragmoe.evaluation.choices import accuracy, choose, multiple_choice
 from ragmoe.generation import REFUSAL, Generator, PromptStyle, is_generator
 from ragmoe.generation.answers import read_answer
 from ragmoe.generation.prompts import Prompt
+from ragmoe.models.initialising import init
+from ragmoe.moe import RoutingStatistics
 
 STYLE = PromptStyle(max_length=700, max_answer_tokens=12)
 QUESTIONS = ["who keeps the quay?", "when is the lock open, and by whom, on an ordinary day?", "map?"]
@@ -207,3 +209,29 @@ def test_a_decoder_with_gates_opens_in_a_process_that_knows_none_yet(tmp_path: P
     code = f"from ragmoe.generation import Generator; print(Generator.load({str(tmp_path / 'made')!r}).config.gate)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "retrieval\n"), done.stderr
+
+
+def test_the_routing_of_prompts_is_counted_whatever_the_batch(index: Index, tmp_path: Path) -> None:
+    Generator(tiny_llama(), byte_tokenizer(), STYLE).save(tmp_path / "dense")
+    init(tmp_path / "dense", out=tmp_path / "sparse", experts=4, expert_rank=8, neighbour_width=index.width)
+    made = Generator.load(tmp_path / "sparse")
+    assert list(made.sparse_layers) == [0, 1] and len(made.expert_names) == 4
+    found = index.neighbours(QUESTIONS, 3)
+    read = [index.passages(ids[:n]) for n, ids in zip((2, 3, 0), found.passage_ids)]
+    counted = {}
+    for batch_tokens in (1, 100_000):
+        counted[batch_tokens] = RoutingStatistics(made.sparse_layers, 4)
+        made.read(
+            QUESTIONS, read, found, batch_tokens=batch_tokens, statistics=counted[batch_tokens], domains=QUESTIONS
+        )
+    one, all_at_once = counted.values()
+    for question, passages in zip(QUESTIONS, read):
+        tokens = len(made.prompts.make(question, passages).ids)
+        alone, together = one.of_domain[question], all_at_once.of_domain[question]
+        assert alone.tokens == together.tokens == tokens
+        assert (alone.chosen_LE == together.chosen_LE).all() and alone.chosen_LE.sum(axis=1).tolist() == [
+            2 * tokens
+        ] * 2
+    dense = RoutingStatistics([], 1)
+    Generator.load(tmp_path / "dense").read(QUESTIONS, read, statistics=dense)
+    assert not dense.of_domain
