@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ragmoe.cli._bundles import to_read
+from ragmoe.cli._thrift import Thrift
 
 
 def annotate(
@@ -38,13 +39,12 @@ def annotate(
     from ragmoe.evaluation.task import subset
     from ragmoe.index import Index
     from ragmoe.index.memory import memory_path
-    from ragmoe.models import load
     from ragmoe.training.data import load_questions
 
     opened, given = Index.open(index), load_questions(questions)
     usable = [question for question in given if gold_in(opened, question)]
     used = subset(usable, limit)
-    reader = load(model)
+    reader = Thrift().load(model)
     with progress() as bars:
         memory = record(reader, opened, used or given, progress=bars.stage)
     found = {

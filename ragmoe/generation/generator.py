@@ -108,10 +108,14 @@ class Generator:
                 model = AutoModelForCausalLM.from_pretrained(path).eval()
         return cls(model, AutoTokenizer.from_pretrained(path), style)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write model, tokenizer and, last, the prompt style into a folder; ``load`` gives them back."""
+    def save(self, folder: str | os.PathLike[str], **how: Any) -> None:
+        """Write model, tokenizer and, last, the prompt style into a folder; ``load`` gives them back.
+
+        Args:
+            how: what the model's own ``save_pretrained`` takes.
+        """
         with quiet_loading():
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, **how)
         self.tokenizer.save_pretrained(folder)
         (Path(folder) / STYLE_NAME).write_text(json.dumps(asdict(self.style), indent=2) + "\n", encoding="utf-8")
 
@@ -131,6 +135,11 @@ class Generator:
     @property
     def expert_names(self) -> Sequence[str]:
         return getattr(self.model, "expert_names", ())
+
+    @property
+    def bundle_digests(self) -> Sequence[str]:
+        """Of the bundle's version that it was loaded from and of those before, newest first; none of another folder."""
+        return getattr(self.model, "bundle_digests", ())
 
     @property
     def held_back(self) -> Sequence[int]:

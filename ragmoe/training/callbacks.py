@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 
 from ragmoe._memory import give_back_freed_memory
+from ragmoe.bundle.experts import LOAD
 from ragmoe.training.trainer import RagmoeTrainer
 
 
@@ -63,11 +64,14 @@ class HistoryCallback(TrainerCallback):
             self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def last_load(path: Path) -> list[list[float]] | None:
-    """For each expert its share of the choices in each sparse layer, as last written; None where nothing was."""
+def load_record(path: Path, config: Any) -> dict[str, Any] | None:
+    """For a bundle's map: by id, the share of the choices that fell on an expert in each sparse layer, as last written.
+
+    None where nothing was.
+    """
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    load_LE = json.loads(lines[-1])["load"] if lines else []
-    return [list(load_L) for load_L in zip(*load_LE, strict=True)] or None
+    loads = list(map(list, zip(*json.loads(lines[-1])["load"], strict=True))) if lines else []
+    return {LOAD: dict(zip(config.expert_ids or range(len(loads)), loads, strict=True))} if loads else None
 
 
 def _line(record: dict[str, Any], steps: int, layers: Sequence[int]) -> str:

@@ -15,8 +15,11 @@ from ragmoe.generation.batches import sees_neighbours
 from ragmoe.generation.generator import STYLE_NAME, Generator, is_generator, register_decoders
 from ragmoe.generation.prompts import PromptStyle
 from ragmoe.index import Index
+from ragmoe.models.saving import BundleMixin
 from ragmoe.training.adapters import adapt_decoder, added_parameters
+from ragmoe.training.callbacks import load_record
 from ragmoe.training.config import DataConfig, TrainingConfig
+from ragmoe.training.folder import HISTORY_NAME
 from ragmoe.training.trainer import freeze
 
 _WHOLE = "all"
@@ -103,7 +106,8 @@ def save_checked(model: Any, tokenizer: Any, style: PromptStyle, batch: Mapping[
     """
     inputs = {name: x for name, x in batch.items() if name != "labels"}
     generator = Generator(model.eval().float().cpu(), tokenizer, style)
-    generator.save(folder)
+    known = {"message": "train", "extra": load_record(folder / HISTORY_NAME, model.config)}
+    generator.save(folder, **(known if isinstance(model, BundleMixin) else {}))
     again = Generator.load(folder).model.float()
     difference = (model(**inputs).logits - again(**inputs).logits).abs().max().item()
     if difference != 0.0:

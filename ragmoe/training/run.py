@@ -17,13 +17,12 @@ from transformers import TrainingArguments, set_seed
 
 from ragmoe._errors import BundleError, ConfigError, DataError, ModelError
 from ragmoe.bundle import MAP_NAME
-from ragmoe.bundle.experts import LOAD
 from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering
 from ragmoe.training.adapters import added_parameters, merge
 from ragmoe.training.build import build_model, make_trainable, trained_parameters, wants_bf16
 from ragmoe.training.calibration import calibrate
-from ragmoe.training.callbacks import HistoryCallback, Shows, last_load
+from ragmoe.training.callbacks import HistoryCallback, Shows, load_record
 from ragmoe.training.config import TrainingConfig, load_config
 from ragmoe.training.data import (
     CACHE_NAME,
@@ -330,9 +329,7 @@ def _save(run: Run, folder: Path) -> Path | None:
             run.config.data.unanswerable_share,
         )
     model.tokenizer.save_pretrained(folder)
-    loads = last_load(folder / HISTORY_NAME) or []
-    recorded = dict(zip(model.config.expert_ids or range(len(loads)), loads, strict=True)) if loads else {}
-    model.save_pretrained(folder, message="train", extra={LOAD: recorded} if recorded else None)
+    model.save_pretrained(folder, message="train", extra=load_record(folder / HISTORY_NAME, model.config))
     batch = run.collator([run.dataset[at] for at in range(min(2, len(run.dataset)))])
     difference = largest_difference(model, type(model).from_pretrained(folder), batch)
     if difference != 0.0:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from stub_encoder import StubEncoder
 from tiny_decoder import byte_tokenizer, tiny_llama
 
+from ragmoe import Index
 from ragmoe.bundle import read_map
 from ragmoe.cli.main import main
 from ragmoe.corpus.types import Passage
@@ -93,6 +95,20 @@ def test_experts_on_demand_and_held_back(world: Path, capsys: pytest.CaptureFixt
         capsys.readouterr()
     assert digests[0] == digests[1] != digests[2]
     assert main([*run, "--output-cache", "3"]) == 2 and "--output-cache is for readers" in capsys.readouterr().err
+
+
+def test_a_memory_is_recorded_and_recalled(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, index = world / "bundle", Index.open(world / "index")
+    init(world / "model", out=bundle, gate="memory", experts=4, expert_rank=8, neighbour_width=index.width)
+    words = ["index", "annotate", str(index.folder), "--model", str(bundle)]
+    assert main([*words, "--questions", str(world / "questions.jsonl"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["used"], said["recorded"], said["passages"]) == (2, 2, 2)
+    made = Generator.load(bundle)
+    recorded = made.memory(index)
+    assert recorded.questions_P.tolist() == [1, 1] and recorded.bundle == said["bundle"]
+    votes_BNLE = made.recall(index.neighbours(["who keeps the quay?"], 2), index).votes_BNLE
+    assert votes_BNLE is not None and votes_BNLE.sum(dim=-1).allclose(torch.ones(1), atol=1e-2)
 
 
 def test_eval_run_scores_words_and_citations(

@@ -12,6 +12,7 @@ import torch
 from tiny_decoder import byte_tokenizer, tiny_llama
 
 from ragmoe import ConfigError, DataError, load_decoder
+from ragmoe.bundle import list_experts
 from ragmoe.generation import Generator
 from ragmoe.training import load_config, prepare, train
 from ragmoe.training.describe import describe
@@ -69,6 +70,8 @@ def test_it_is_given_gates_and_resumes_exactly(content: Config, tmp_path: Path) 
     assert (model.config.gate, model.config.neighbours, model.sparse_layers) == ("retrieval", 4, [0])
     assert model.config.encoder["id"] and model.config.index_digest
     assert model.gates[0].context.weight.any(), "the neighbours have taught the gate nothing"
+    shares = [expert.mean_load for expert in list_experts(tmp_path / "whole")]
+    assert sum(share or 0 for share in shares) == pytest.approx(1)
 
     class Stop:
         def stage(self, name: str, done: int, total: int) -> None:
