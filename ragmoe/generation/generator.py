@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from ragmoe.moe import RoutingStatistics
 
 STYLE_NAME = "prompt.json"
+# What is the model's own, and what stands for it where a model has nothing of the kind.
+_OWN: dict[str, Any] = {
+    **dict.fromkeys(("sparse_layers", "expert_names", "held_back", "bundle_digests"), ()),
+    "expert_store": None,
+}
 
 
 def is_generator(folder: str | os.PathLike[str]) -> bool:
@@ -57,7 +62,18 @@ class Generator:
 
     It has what ``ragmoe.evaluation.evaluate`` needs of a model. What a family adds of its own (``recall``, ``memory``,
     ``check_index``, ``parameter_counts``) is the model's where it has it.
+
+    Attributes:
+        sparse_layers, expert_names, held_back: as the model says; empty for one without experts of ours.
+        bundle_digests: of the bundle's version that it was loaded from and of those before, newest first.
+        expert_store: where experts are brought in from their files; None where all are in memory.
     """
+
+    sparse_layers: Sequence[int]
+    expert_names: Sequence[str]
+    held_back: Sequence[int]
+    bundle_digests: Sequence[str]
+    expert_store: Any
 
     def __init__(self, model: Any, tokenizer: Any, style: PromptStyle | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -127,29 +143,10 @@ class Generator:
     def config(self) -> Any:
         return self.model.config
 
-    @property
-    def sparse_layers(self) -> Sequence[int]:
-        """The layers with experts; none in a dense model, or in one that is not ours."""
-        return getattr(self.model, "sparse_layers", ())
-
-    @property
-    def expert_names(self) -> Sequence[str]:
-        return getattr(self.model, "expert_names", ())
-
-    @property
-    def bundle_digests(self) -> Sequence[str]:
-        """Of the bundle's version that it was loaded from and of those before, newest first; none of another folder."""
-        return getattr(self.model, "bundle_digests", ())
-
-    @property
-    def held_back(self) -> Sequence[int]:
-        """The places of the experts that no token goes to."""
-        return getattr(self.model, "held_back", ())
-
-    @property
-    def expert_store(self) -> Any:
-        """Where experts are brought in from their files; None where all are in memory."""
-        return getattr(self.model, "expert_store", None)
+    def __getattr__(self, name: str) -> Any:
+        if name not in _OWN:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.model, name, _OWN[name])
 
     def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
         return self.model.named_modules()
