@@ -1,6 +1,6 @@
 """Building and searching an index, against sentence-transformers and raw FAISS on the same cores.
 
-    python eval/bench/index.py --data DIR [--passages 700] [--json eval/results/index.json] [--only REGEX]
+    python eval/bench/index.py --data DIR [--passages 700] [--vectors 20000 1000000] [--json FILE] [--only REGEX]
 
 - encode: passages a second of ours (tokenize and encode, as calibrated) against `SentenceTransformer.encode` as its
   users call it: same model and maximum length, float32, batches of 32, all passages in memory, a process of its own.
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with one folder a domain (or RAGMOE_DATA)")
     parser.add_argument("--passages", type=int, default=700, help="a sample across the seven core domains")
-    parser.add_argument("--vectors", type=int, default=20_000, help="in the index that is searched")
+    parser.add_argument("--vectors", type=int, nargs="+", default=[20_000], help="in the indexes that are searched")
     parser.add_argument("--encoder", default="minilm", help="its name or folder")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is timed at most")
     parser.add_argument("--only", default="", metavar="REGEX", help="the cases to run: encode, processes, search, gpu")
@@ -88,7 +88,8 @@ def main() -> None:
         if available_threads() > 1 and chosen("processes", arguments.only):
             rows += bench.processes()
         if chosen("search, open", arguments.only):
-            rows += bench.search(arguments.vectors)
+            for vectors in arguments.vectors:
+                rows += bench.search(vectors)
         if torch.cuda.is_available() and chosen("gpu", arguments.only):
             rows += gpu_rows(baseline, model, passages, record)
     cells = [
@@ -96,8 +97,9 @@ def main() -> None:
     ]
     gpu = "" if torch.cuda.is_available() else "No GPU is here: its row is left out.\n"
     headers = ["case", "measured", "ours", "theirs", "ratio", "target"]
+    command = " ".join(["python eval/bench/index.py --data DIR --vectors", *map(str, arguments.vectors)])
     text = f"# Building and searching\n\n{len(passages):,} passages; encoding: {described(record)}.\n\n"
-    text += f"{table(headers, cells)}\n{gpu}{NOTES}\nMade by `python eval/bench/index.py --data DIR`.\n"
+    text += f"{table(headers, cells)}\n{gpu}{NOTES}\nMade by `{command}`.\n"
     if arguments.json:
         write_result(arguments.json, "index", rows, text)
     print(text)
@@ -208,7 +210,7 @@ class Bench:
         """Searching an index of made-up vectors, against FAISS's own search of the same index."""
         texts = [encoder_text(p) for p in self.passages[: min(512, len(self.passages))]]
         made = MadeUp(self.encoder.encode(texts))
-        source, out = self.folder / "many.jsonl", self.folder / "many"
+        source, out = self.folder / f"{vectors}.jsonl", self.folder / f"of-{vectors}"
         _write(source, made_up_lines(self.passages, vectors))
         build_index(BuildOptions((str(source),), out, encoder=made))
         index = Index.open(out, encoder=Remembering(made))
@@ -278,7 +280,8 @@ def gpu_rows(baseline: Theirs, model: TokenEncoder, passages: Sequence[Passage],
 
 
 def _write(path: Path, lines: Any) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def _cell(value: float | None) -> str:
