@@ -72,6 +72,11 @@ class XLoraReader(ReaderMixin, RagmoeBertPreTrainedModel):
         self.train(experts.training)
 
     @property
+    def held_back(self) -> list[int]:
+        """No expert ever is: all are mixed."""
+        return []
+
+    @property
     def expert_names(self) -> list[str]:
         """A name for each adapter."""
         return list(self.config.expert_names or ())

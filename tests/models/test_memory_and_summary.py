@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,10 @@ def index(tmp_path: Path) -> Any:
         def __len__(self) -> int:
             return len(ids)
 
-    return Some(digest="index", folder=tmp_path, domains=domains, row=ids.index, passage_ids=ids)
+    def rows(names: Sequence[str]) -> list[int]:
+        return [ids.index(name) for name in names]
+
+    return Some(digest="index", folder=tmp_path, domains=domains, rows=rows, passage_ids=ids)
 
 
 def named(questions: int) -> Neighbours:

@@ -296,9 +296,10 @@ class FakeIndex:
     """Returns the same ranking for all; remembers what it was asked."""
 
     def __init__(self, digest: str = "ab" * 32) -> None:
-        self.manifest = SimpleNamespace(encoder=SimpleNamespace(id="other", digest=digest))
         self.asked: list[tuple[list[str], int]] = []
         self.ranked = some_neighbours(1, n=5)
+        width = self.ranked.embeddings_BNR.shape[2]
+        self.manifest = SimpleNamespace(encoder=SimpleNamespace(id="other", digest=digest, width=width))
 
     def neighbours(self, questions: Sequence[str], n: int) -> Neighbours:
         self.asked.append((list(questions), n))
