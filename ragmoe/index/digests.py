@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ class VerifiedRows(np.memmap):
     """
 
     _guard: _Guard | None = None
+
+    def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Copies of some rows (of any shape, none negative), as (..., R).
+
+        They are read, not mapped: where all are from different places a page fault for each costs more, and what is
+        mapped would stay with the process.
+        """
+        if self._guard is None or not hasattr(os, "pread"):
+            return np.array(self[rows])
+        return self._guard.read(rows).view(self.dtype)
 
     def __getitem__(self, key: Any) -> Any:
         if self._guard is not None:
@@ -83,6 +94,15 @@ class _Guard:
         self._each = each
         self._path = path
         self._seen = np.zeros(len(digests), dtype=np.bool_)
+        # Open as long as the mapping is: another generation may take the file's place.
+        self._file = path.open("rb", buffering=0)
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The bytes of some rows (of any shape), verified, uint8 (..., bytes of a row)."""
+        self.check(rows)
+        file, first, each = self._file.fileno(), self._first, self._each
+        content = bytearray().join([os.pread(file, each, first + each * row) for row in np.ravel(rows).tolist()])
+        return np.frombuffer(content, dtype=np.uint8).reshape(*np.shape(rows), each)
 
     def check(self, key: Any) -> None:
         """Verify what holds the rows of an index or slice.

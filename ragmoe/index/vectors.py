@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ragmoe._errors import IndexFolderError
 from ragmoe._threads import import_faiss, import_torch
+from ragmoe.index.digests import VerifiedRows
 from ragmoe.index.manifest import FaissRecord
 from ragmoe.index.store import release
 
@@ -162,15 +163,18 @@ def _rescored(
 ) -> NDArray[np.float32]:
     """The cosines of queries (B, R) and the candidates of each (B, depth) from what is stored; any for a candidate -1.
 
-    Some rows at a time, and what is mapped of the file goes after them: else a process that has searched long enough
-    would hold all embeddings, where the file's cache, which all processes share, serves as well.
+    Some rows at a time, and what is mapped of the file, if anything, goes after them: else a process that has searched
+    long enough would hold all embeddings, where the file's cache, which all processes share, serves as well.
     """
     torch = import_torch()
     scores = np.empty(rows.shape, dtype=np.float32)
     step = max(_ROWS_AT_ONCE // max(rows.shape[1], 1), 1)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        found_BKR = torch.from_numpy(np.asarray(embeddings[rows[part]])).float()
+        # A candidate -1 stands for none; its score does not count.
+        at = np.maximum(rows[part], 0)
+        found = embeddings.gather(at) if isinstance(embeddings, VerifiedRows) else np.asarray(embeddings[at])
+        found_BKR = torch.from_numpy(found).float()
         dots_BK = (found_BKR @ torch.from_numpy(queries[part]).unsqueeze(2)).squeeze(2)
         norms_BK = torch.linalg.vector_norm(found_BKR, dim=2).clamp_min(1e-12)
         scores[part] = (dots_BK / norms_BK).numpy()

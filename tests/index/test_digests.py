@@ -96,6 +96,27 @@ def test_a_block_is_verified_once(
     assert len(seen) == 6
 
 
+@pytest.mark.parametrize("at", [[], [0], [119, 3, 119], [[7, 8], [90, 0]]])
+def test_rows_are_read_as_they_are_mapped_and_verified_too(
+    small: Callable[..., tuple[VerifiedRows, np.ndarray]], monkeypatch: pytest.MonkeyPatch, at: list[Any]
+) -> None:
+    rows = np.array(at, dtype=np.int64)
+    mapped, plain = small()
+    read = mapped.gather(rows)
+    np.testing.assert_array_equal(read, plain[rows])
+    assert read.dtype == np.float16 and read.flags.writeable and not isinstance(read, np.memmap)
+    # Where the system cannot read at a place.
+    with monkeypatch.context() as elsewhere:
+        elsewhere.delattr("os.pread")
+        np.testing.assert_array_equal(mapped.gather(rows), plain[rows])
+    changed, _ = small(flipped=5850)
+    if 119 in at:
+        with pytest.raises(IndexFolderError, match=r"e\.npy was changed"):
+            changed.gather(rows)
+    else:
+        np.testing.assert_array_equal(changed.gather(rows), plain[rows])
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what of a mapping is in memory")
 def test_a_search_keeps_no_embeddings_in_memory(tmp_path: Path) -> None:
     """Neither what it ranked again, nor what it verified on the way."""
