@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ragmoe._errors import ConfigError
 from ragmoe.index.encoder import Encoder, token_encoder
@@ -29,6 +30,9 @@ FASTER, COSINE = 1.15, 0.999
 _BETTER = 1.05
 _SECONDS = 2.0
 _ROUNDS = 3
+# Over so many tokens of one text bf16 has to show that it is worth a measurement: a processor that does not know it
+# takes a hundred times as long, minutes for what float32 does in a second.
+_GLANCE, _HOPELESS = 16, 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,11 @@ def calibrate(
     start, size = perf_counter(), batch_tokens or encoder.budgets[0]
     part = _about(tokens, size)
     found: dict[str, float] = {}
-    both: tuple[Precision, ...] = ("fp32", "bf16")
-    kinds = both if precision == "auto" else (precision,)
+    kinds: tuple[Precision, ...] = ("fp32", "bf16") if precision == "auto" else (precision,)
+    speed = cosine = None
+    if precision == "auto" and (glance := _glance(encoder, part[-1][:, :_GLANCE], size))[0] < _HOPELESS:
+        speed, cosine = glance
+        kinds = ("fp32",)
     vectors = {kind: encoder.encode(part, precision=kind, batch_tokens=size) for kind in kinds}
     for _ in range(_ROUNDS):
         for kind in kinds:
@@ -79,14 +86,13 @@ def calibrate(
         # The other half of the time is for the size of a batch.
         if perf_counter() - start > _SECONDS / 2:
             break
-    speed = cosine = None
     best: Precision = kinds[0]
-    if precision == "auto":
+    if len(kinds) == 2:
         speed = round(found["bf16"] / found["fp32"], 3)
-        cosine = round(float((vectors["fp32"] * vectors["bf16"]).sum(axis=1).mean()), 5)
+        cosine = _cosine(vectors["fp32"], vectors["bf16"])
         best = "bf16" if speed >= FASTER and cosine >= COSINE else "fp32"
-        if best == "fp32":
-            encoder.release_bf16()
+    if precision == "auto" and best == "fp32":
+        encoder.release_bf16()
     rate = found[best]
     if batch_tokens is None:
         size, rate = _batch(encoder, tokens, best, rate, start + _SECONDS)
@@ -100,6 +106,19 @@ def described(record: EncodingRecord) -> str:
     if record.speed is not None and record.cosine is not None:
         how = f"calibrated: bf16 is {record.speed:.2f} times as fast as float32, mean cosine {record.cosine:.4f}"
     return f"{record.precision}, {record.batch_tokens:,} tokens a batch ({how or 'calibrated'})"
+
+
+def _glance(encoder: TokenEncoder, text: Tokens, batch_tokens: int) -> tuple[float, float]:
+    """How many times as fast bf16 is over a short text, and the cosine of its vector: rough, but soon known."""
+    kinds: tuple[Precision, ...] = ("fp32", "bf16")
+    vectors = [encoder.encode([text], precision=kind, batch_tokens=batch_tokens) for kind in kinds]
+    fp32, bf16 = (_rate(encoder, [text], kind, batch_tokens) for kind in kinds)
+    return round(bf16 / fp32, 3), _cosine(*vectors)
+
+
+def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """The mean cosine of unit vectors (B, R)."""
+    return round(float((a * b).sum(axis=1).mean()), 5)
 
 
 def _batch(

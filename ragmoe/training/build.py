@@ -28,6 +28,8 @@ _ELSEWHERE = {
     "hidden_dropout_prob": "train.dropout",
     "attention_probs_dropout_prob": "train.attention_dropout",
 }
+# Products that are timed to decide on bf16, and seconds after which no further one is.
+_RUNS, _SECONDS = 50, 0.5
 # What of a bundle may change when it is trained on: nothing that changes a shape.
 _CHANGEABLE = {
     "balance_loss", "capacity_factor", "gate_jitter", "gate_noise", "losses", "max_answer_tokens", "max_length",
@@ -206,10 +208,13 @@ def wants_bf16(precision: str) -> bool:
 
 
 def matmul_seconds(dtype: torch.dtype) -> float:
-    """The best of several runs of one feed-forward-sized product: on a busy machine only the best says anything."""
-    a, b = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
-    times = []
-    for _ in range(50):
+    """The best of several runs of one feed-forward-sized product: on a busy machine only the best says anything.
+
+    A processor without bf16 takes a hundred times as long for it: then one run says enough.
+    """
+    a, b = torch.ones(512, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
+    times: list[float] = []
+    while not times or (len(times) < _RUNS and sum(times) < _SECONDS):
         begin = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - begin)

@@ -82,6 +82,13 @@ def test_a_slow_encoder_is_not_measured_for_long(run: Any) -> None:
     assert run(slow)[1].now < 10  # of 2048 tokens, once to warm up and once to time, in both precisions
 
 
+def test_a_processor_without_bf16_is_not_waited_for(run: Any) -> None:
+    found, encoder = run({("bf16", 2048): 1e3})  # a hundredth of float32's rate
+    assert found.record.precision == "fp32" and found.record.speed == 0.01 and encoder.released
+    # 2,048 tokens alone would take it two seconds, and they are encoded twice.
+    assert encoder.now < 0.5
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> SentenceEncoder:
     return SentenceEncoder("tiny", save_tiny_encoder(tmp_path_factory.mktemp("model")))
