@@ -1,12 +1,16 @@
-"""A sixth domain for language models, a tokenizer for all six, and the configuration of a small Llama to begin from.
+"""What the experiments with language models begin with, beside their data: a sixth domain, passages, a random Llama.
 
     python eval/experiments/lm_corpus.py --data DIR [--out runs/lm]
 
 DIR holds a folder for each of the domains legal, fiction, webdocs, devops and textbook, with train.jsonl and
 valid.jsonl, a document a line. The sixth is code: the standard library of the Python that runs this, without its tests
-and its tables. Written to the output folder: ``code/train.jsonl`` and ``code/valid.jsonl``, and ``start/``, a
-byte-pair tokenizer learned from the train documents of all six and a Llama with random weights. A second run writes the
-same again. Takes about a minute.
+and its tables. Written to the output folder:
+
+- ``code/train.jsonl`` and ``code/valid.jsonl``;
+- ``datastore.jsonl``, the documents that neighbours are taken from, a quarter of those that are learned from;
+- ``start/``, a byte-pair tokenizer learned from the train documents of all six, and a Llama with random weights.
+
+A second run writes the same again. Takes about a minute.
 """
 
 from __future__ import annotations
@@ -23,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 DOMAINS = ("legal", "fiction", "webdocs", "devops", "textbook")
-WORDS = 8192
+WORDS = 4096
 # As large as each of the other domains, in bytes.
 TRAIN_BYTES, VALID_BYTES = 7_360_000, 320_000
+# One document in so many is indexed.
+STORED = 4
 # Tests are not what a program reads like, and tables of characters and help texts are no code.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 SMALLEST, LARGEST = 2_000, 120_000
@@ -43,6 +49,7 @@ def main() -> None:
         )
     write_code(arguments.out / "code")
     files = [arguments.data / domain / "train.jsonl" for domain in DOMAINS] + [arguments.out / "code" / "train.jsonl"]
+    write_datastore(arguments.out / "datastore.jsonl", files)
     write_start(arguments.out / "start", files)
 
 
@@ -77,8 +84,19 @@ def modules() -> Iterator[tuple[str, str]]:
             yield place.as_posix(), text
 
 
+def write_datastore(path: Path, files: list[Path]) -> None:
+    """What neighbours are taken from: every fourth document that is learned from, by a digest of its id."""
+    kept = 0
+    with path.open("w", encoding="utf-8") as out:
+        for line in (line for file in files for line in file.open(encoding="utf-8")):
+            if int(hashlib.sha256(json.loads(line)["id"].encode()).hexdigest(), 16) % STORED == 0:
+                out.write(line)
+                kept += 1
+    print(f"{path}: {kept} documents, {path.stat().st_size / 1e6:.2f} MB")
+
+
 def write_start(folder: Path, files: list[Path]) -> None:
-    """A byte-pair tokenizer and a Llama of seven million parameters, drawn at random."""
+    """A byte-pair tokenizer and a Llama of five million parameters, drawn at random."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -93,7 +111,7 @@ def write_start(folder: Path, files: list[Path]) -> None:
     names = dict(zip(("bos_token", "eos_token", "pad_token"), specials, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
+        vocab_size=WORDS, hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=8,
         num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
         pad_token_id=2,
     )  # fmt: skip

@@ -8,7 +8,7 @@ Retrieving from Trillions of Tokens".
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,13 +143,13 @@ class LanguageDataset(Dataset):
         # Tokens of each chunk with what is read before it.
         self.lengths = [len(chunk.before) + len(chunk.ids) for chunk in self.chunks]
         self.index, self.guard = index, None
+        # The neighbours of a chunk that some were retrieved for: which retrieval's, and its question there.
+        self._found: dict[int, tuple[Retrieved, int]] = {}
         if index is None:
             return
         self.guard = LeakGuard(documents, index.iterate())
-        asked = [at for at, chunk in enumerate(self.chunks) if chunk.number]
-        self._query_of = {at: query for query, at in enumerate(asked)}
-        texts, n = [self.query(at) for at in asked], config.neighbours + _SPARE
-        self._retrieved = Retrieved.of(index, texts, min(n, len(index)), config.retriever, cache, progress=progress)
+        self.cache = cache
+        self.retrieve(self.order, progress)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -164,20 +164,37 @@ class LanguageDataset(Dataset):
             found = drop_neighbours(found, self.config.drop_all, self.config.drop_each, draw)
         return LanguageExample(self.chunks[place], found)
 
+    def retrieve(self, places: Iterable[int], progress: Callable[[int, int], None] | None = None) -> None:
+        """Find the neighbours of some chunks by their places, where they are not known; nothing without an index.
+
+        Those that are shown are known from the start. Of a large corpus a short run shows few, so no others are.
+        """
+        index = self.index
+        asked = [at for at in sorted(set(places) - self._found.keys()) if self.chunks[at].number]
+        if index is None or not asked:
+            return
+        texts, n = [self.query(at) for at in asked], min(self.config.neighbours + _SPARE, len(index))
+        retrieved = Retrieved.of(index, texts, n, self.config.retriever, self.cache, progress=progress)
+        self._found.update((at, (retrieved, query)) for query, at in enumerate(asked))
+
     def query(self, place: int) -> str:
         """What retrieves the neighbours of a chunk: the text of the chunks before it, of the same document."""
         begin = max(place - self.config.query_chunks, place - self.chunks[place].number)
         return "".join(chunk.text for chunk in self.chunks[begin:place])
 
     def neighbours(self, place: int) -> Neighbours | None:
-        """The neighbours of a chunk, without what would tell it (see ``LeakGuard``); None without an index."""
+        """The neighbours of a chunk, without what would tell it (see ``LeakGuard``); None without an index.
+
+        The chunk is one of those that are shown, or that ``retrieve`` was asked for.
+        """
         index, guard, chunk = self.index, self.guard, self.chunks[place]
         if index is None or guard is None:
             return None
         if chunk.number:
             grams = guard.grams(chunk.text)
-            found = self._retrieved.neighbours(
-                self._query_of[place], self.config.neighbours, lambda row: guard.allows(chunk.document, grams, row)
+            retrieved, query = self._found[place]
+            found = retrieved.neighbours(
+                query, self.config.neighbours, lambda row: guard.allows(chunk.document, grams, row)
             )
         else:
             found = Neighbours.empty(1, index.width, self.config.neighbours)

@@ -72,6 +72,7 @@ class Chunks:
         self.data, self.collator, self.seed = data, collator, seed
         places = [at for at, chunk in enumerate(data.chunks) if chunk.number] or list(range(len(data.chunks)))
         self.places = random.Random(seed).sample(places, min(limit, len(places)))
+        data.retrieve(self.places)
 
     def batches(self, model: Any, limit: int) -> Iterator[dict[str, Tensor]]:
         """The first ``limit`` of them, where the model is."""

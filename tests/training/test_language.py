@@ -17,6 +17,7 @@ from tiny_decoder import byte_tokenizer
 from ragmoe import DataError, Index, Passage
 from ragmoe.index import BuildOptions, build_index
 from ragmoe.training.config import LanguageConfig
+from ragmoe.training.data import Retrieved
 from ragmoe.training.language import LanguageCollator, LanguageDataset, cut_documents
 
 WORDS = [f"{a}{b}" for a in ("ri", "mo", "ta", "ke", "lu", "so") for b in ("ver", "nas", "tel", "bin", "dor", "gap")]
@@ -148,6 +149,31 @@ def test_the_order_is_the_seeds(leaky: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert {"neighbour_embeddings", "neighbour_scores", "neighbour_mask"} <= set(a)
     assert [data.order for data in (dataset(leaky, tmp_path),)] == [list(range(n))]
+
+
+def test_a_short_run_retrieves_for_what_it_shows(leaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    retrieve = Retrieved.of.__func__
+
+    def watched(cls: Any, index: Any, texts: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.extend(texts)
+        return retrieve(cls, index, texts, *args, **kwargs)
+
+    monkeypatch.setattr(Retrieved, "of", classmethod(watched))
+    whole = dataset(leaky, tmp_path)
+    assert asked == [whole.query(at) for at, chunk in enumerate(whole.chunks) if chunk.number]
+    asked.clear()
+    data = dataset(leaky, tmp_path, examples=4, seed=3)
+    shown = sorted(at for at in data.order if data.chunks[at].number)
+    assert asked == [data.query(at) for at in shown] and 0 < len(asked) <= 4
+    # Of others when they are asked for, and of none twice.
+    asked.clear()
+    other = next(at for at, chunk in enumerate(data.chunks) if chunk.number and at not in shown)
+    data.retrieve([0, *shown, other])
+    assert asked == [data.query(other)]
+    for at in (other, *shown):
+        ours, known = data.neighbours(at), whole.neighbours(at)
+        assert ours.passage_ids == known.passage_ids and torch.equal(ours.embeddings_BNR, known.embeddings_BNR)
 
 
 def test_without_an_index_there_are_no_neighbours(tmp_path: Path) -> None:
