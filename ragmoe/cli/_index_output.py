@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragmoe._room import size
+from ragmoe._words import many
 from ragmoe.cli._stopped import again
 
 if TYPE_CHECKING:
@@ -53,8 +54,11 @@ def chunking(chunks: int, words: int, overlap: int, rechunk: bool) -> str:
 
 def print_plan(plan: BuildPlan) -> None:
     """What a plan will do and what it will take, on stderr."""
+    from ragmoe._ranks import Ranks
     from ragmoe.index.calibrate import described
 
+    processes = Ranks.launched().count
+    time = duration(plan.seconds / processes) + (f" in {processes} processes" if processes > 1 else "")
     how, skipped, left = plan.how, list(plan.rows.skipped), {}
     if plan.contents.new < plan.passages:
         left["of these known"] = f"{plan.passages - plan.contents.new:,}: their vectors are taken over"
@@ -74,7 +78,7 @@ def print_plan(plan: BuildPlan) -> None:
             **({"encoding": described(how.made)} if plan.contents.new and how.made else {}),
             "long passages": f"about {plan.longer_share:.1%} are longer than that: {LONG[how.long_passages]}",
             "faiss": f"{plan.choice.factory}: {plan.choice.reason}",
-            "needs about": f"{duration(plan.seconds)} to encode, {size(plan.working_bytes)} of disk "
+            "needs about": f"{time} to encode, {size(plan.working_bytes)} of disk "
             f"({size(plan.disk_bytes)} when done), {size(plan.memory_bytes)} of memory beside the encoder",
         },
         sys.stderr,
@@ -167,7 +171,7 @@ def duration(seconds: float) -> str:
 
 def built(out: Path, manifest: Manifest) -> str:
     """What a command says when it is done."""
-    return f"{out}: {manifest.passages:,} passages, generation {manifest.generation}, {manifest.digest[:12]}"
+    return f"{out}: {many(manifest.passages, 'passage')}, generation {manifest.generation}, {manifest.digest[:12]}"
 
 
 def kept(out: Path) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import UsageError
+from ragmoe._words import many
 from ragmoe.cli._bundles import BundleArgument, WithoutOption
 from ragmoe.cli._output import JsonOption, print_json
 from ragmoe.cli._thrift import ResidentOption, Thrift
@@ -48,7 +49,7 @@ def ask(
         print_answer(answer, passage)
         thrift.tell()
     if lost := getattr(answer, "shortened", 0) + getattr(answer, "left_out", 0):
-        typer.echo(f"{lost} passages were shortened or left out: the prompt has no room for more", err=True)
+        typer.echo(f"{many(lost, 'passage')} shortened or left out: the prompt has no room for more", err=True)
 
 
 def _record(question: str, answer: Answer | GeneratedAnswer, passage: Passage | None) -> dict[str, Any]:

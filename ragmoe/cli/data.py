@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ragmoe._errors import DataError, UsageError
+from ragmoe._words import many
 from ragmoe.cli._output import JsonOption, print_json
 
 app = typer.Typer(
@@ -56,11 +57,12 @@ def check(
         typer.echo("\n".join([*shown, f"and {more} more (--json lists all)"] if more else shown))
         cut = any(problem.reason.endswith(ONLY_CHUNKS) for problem in report.problems)
         raise DataError(
-            f"{len(report.problems)} problems in {total} questions",
+            f"{many(len(report.problems), 'problem')} in {many(total, 'question')}",
             hint=f"move them onto the chunks: ragmoe data remap FILE --index {index} --out NEW.jsonl" if cut else None,
         )
-    plural = "" if len(files) == 1 else "s"
-    typer.echo(f"all is well: {total} questions in {len(files)} file{plural}, {report.spans} spans verbatim")
+    typer.echo(
+        f"all is well: {many(total, 'question')} in {many(len(files), 'file')}, {many(report.spans, 'span')} verbatim"
+    )
 
 
 @app.command(epilog=_REMAP_EXAMPLES)
@@ -78,7 +80,7 @@ def remap(
 
     questions = remap_questions(read_questions(file), list(Index.open(index).chunks()))
     write_questions(out, questions)
-    typer.echo(f"{out}: {len(questions)} questions")
+    typer.echo(f"{out}: {many(len(questions), 'question')}")
 
 
 @app.command(epilog=_CLOZE_EXAMPLES)
@@ -118,4 +120,6 @@ def cloze(
             hint="cut documents into several passages: ragmoe index build SOURCE --rechunk --chunk-words 100 --out DIR",
         )
     write_questions(out, questions)
-    typer.echo(f"{out}: {len(questions)} questions of {len({q.gold_ids[0] for q in questions})} passages")
+    typer.echo(
+        f"{out}: {many(len(questions), 'question')} of {many(len({q.gold_ids[0] for q in questions}), 'passage')}"
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import UsageError
+from ragmoe._words import many
 from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument
 from ragmoe.cli._output import DataOption, JsonOption, print_json, print_tables, set_data
 from ragmoe.cli.add_expert import add
@@ -131,7 +132,7 @@ def prune(
         return
     typer.echo("\n".join(said))
     done = f"{names} would go" if dry_run else f"version {version} without {names}"
-    typer.echo(f"{bundle}: {done}; {len(kept)} experts")
+    typer.echo(f"{bundle}: {done}; {many(len(kept), 'expert')}")
 
 
 @app.command()
@@ -247,7 +248,7 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
     minutes = certificate["minutes"]
     took = f"{minutes:.1f} minutes" if minutes is not None else "several sittings"
     counts = certificate["parameters"]
-    learned = f"{certificate['documents']} documents" if language else f"{certificate['questions']} questions"
+    learned = many(certificate["documents"], "document") if language else many(certificate["questions"], "question")
     said, shares_of, cost = _ABOUT_LANGUAGE if language else _ABOUT_QUESTIONS
     trained = f"{counts['trained']:,} of {counts['total']:,} parameters"
     note = (

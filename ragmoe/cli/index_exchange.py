@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ragmoe._words import many
 from ragmoe.cli._output import JsonOption, print_json
 from ragmoe.cli.index_change import (
     DryRunOption,
@@ -50,7 +51,7 @@ def export(
     if as_json:
         print_json({"out": str(out), "form": to, "passages": manifest.passages, "index": manifest.digest})
     else:
-        typer.echo(f"{out}: {manifest.passages:,} passages of {folder} ({manifest.digest[:12]})")
+        typer.echo(f"{out}: {many(manifest.passages, 'passage')} of {folder} ({manifest.digest[:12]})")
 
 
 def import_(

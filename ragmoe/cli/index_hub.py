@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ragmoe._words import many
 from ragmoe.cli._index_output import built
 from ragmoe.cli._output import JsonOption, print_json
 from ragmoe.cli.index_change import IndexArgument
@@ -43,7 +44,7 @@ def push(
     if as_json:
         print_json({"repo": repo, "passages": manifest.passages, "index": manifest.digest})
     else:
-        typer.echo(f"{repo}: {manifest.passages:,} passages of {folder} ({manifest.digest[:12]})")
+        typer.echo(f"{repo}: {many(manifest.passages, 'passage')} of {folder} ({manifest.digest[:12]})")
 
 
 def pull(

@@ -15,6 +15,7 @@ import typer
 from ragmoe._errors import UsageError
 from ragmoe.cli._bundles import BundleArgument, WithoutOption
 from ragmoe.cli._output import JsonOption, print_json
+from ragmoe.cli._thrift import Thrift
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +24,8 @@ ROUTE_EXAMPLES = """Example:
 
   ragmoe route runs/halvern 'How long do I keep biting on the gauze?' --index indexes/demo"""
 _LABEL, _CELL = 8, 6
+# Passages that a language model is given at most, as ``ragmoe ask`` does.
+_READ = 5
 
 
 def route(
@@ -38,9 +41,8 @@ def route(
     if not question.strip():
         raise UsageError("the question is empty")
     from ragmoe.index import Index
-    from ragmoe.models import load
 
-    opened, model = Index.open(index), load(bundle, without=without or ())
+    opened, model = Index.open(index), Thrift(without=without or ()).load(bundle)
     if as_json:
         print_json(trace(model, opened, question))
     elif not model.sparse_layers or model.config.experts == 1:
@@ -51,20 +53,27 @@ def route(
 
 def trace(model: Any, index: Any, question: str) -> dict[str, Any]:
     """Everything that is drawn, as JSON holds it."""
+    from ragmoe.generation import Generator
     from ragmoe.neighbours import Neighbours
 
     model.check_index(index)
-    neighbours = model.recall(index.neighbours([question], model.config.neighbours), index)
-    answer = model.answer([question], index)[0]
-    read = answer.passage_id or next(iter(neighbours.passage_ids[0]), None)
-    passages = index.passages([read] if read else [])
+    neighbours = model.recall(index.neighbours([question], getattr(model.config, "neighbours", _READ)), index)
+    best = neighbours.passage_ids[0]
+    if isinstance(model, Generator):
+        # All in one prompt, as it answers.
+        read = best[:_READ]
+    else:
+        # A reader sees them one by one: the one that it answers from.
+        answer = model.answer([question], index)[0]
+        read = [answer.passage_id] if answer.passage_id else best[:1]
+    passages = index.passages(read)
     given_LE = model.route(question, passages, neighbours)
     bare_LE = model.route(question, passages, Neighbours.empty(1, index.width))
     shown = index.passages(neighbours.passage_ids[0])
     return {
         "question": question,
-        "passage": read,
-        "gate": model.config.gate,
+        "passages": read,
+        "gate": getattr(model.config, "gate", None),
         "gate_sees_neighbours": model.gate_sees_neighbours,
         "retriever": index.retriever,
         "neighbours": [
@@ -99,7 +108,7 @@ def draw(found: dict[str, Any]) -> None:
     named = [f"{at} {name}" for at, name in enumerate(found["experts"]) if name != f"expert {at}"]
     if named:
         console.print(Text("\nexperts: " + ", ".join(named)))
-    where = f"mean gate probability over the question and {found['passage'] or 'no passage'}"
+    where = f"mean gate probability over the question and {', '.join(found['passages']) or 'no passage'}"
     if not found["gate_sees_neighbours"]:
         _heat_map(console, f"\n{where}, by layer and expert", found["layers"], found["with_neighbours"])
         console.print(Text(f"the {found['gate']} gate sees no neighbours: there is nothing to compare", style="dim"))

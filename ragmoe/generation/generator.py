@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -234,6 +235,18 @@ class Generator:
         pairs = [(prompt.ids, self.prompts.answer_ids(answer)[:-1]) for answer in answers]
         rows = neighbours.rows([0] * len(answers)) if neighbours is not None else None
         return self._likelihoods(pairs, rows, 8192)
+
+    @torch.no_grad()
+    def route(self, question: str, passages: Sequence[Passage], neighbours: Neighbours | None = None) -> np.ndarray:
+        """Mean gate probabilities (L, E) over the tokens of the prompt; (0, 0) of a model without experts of ours."""
+        if not self.sparse_layers:
+            return np.zeros((0, 0))
+        seen = neighbours if self.gate_sees_neighbours else None
+        batch = read_batch([self.prompts.make(question, passages).ids], pad_token(self.tokenizer), seen)
+        device = next(self.model.parameters()).device
+        output = self.model.eval()(**{name: x.to(device) for name, x in batch.items()}, output_routings=True)
+        means = [routing.logits_SE.float().softmax(dim=-1).mean(dim=0) for routing in output.routings]
+        return np.asarray(torch.stack(means).double().cpu())
 
     def _likelihoods(
         self,

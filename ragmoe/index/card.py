@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ragmoe._room import size
+from ragmoe._words import many
 from ragmoe.index.manifest import Manifest
 
 NAME = "README.md"
@@ -38,7 +39,7 @@ def _card(name: str, manifest: Manifest) -> str:
     return f"""{_MARK}
 # {name}
 
-A ragmoe index of {manifest.passages:,} passages, {size(sum(record.bytes for record in manifest.files.values()))}.
+A ragmoe index of {many(manifest.passages, "passage")}, {size(sum(record.bytes for record in manifest.files.values()))}.
 
 | domain | passages |
 |---|---|

@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ragmoe._errors import IndexFolderError, IndexLockedError, RagmoeError
+from ragmoe._words import many
 from ragmoe.index import card, memory
 from ragmoe.index import manifest as manifests
 from ragmoe.index.encoder import Encoder
@@ -63,7 +64,7 @@ def _upload(path: Path, manifest: Manifest, repo: str, public: bool) -> None:
             folder_path=path,
             allow_patterns=names,
             delete_patterns=_OLD,
-            commit_message=f"Index of {manifest.passages:,} passages, {manifest.digest[:12]}",
+            commit_message=f"Index of {many(manifest.passages, 'passage')}, {manifest.digest[:12]}",
         )
 
 

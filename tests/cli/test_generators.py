@@ -16,6 +16,7 @@ from ragmoe.bundle import read_map
 from ragmoe.cli.main import main
 from ragmoe.corpus.types import Passage
 from ragmoe.evaluation import Results
+from ragmoe.gates import RetrievalGate
 from ragmoe.generation import Generator, PromptStyle
 from ragmoe.generation.answers import GeneratedAnswer, read_answer
 from ragmoe.generation.prompts import Prompt
@@ -58,7 +59,7 @@ def test_ask(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # One token less than both passages and the answer take.
     (world / "model" / "prompt.json").write_text(json.dumps({**style, "max_length": whole + 7}))
     assert main(words) == 0
-    assert "1 passages were shortened or left out" in capsys.readouterr().err
+    assert "1 passage shortened or left out" in capsys.readouterr().err
 
 
 def test_experts_on_demand_and_held_back(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +96,40 @@ def test_experts_on_demand_and_held_back(world: Path, capsys: pytest.CaptureFixt
         capsys.readouterr()
     assert digests[0] == digests[1] != digests[2]
     assert main([*run, "--output-cache", "3"]) == 2 and "--output-cache is for readers" in capsys.readouterr().err
+
+
+def test_route(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["who keeps the quay?", "--index", str(world / "index")]
+    assert main(["route", str(world / "model"), *asked]) == 0
+    assert "sends every token through the same network" in capsys.readouterr().out
+    assert main(["route", str(world / "model"), *asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["with_neighbours"] == []
+    bundle = world / "bundle"
+    settings = {"gate": "retrieval", "experts": 4, "expert_rank": 8, "neighbour_width": StubEncoder().width}
+    init(world / "model", out=bundle, **settings)
+    opened = Generator.load(bundle)
+    for module in opened.model.modules():
+        if isinstance(module, RetrievalGate):
+            torch.nn.init.normal_(module.context.weight)  # zero until it is trained
+    opened.save(bundle)
+    assert main(["route", str(bundle), *asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passages"] == [n["id"] for n in found["neighbours"]] and set(found["passages"]) == set(TEXTS)
+    given, bare = (torch.tensor(found[f"{name}_neighbours"]) for name in ("with", "without"))
+    assert given.shape == (1, 4) and torch.allclose(given.sum(1), torch.ones(1, dtype=given.dtype))
+    assert (given - bare).abs().max() > 0.01
+    # The same as by hand, from the model's own routings.
+    index = Index.open(world / "index")
+    generator, shown = Generator.load(bundle), index.passages(found["passages"])
+    ids = torch.tensor([generator.prompts.make(asked[0], shown).ids])
+    seen = generator.recall(index.neighbours(asked[:1], generator.config.neighbours), index)
+    routings = generator.model(input_ids=ids, **seen.tensors(), output_routings=True).routings
+    assert torch.allclose(given[0], routings[0].logits_SE.softmax(-1).mean(0).double().float(), atol=1e-6)
+    first = found["experts"][0]
+    assert main(["route", str(bundle), *asked, "--json", "--without", first]) == 0
+    assert json.loads(capsys.readouterr().out)["with_neighbours"][0][0] == 0
+    assert main(["route", str(bundle), *asked]) == 0
+    assert "over the question and " in capsys.readouterr().out
 
 
 def test_a_memory_is_recorded_and_recalled(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,8 @@ def test_a_rank_is_killed_and_the_next_command_encodes_what_is_missing(
     done = torchrun(tmp_path, *words, "--json")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
-    assert f"{len(kept)} of 5 blocks are encoded, missing: " in said and done.stderr.count("stopped before") == 1
+    assert f"{len(kept)} of 5 blocks are encoded, missing: " in said and " to encode in 2 processes, " in said
+    assert done.stderr.count("stopped before") == 1
     # Only what is missing is encoded, each block by its rank; and one process prints.
     for rank in (0, 1):
         ids = [name for block in missing if block % 2 == rank for name in IDS[5 * block : 5 * block + 5]]
