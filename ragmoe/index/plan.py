@@ -182,12 +182,16 @@ class BuildPlan:
 
     @cached_property
     def seconds(self) -> float:
-        """Estimated time of encoding; 0 where there is nothing to encode.
+        """Estimated time of encoding, by one process; 0 where there is nothing to encode.
 
-        By the figures of the calibration, else from some passages encoded now.
+        By the figures of the calibration, else from some passages encoded now. What a stopped run has encoded, and
+        this one takes over, is left out.
         """
+        left = float(self.contents.new)
+        if self.target.resume and (missing := self.missing) is not None:
+            left *= len(missing) / max(len(self.contents.to_encode), 1)
         if self.passage_seconds is not None:
-            return self.passage_seconds * self.contents.new
+            return self.passage_seconds * left
         sample = self.contents.sample[:: max(len(self.contents.sample) // _TIMED, 1)][:_TIMED]
         if not sample or self.encoder is None:
             return 0.0
@@ -195,7 +199,7 @@ class BuildPlan:
         self._encode(sample[:1], self.encoder)
         start = perf_counter()
         self._encode(sample, self.encoder)
-        return (perf_counter() - start) / len(sample) * self.contents.new
+        return (perf_counter() - start) / len(sample) * left
 
     def check_room(self) -> None:
         """Refuse what cannot fit.

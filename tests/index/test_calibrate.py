@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,7 +98,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> SentenceEncoder:
 @pytest.fixture
 def world(tmp_path: Path, encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Builds of 12 passages, in blocks of five, worth a calibration; ``used`` is what each block was encoded with."""
-    world = SimpleNamespace(out=tmp_path / "index", used=[], calibrated=0)
+    world = SimpleNamespace(out=tmp_path / "index", used=[], calibrated=0, encoder=encoder)
 
     def source(name: str, words: Sequence[str]) -> str:
         lines = [{"id": f"{name}{i}", "text": f"the {word} of the {name}"} for i, word in enumerate(words)]
@@ -165,6 +166,11 @@ def test_a_build_that_goes_on_does_not_choose_again(world: SimpleNamespace, monk
     with pytest.raises(KeyboardInterrupt):
         world.build(world.city)
     monkeypatch.setattr(_crash, "hook", None)
+    # Two of three blocks are encoded, and the time that is left is a third.
+    asked = BuildOptions((world.city,), world.out, encoder=world.encoder, resume=True)
+    plan = replace(plan_build(asked), passage_seconds=1.0)
+    assert plan.seconds == pytest.approx(12 / 3)
+    assert replace(plan, target=replace(plan.target, resume=False)).seconds == pytest.approx(12)
     manifest = world.build(world.city, resume=True, batch_tokens=99)
     assert manifest.encoding == BF16.model_copy(update={"batch_tokens": 99})
     assert world.calibrated == 1 and world.used == [*[("bf16", 777)] * 2, ("bf16", 99)]
