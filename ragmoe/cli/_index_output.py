@@ -44,7 +44,7 @@ def only_the_first_rank_prints() -> Iterator[None]:
 def chunking(chunks: int, words: int, overlap: int, rechunk: bool) -> str:
     """What was cut, and what was not."""
     if chunks:
-        return f"{chunks:,} passages are chunks of at most {words} words, overlap {overlap}"
+        return f"chunks of at most {words} words, overlap {overlap}: {many(chunks, 'passage')}"
     return (
         f"none was cut: none has more than {words} words"
         if rechunk
@@ -58,7 +58,7 @@ def print_plan(plan: BuildPlan) -> None:
     from ragmoe.index.calibrate import described
 
     processes = Ranks.launched().count
-    time = duration(plan.seconds / processes) + (f" in {processes} processes" if processes > 1 else "")
+    time = duration(plan.seconds_of(processes)) + (f" in {processes} processes" if processes > 1 else "")
     how, skipped, left = plan.how, list(plan.rows.skipped), {}
     if plan.contents.new < plan.passages:
         left["of these known"] = f"{plan.passages - plan.contents.new:,}: their vectors are taken over"
@@ -102,6 +102,8 @@ def reads(encoder: EncoderRecord) -> str:
 
 def plan_summary(plan: BuildPlan) -> dict[str, Any]:
     """A plan as ``--dry-run --json`` prints it."""
+    from ragmoe._ranks import Ranks
+
     return {
         "dry_run": True,
         "passages": plan.passages,
@@ -116,7 +118,7 @@ def plan_summary(plan: BuildPlan) -> dict[str, Any]:
         "encoding": plan.how.made and plan.how.made.model_dump(),
         "longer_share": plan.longer_share,
         "faiss": {"factory": plan.choice.factory, "reason": plan.choice.reason},
-        "seconds": plan.seconds,
+        "seconds": plan.seconds_of(Ranks.launched().count),
         "disk_bytes": plan.disk_bytes,
         "working_bytes": plan.working_bytes,
         "memory_bytes": plan.memory_bytes,

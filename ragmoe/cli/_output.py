@@ -41,7 +41,7 @@ def complain(results: Sequence[Results], folder: Path, again: str = "the same co
     failed = [sample for result in results for sample in result.errors]
     if failed:
         raise RagmoeError(
-            f"{many(len(failed), 'question')} failed, left out of all means; {failed[0].id}: {failed[0].error}",
+            f"{many(len(failed), 'question')} failed (left out of every mean); {failed[0].id}: {failed[0].error}",
             hint=f"the records are in {folder}; {again} tries only these again",
         )
 

@@ -114,8 +114,9 @@ def cloze(
         raise UsageError(f"no passage of {index} is of that domain and split; there are: {domains}; splits: {splits}")
     questions = cloze_questions(kept, per_passage=per_passage, seed=seed)
     if not questions:
+        documents = len({passage.doc_id or passage.id for passage in kept})
         raise DataError(
-            f"{len(kept)} passages of {len({p.doc_id or p.id for p in kept})} documents gave no question: "
+            f"{many(len(kept), 'passage')} of {many(documents, 'document')} gave no question: "
             "no two passages of one document speak of the same thing",
             hint="cut documents into several passages: ragmoe index build SOURCE --rechunk --chunk-words 100 --out DIR",
         )

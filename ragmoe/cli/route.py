@@ -40,11 +40,17 @@ def route(
     """Draw which experts the gates prefer for a question, with its neighbours and without them."""
     if not question.strip():
         raise UsageError("the question is empty")
+    from ragmoe.generation import Generator
     from ragmoe.index import Index
 
     opened, model = Index.open(index), Thrift(without=without or ()).load(bundle)
     if as_json:
         print_json(trace(model, opened, question))
+    elif not model.sparse_layers and isinstance(model, Generator):
+        typer.echo(
+            f"{bundle} has no gate of ragmoe's: there is nothing to draw\n"
+            f"ragmoe init --base {bundle} --out DIR makes a bundle of it that has some"
+        )
     elif not model.sparse_layers or model.config.experts == 1:
         typer.echo(f"{bundle} sends every token through the same network: there is nothing for a gate to choose")
     else:
@@ -57,22 +63,22 @@ def trace(model: Any, index: Any, question: str) -> dict[str, Any]:
     from ragmoe.neighbours import Neighbours
 
     model.check_index(index)
-    neighbours = model.recall(index.neighbours([question], getattr(model.config, "neighbours", _READ)), index)
-    best = neighbours.passage_ids[0]
+    N = getattr(model.config, "neighbours", 0)
+    found = index.neighbours([question], max(N, _READ))
+    neighbours = model.recall(found.first(N or _READ), index)
     if isinstance(model, Generator):
-        # All in one prompt, as it answers.
-        read = best[:_READ]
+        # All in one prompt, as far as there is room for them.
+        passages = list(model.prompts.make(question, index.passages(found.passage_ids[0][:_READ])).passages)
     else:
         # A reader sees them one by one: the one that it answers from.
         answer = model.answer([question], index)[0]
-        read = [answer.passage_id] if answer.passage_id else best[:1]
-    passages = index.passages(read)
+        passages = index.passages([answer.passage_id] if answer.passage_id else neighbours.passage_ids[0][:1])
     given_LE = model.route(question, passages, neighbours)
     bare_LE = model.route(question, passages, Neighbours.empty(1, index.width))
     shown = index.passages(neighbours.passage_ids[0])
     return {
         "question": question,
-        "passages": read,
+        "passages": [passage.id for passage in passages],
         "gate": getattr(model.config, "gate", None),
         "gate_sees_neighbours": model.gate_sees_neighbours,
         "retriever": index.retriever,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from ragmoe._words import many
 from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.results import Results
 from ragmoe.evaluation.retrieval import METRICS
@@ -257,7 +258,7 @@ def _n(block: Mapping[str, Any]) -> str:
 def _coverage(runs: Sequence[Results]) -> str:
     share = _mean(runs, _macro("coverage"))
     errors = sum(run.real["macro"]["errors"] for run in runs)
-    return NONE if share is None else f"{100 * share:.1f} %" + (f", {errors} errors" if errors else "")
+    return NONE if share is None else f"{100 * share:.1f} %" + (f", {many(errors, 'error')}" if errors else "")
 
 
 def _change(runs: Sequence[Results], condition: str) -> list[str]:

@@ -47,8 +47,8 @@ A ragmoe index of {many(manifest.passages, "passage")}, {size(sum(record.bytes f
 
 - Encoder: `{encoder.id}` (weights `{encoder.digest[:12]}`), width {encoder.width}, reads {encoder.max_length} tokens.
 - Prompts: query `{encoder.query_prompt!r}`, passage `{encoder.passage_prompt!r}`.
-- Longer than that: {long.longer:,} passages ({long.share:.1%}), encoded by `{long.mode}`.
-- Chunks: {cut.chunks:,} passages are pieces of something longer, at most {cut.words} words, overlap {cut.overlap}.
+- Longer than that: {many(long.longer, "passage")} ({long.share:.1%}), encoded by `{long.mode}`.
+- Chunks: {many(cut.chunks, "passage")} cut from something longer, at most {cut.words} words, overlap {cut.overlap}.
 - Bad lines skipped: {manifest.skipped:,}.
 - Search: FAISS `{faiss.factory}` ({recall}) and BM25.
 - Built with: {versions}; generation {manifest.generation}, digest `{manifest.digest}`.

@@ -70,7 +70,8 @@ class EncodingRecord(_Strict):
         batch_tokens: tokens in a batch, padding included.
         chosen: by a calibration, by whoever built it, or because there was too little to choose by.
         speed: of bf16 over fp32, as calibrated; None where it was not.
-        cosine: mean cosine of the calibration's passages in bf16 to float32.
+        cosine: mean cosine of the calibration's passages in bf16 to float32; where bf16 is so slow that it was soon
+            seen, that of the beginning of one.
     """
 
     precision: Literal["fp32", "bf16"]

@@ -166,9 +166,11 @@ class BuildPlan:
     def missing(self) -> list[int] | None:
         """The numbers of the blocks that a stopped run of just this has not encoded; None where there was no such run.
 
+        A run with another precision or batch is such a one only for a plan that may yet take it up as it was.
+
         Several processes share them out by number: block ``n`` of ``w`` processes is that of rank ``n % w``.
         """
-        stopped = self.as_begun().blocks
+        stopped = (self if self.target.resume else self.as_begun()).blocks
         return [number for number in self.contents.to_encode if number not in stopped] if stopped.begun else None
 
     def as_begun(self) -> BuildPlan:
@@ -187,9 +189,9 @@ class BuildPlan:
         By the figures of the calibration, else from some passages encoded now. What a stopped run has encoded, and
         this one takes over, is left out.
         """
-        left = float(self.contents.new)
-        if self.target.resume and (missing := self.missing) is not None:
-            left *= len(missing) / max(len(self.contents.to_encode), 1)
+        left = self.contents.new * len(self._left) / max(len(self.contents.to_encode), 1)
+        if not left:
+            return 0.0
         if self.passage_seconds is not None:
             return self.passage_seconds * left
         sample = self.contents.sample[:: max(len(self.contents.sample) // _TIMED, 1)][:_TIMED]
@@ -200,6 +202,17 @@ class BuildPlan:
         start = perf_counter()
         self._encode(sample, self.encoder)
         return (perf_counter() - start) / len(sample) * left
+
+    def seconds_of(self, processes: int) -> float:
+        """The same for several processes, of which the one with most blocks takes as long as all."""
+        blocks = Counter(number % processes for number in self._left)
+        return self.seconds * max(blocks.values(), default=0) / max(len(self._left), 1)
+
+    @property
+    def _left(self) -> list[int]:
+        """The numbers of the blocks that this run encodes."""
+        missing = self.missing if self.target.resume else None
+        return self.contents.to_encode if missing is None else missing
 
     def check_room(self) -> None:
         """Refuse what cannot fit.

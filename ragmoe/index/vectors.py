@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ragmoe._errors import IndexFolderError
 from ragmoe._threads import import_faiss, import_torch
+from ragmoe._words import many
 from ragmoe.index.digests import VerifiedRows
 from ragmoe.index.manifest import FaissRecord
 from ragmoe.index.store import release
@@ -53,7 +54,9 @@ def choose_factory(count: int, width: int) -> Choice:
     "Quicker ADC", TPAMI 2019), on three dimensions each where the width allows; eval/bench/scale.py has the others.
     """
     if count <= FLAT_LIMIT:
-        return Choice("Flat", f"{count:,} passages are at most {FLAT_LIMIT:,}: exact search is fast enough", 4 * width)
+        return Choice(
+            "Flat", f"{many(count, 'passage')}, at most {FLAT_LIMIT:,}: exact search is fast enough", 4 * width
+        )
     lists = list_count(count)
     train = 4 * width * min(count, _TRAIN_EACH * lists)
     beyond = f"{count:,} passages are more than {FLAT_LIMIT:,}: {lists} lists (4 roots of the count) of"

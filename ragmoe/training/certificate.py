@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ragmoe._errors import DataError, ModelError
+from ragmoe._words import many
 from ragmoe.evaluation import Results, Retrieval, Sample, Task, compare, evaluate
 from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.statistics import macro
@@ -129,7 +130,7 @@ def _same(a: Sample, b: Sample) -> bool:
 def _change(task: Task, before: Sequence[Sample], after: Sequence[Sample], name: str) -> dict[str, Any]:
     failed = [sample for sample in (*before, *after) if sample.status == "error"]
     if failed:
-        raise DataError(f"task {task.name}: {len(failed)} questions failed; {failed[0].id}: {failed[0].error}")
+        raise DataError(f"task {task.name}: {many(len(failed), 'question')} failed; {failed[0].id}: {failed[0].error}")
     change = compare([after], [before], setting=task.setting_name)
     return {
         "task": task.name,

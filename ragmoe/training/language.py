@@ -192,6 +192,8 @@ class LanguageDataset(Dataset):
             return None
         if chunk.number:
             grams = guard.grams(chunk.text)
+            if place not in self._found:
+                raise ValueError(f"chunk {place} is none of those shown, and no neighbours were retrieved for it")
             retrieved, query = self._found[place]
             found = retrieved.neighbours(
                 query, self.config.neighbours, lambda row: guard.allows(chunk.document, grams, row)

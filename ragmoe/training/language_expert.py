@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -68,11 +68,18 @@ class Chunks:
     read them would learn to go by that.
     """
 
-    def __init__(self, data: LanguageDataset, collator: LanguageCollator, limit: int, seed: int) -> None:
+    def __init__(
+        self,
+        data: LanguageDataset,
+        collator: LanguageCollator,
+        limit: int,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.data, self.collator, self.seed = data, collator, seed
         places = [at for at, chunk in enumerate(data.chunks) if chunk.number] or list(range(len(data.chunks)))
         self.places = random.Random(seed).sample(places, min(limit, len(places)))
-        data.retrieve(self.places)
+        data.retrieve(self.places, progress)
 
     def batches(self, model: Any, limit: int) -> Iterator[dict[str, Tensor]]:
         """The first ``limit`` of them, where the model is."""
@@ -131,7 +138,8 @@ def begin_language_expert(
             hint="leave new_expert.corpus out",
         )
     id = joined(model, config, wanted, index)
-    own = Chunks(data, collator, wanted.documents, config.seed)
+    progress = partial(show.stage, "retrieving for its own documents") if show else None
+    own = Chunks(data, collator, wanted.documents, config.seed, progress)
     others = None
     if wanted.train_gate or wanted.start == "nearest":
         others = _other_chunks(wanted, config, index, data, collator, cache, show)

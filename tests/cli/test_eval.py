@@ -126,8 +126,8 @@ def test_failed_questions_are_in_no_mean_and_in_the_exit_code(
         patch.setattr(RagmoeBertForQuestionAnswering, "read", failing)
         code, out, err = ragmoe(*run)
     assert code == 1
-    assert "75.0 %, 1 errors" in out
-    assert "2 questions failed, left out of all means; q2: RuntimeError: out of coal" in err
+    assert "75.0 %, 1 error" in out
+    assert "2 questions failed (left out of every mean); q2: RuntimeError: out of coal" in err
     code, out, _ = ragmoe(*run)
     assert code == 0
     assert "100.0 %" in out

@@ -101,7 +101,7 @@ def test_experts_on_demand_and_held_back(world: Path, capsys: pytest.CaptureFixt
 def test_route(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["who keeps the quay?", "--index", str(world / "index")]
     assert main(["route", str(world / "model"), *asked]) == 0
-    assert "sends every token through the same network" in capsys.readouterr().out
+    assert "has no gate of ragmoe's" in (said := capsys.readouterr().out) and "ragmoe init --base" in said
     assert main(["route", str(world / "model"), *asked, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["with_neighbours"] == []
     bundle = world / "bundle"
@@ -125,6 +125,17 @@ def test_route(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen = generator.recall(index.neighbours(asked[:1], generator.config.neighbours), index)
     routings = generator.model(input_ids=ids, **seen.tensors(), output_routings=True).routings
     assert torch.allclose(given[0], routings[0].logits_SE.softmax(-1).mean(0).double().float(), atol=1e-6)
+    # The gate sees as many neighbours as it learned with; the prompt has as many passages as there is room for.
+    opened.model.config.neighbours = 1
+    opened.save(bundle)
+    assert main(["route", str(bundle), *asked, "--json"]) == 0
+    fewer = json.loads(capsys.readouterr().out)
+    assert len(fewer["neighbours"]) == 1 and fewer["passages"] == found["passages"]
+    style = json.loads((bundle / "prompt.json").read_text())
+    room = len(generator.prompts.ids(asked[0], shown[:1])) + style["max_answer_tokens"]
+    (bundle / "prompt.json").write_text(json.dumps({**style, "max_length": room}))
+    assert main(["route", str(bundle), *asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passages"] == found["passages"][:1]
     first = found["experts"][0]
     assert main(["route", str(bundle), *asked, "--json", "--without", first]) == 0
     assert json.loads(capsys.readouterr().out)["with_neighbours"][0][0] == 0

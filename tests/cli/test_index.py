@@ -36,7 +36,7 @@ def test_build_prints_the_plan_on_stderr_and_the_result_on_stdout(run: Run, corp
     done = run("index", "build", corpus, "--out", tmp_path / "index")
     assert done.code == 0
     assert "3: archive 1, market 1, river 1" in done.err
-    assert "Flat: 3 passages are at most 50,000" in done.err
+    assert "Flat: 3 passages, at most 50,000" in done.err
     assert "of disk" in done.err and "of memory" in done.err and "about 0.0% are longer than that" in done.err
     assert done.out.startswith(f"{tmp_path / 'index'}: 3 passages, generation 1, ")
 
@@ -87,7 +87,7 @@ def test_the_plan_says_what_was_cut_and_what_was_not(run: Run, tmp_path: Path) -
     assert done.json["chunks"] == 0
     assert "none was cut: what has an id stays whole (--rechunk cuts it too), the rest has at most 20 words" in done.err
     done = run(*words, "--rechunk", "--json")
-    assert done.json["chunks"] == 3 and "3 passages are chunks of at most 20 words, overlap 4" in done.err
+    assert done.json["chunks"] == 3 and "chunks of at most 20 words, overlap 4: 3 passages" in done.err
 
 
 def test_overwrite_and_resume(run: Run, corpus: Path, folder: Path) -> None:

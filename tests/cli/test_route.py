@@ -17,6 +17,9 @@ def test_the_figures(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
     assert (found["layers"], len(found["experts"]), found["gate_sees_neighbours"]) == ([0, 1], 4, True)
     assert len(found["neighbours"]) == 3
     assert found["neighbours"][0]["id"] == "bridge"
+    answer = json.loads(ragmoe("ask", bundle, BRIDGE, "--index", small_city / "index", "--json")[1])
+    # What it would answer from, or the best where it finds nothing to.
+    assert found["passages"] == [(answer["passage"] or {"id": "bridge"})["id"]]
     for given, bare, moved in zip(
         found["with_neighbours"], found["without_neighbours"], found["difference"], strict=True
     ):

@@ -90,6 +90,20 @@ def test_a_processor_without_bf16_is_not_waited_for(run: Any) -> None:
     assert encoder.now < 0.5
 
 
+def test_one_hiccup_does_not_rule_bf16_out(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, calls = Timed.encode, []
+
+    def interrupted(self: Timed, tokens: Any, *, precision: str, batch_tokens: int) -> Any:
+        calls.append(precision)
+        # The first that is timed, after one that is not.
+        self.now += 60.0 if precision == "bf16" and calls.count("bf16") == 2 else 0.0
+        return encode(self, tokens, precision=precision, batch_tokens=batch_tokens)
+
+    monkeypatch.setattr(Timed, "encode", interrupted)
+    found, _ = run({("bf16", 2048): 1.8e5})
+    assert found.record.precision == "bf16" and found.record.speed == 1.8
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> SentenceEncoder:
     return SentenceEncoder("tiny", save_tiny_encoder(tmp_path_factory.mktemp("model")))
@@ -171,6 +185,11 @@ def test_a_build_that_goes_on_does_not_choose_again(world: SimpleNamespace, monk
     plan = replace(plan_build(asked), passage_seconds=1.0)
     assert plan.seconds == pytest.approx(12 / 3)
     assert replace(plan, target=replace(plan.target, resume=False)).seconds == pytest.approx(12)
+    # With another precision nothing is taken over.
+    other = replace(plan_build(replace(asked, precision="fp32", batch_tokens=64)), passage_seconds=1.0)
+    assert other.missing is None and other.seconds == pytest.approx(12)
+    # Blocks 0 and 2 are one process's, 1 is the other's; of the last alone nothing is shared out.
+    assert other.seconds_of(2) == pytest.approx(8) and plan.seconds_of(2) == pytest.approx(4)
     manifest = world.build(world.city, resume=True, batch_tokens=99)
     assert manifest.encoding == BF16.model_copy(update={"batch_tokens": 99})
     assert world.calibrated == 1 and world.used == [*[("bf16", 777)] * 2, ("bf16", 99)]

@@ -44,7 +44,7 @@ def test_the_manifest_says_what_was_built(build: Build, tmp_path: Path) -> None:
     assert manifest.encoder.id == "stub-0" and manifest.encoder.width == 64
     assert manifest.long_passages.mode == "windows"
     assert manifest.long_passages.longer == 9 and manifest.long_passages.share == 0.375
-    assert manifest.faiss.factory == "Flat" and "24 passages are at most 50,000" in manifest.faiss.reason
+    assert manifest.faiss.factory == "Flat" and "24 passages, at most 50,000" in manifest.faiss.reason
     assert manifest.intact and manifest == read_manifest(tmp_path / "index")
     on_disk = {p.relative_to(tmp_path / "index").as_posix() for p in (tmp_path / "index").rglob("*") if p.is_file()}
     assert on_disk - set(manifest.files) <= {"manifest.json", "build.lock", "README.md"}

@@ -169,6 +169,8 @@ def test_a_short_run_retrieves_for_what_it_shows(leaky: Path, tmp_path: Path, mo
     # Of others when they are asked for, and of none twice.
     asked.clear()
     other = next(at for at, chunk in enumerate(data.chunks) if chunk.number and at not in shown)
+    with pytest.raises(ValueError, match=f"chunk {other} is none of those shown"):
+        data.neighbours(other)
     data.retrieve([0, *shown, other])
     assert asked == [data.query(other)]
     for at in (other, *shown):
