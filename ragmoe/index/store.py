@@ -128,7 +128,7 @@ def map_npy(path: Path) -> NDArray[Any]:
     """
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (SyntaxError, TokenError, TypeError, EOFError, RecursionError, MemoryError) as error:
+    except (SyntaxError, TokenError, TypeError, EOFError, RecursionError, MemoryError, OverflowError) as error:
         # numpy reads the header as Python's literals, with all that this may raise.
         raise ValueError(f"the header of {path.name} is no header of an array") from error
 

@@ -91,7 +91,8 @@ def _check_sample(index: Index, sample: int) -> list[str]:
         prompt=record.passage_prompt,
     )
     cosines = (vectors * unit_rows(index.embeddings, rows)).sum(axis=1)
-    wrong = np.flatnonzero(cosines < ALIKE)
+    # What is no number is not alike either.
+    wrong = np.flatnonzero(~(cosines >= ALIKE))
     if not len(wrong):
         return []
     first = wrong[0]
