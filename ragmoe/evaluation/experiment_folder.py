@@ -27,6 +27,9 @@ from ragmoe.evaluation.results import Results
 from ragmoe.evaluation.samples import write_text
 from ragmoe.evaluation.task import Task
 
+# What a history calls the loss of what is learned, the first that is there.
+_LOSSES = ("answer_loss", "language_loss", "loss")
+
 
 class ExperimentFolder:
     """What an experiment has left in ``root``; every arm is named with a seed.
@@ -121,13 +124,17 @@ class ExperimentFolder:
         return "begun" if self.note(arm, seed) else "not begun"
 
     def losses(self, arm: str, seed: int) -> list[tuple[int, float]]:
-        """Step and loss of the answers (nats) from the history of an arm's training; empty where there is none."""
+        """Step and loss of the answers, or of the text, in nats, from the history of an arm's training.
+
+        Without the losses of the routing; a model that has none says only ``loss``. Empty where there is no history.
+        """
         try:
             lines = (self.bundle(arm, seed) / "history.jsonl").read_text(encoding="utf-8").splitlines()
         except OSError:
             return []
         records = [_parse(line) for line in lines]
-        return [(int(r["step"]), float(r["answer_loss"])) for r in records if {"step", "answer_loss"} <= r.keys()]
+        named = [(r, next((name for name in _LOSSES if name in r), None)) for r in records if "step" in r]
+        return [(int(r["step"]), float(r[name])) for r, name in named if name is not None]
 
     def seconds(self, arm: str) -> float | None:
         """Of training, as the mean over seeds; None where one is not known."""

@@ -18,6 +18,7 @@ from ragmoe.evaluation.report import comparison_table
 from ragmoe.evaluation.result import ArmResult, ComparisonResult, DomainResult, Result
 from ragmoe.evaluation.statistics import Comparison
 from ragmoe.evaluation.tables import NONE, Table, bounds, number
+from ragmoe.evaluation.training_gap import training_gap
 
 # Results of one arm, one a seed; by arm; by setting.
 Arm = Sequence[LanguageResults]
@@ -88,6 +89,7 @@ def gather_language(folder: ExperimentFolder, digests: Mapping[str, str], comman
         comparison_table(percent),
         *(_domain_table([t for t in percent if t[2].setting.partition("+")[0] == setting]) for setting in runs),
         _last_expert_table(runs) if len(runs) > 1 and runs[first] else None,
+        training_gap({arm: [folder.losses(arm, seed) for seed in experiment.seeds] for arm in experiment.arms}, DENSE),
         _arm_table(runs[first], experiment.notes, seconds) if runs[first] else None,
     ]
     return Outcome(
