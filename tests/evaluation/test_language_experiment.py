@@ -61,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "language": {"chunk_tokens": 48, "context_tokens": 8, "neighbours": 3},
             "train": {"steps": 3, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"},
             "checkpoint_every": 0,
+            "log_every": 1,
         },
         "arms": {
             "dense": {"model.gate": "token", "model.experts": 1},
@@ -123,7 +124,8 @@ def test_from_training_to_the_result_and_taken_up_again(folder: Path, tmp_path: 
     )
     assert points.difference == pytest.approx(arms["dense"].perplexity - arms["untrained"].perplexity)
     text = (folder / "result.md").read_text()
-    for words in ("### Perplexity", "### Comparisons", "by domain, %", "- dense: one expert", "valid+shuffled"):
+    expected = ("### Perplexity", "### Comparisons", "by domain, %", "- dense: one expert", "valid+shuffled")
+    for words in (*expected, "### Perplexity while training, against dense, %"):
         assert words in text
 
 
