@@ -18,7 +18,7 @@ from ragmoe.evaluation.experiment_report import Outcome, command_of, write
 from ragmoe.evaluation.experiment_run import begin, open_folder, trained_bundle
 from ragmoe.evaluation.language_report import gather_language
 from ragmoe.evaluation.language_results import LanguageResults, documents_digest, results_place
-from ragmoe.evaluation.opening import index_of_recipe
+from ragmoe.evaluation.opening import Progress, index_of_recipe
 from ragmoe.evaluation.perplexity import document_losses
 from ragmoe.evaluation.perturbation import REAL
 
@@ -38,10 +38,12 @@ def run_language_experiment(
     only: Sequence[str] = (),
     command: str | None = None,
     say: Callable[[str], None] | None = None,
-    index_progress: Callable[[str, int, int], None] | None = None,
+    index_progress: Progress | None = None,
     show_training: Shows | None = None,
 ) -> Outcome:
     """Run an experiment with language models, or go on with one; the arguments are those of ``run_experiment``.
+
+    ``index_progress`` is told of retrieving and predicting too.
 
     Raises:
         RagmoeError: a file or an index is wrong, or an arm in ``out`` was trained with another configuration.
@@ -68,8 +70,8 @@ def run_language_experiment(
                     continue
                 named = "" if setting == VALID else f" of the setting {setting}"
                 say(f"{arm}, seed {seed}: predicting {len(found)} documents{named}")
-                data = _dataset(model, tokenizer, config, found, index, root / "cache")
-                _measure(model, data, index, sorted(wanted), digests[setting]).save(place)
+                data = _dataset(model, tokenizer, config, found, index, root / "cache", index_progress)
+                _measure(model, data, index, sorted(wanted), digests[setting], index_progress).save(place)
     outcome = gather_language(folder, digests, command or command_of(experiment, only))
     outcome.written = write(outcome)
     return outcome
@@ -100,7 +102,13 @@ def _is_shown(model: Any) -> bool:
 
 
 def _dataset(
-    model: Any, tokenizer: Any, config: TrainingConfig, documents: Sequence[Passage], index: Index, cache: Path
+    model: Any,
+    tokenizer: Any,
+    config: TrainingConfig,
+    documents: Sequence[Passage],
+    index: Index,
+    cache: Path,
+    progress: Progress | None,
 ) -> LanguageDataset:
     """The chunks to be predicted, each once, with their neighbours for a model whose gate sees them."""
     from ragmoe.generation.batches import sees_neighbours
@@ -115,11 +123,17 @@ def _dataset(
         config.language or LanguageConfig(),
         cache=cache,
         recall=recalling(model, index),
+        progress=partial(progress, "retrieving neighbours") if progress else None,
     )
 
 
 def _measure(
-    model: Any, data: LanguageDataset, index: Index, conditions: Sequence[str], digest: str
+    model: Any,
+    data: LanguageDataset,
+    index: Index,
+    conditions: Sequence[str],
+    digest: str,
+    progress: Progress | None,
 ) -> LanguageResults:
     from ragmoe.moe import RoutingStatistics
     from ragmoe.training.decoders import decoder_parameters
@@ -132,7 +146,13 @@ def _measure(
         "shuffled": partial(_another, data),
     }
     losses = {
-        name: document_losses(model, data, shown=shown[name], statistics=routed if name == REAL else None)
+        name: document_losses(
+            model,
+            data,
+            shown=shown[name],
+            statistics=routed if name == REAL else None,
+            progress=partial(progress, "chunks" if name == REAL else f"{name} neighbours") if progress else None,
+        )
         for name in conditions
     }
     counts = decoder_parameters(model)

@@ -96,11 +96,17 @@ def test_from_training_to_the_result_and_taken_up_again(folder: Path, tmp_path: 
     assert part.missing == ["untrained seed 0", "retrieval seed 0", "oracle seed 0"]
     assert not (folder / "result.json").exists()
     said.clear()
-    whole = run_language_experiment(load(folder), out=tmp_path, say=said.append)
+    shown: list[tuple[str, int, int]] = []
+    whole = run_language_experiment(
+        load(folder), out=tmp_path, say=said.append, index_progress=lambda *step: shown.append(step)
+    )
     assert not whole.missing and "dense, seed 0: trained already" in said
     assert [line for line in said if "predicting" in line] == [
         f"{arm}, seed 0: predicting 6 documents" for arm in ("untrained", "retrieval", "oracle")
     ]
+    # Whatever takes long is seen to go on, and to come to its end.
+    ended = {name for name, done, total in shown if done == total}
+    assert {"retrieving neighbours", "chunks", "null neighbours", "shuffled neighbours"} <= ended
     result = Result.read(folder / "result.json")
     arms = result.arms
     assert arms["dense"].perplexity < arms["untrained"].perplexity
