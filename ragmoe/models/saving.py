@@ -148,7 +148,9 @@ class BundleMixin(PreTrainedModel):
         wanted_info, adapter_name = kwargs.pop("output_loading_info", False), kwargs.pop("adapter_name", None)
         model, info = cls._open_bundle(path, *args, **named, **kwargs)
         if adapter is not None:
-            model.load_adapter(adapter, adapter_name=adapter_name)
+            found = model.load_adapter(adapter, adapter_name=adapter_name)
+            # Of experts that stay in their files it would be left out.
+            _check_fit(f"the adapter {adapter} does not fit the model as it was opened", found.to_dict(), "")
         return (model, info) if wanted_info else model
 
     @classmethod

@@ -203,6 +203,14 @@ def test_an_adapter_for_experts_of_another_kind_is_refused() -> None:
         adapted(case("mixtral-lora"), {**ATTENTION, "target_parameters": ["experts.gate_up_proj"]})
 
 
+def test_an_adapter_with_more_than_the_opened_model_is_refused(tmp_path: Path) -> None:
+    """Experts that stay in their files take no adapter, and that on attention alone is not what was trained."""
+    make("olmoe").save_pretrained(tmp_path / "base")
+    adapted(load_decoder(tmp_path / "base"), {**FUSED, **ATTENTION}).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(BundleError, match=r"adapter does not fit the model as it was opened: .*experts\.lora_"):
+        FAMILIES["olmoe"].from_pretrained(tmp_path / "adapter", resident_experts=2)
+
+
 @pytest.mark.parametrize("where", [ATTENTION, FUSED])
 def test_a_model_with_an_adapter_on_it_saves_the_adapter(
     where: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
