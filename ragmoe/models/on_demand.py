@@ -101,7 +101,7 @@ def _show_neighbours(store: ExpertStore, base: Any) -> None:
     def look(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         if base.gate_sees_neighbours:
             given = signature.bind(*args, **named).arguments
-            past = given.get("past_key_values")
+            past = given.get("cache", given.get("past_key_values"))
             neighbours = Neighbours.from_tensors(given) if past is None or not past.get_seq_length() else None
             if neighbours is not None:
                 store.prefetch(neighbours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from ragmoe.moe.block import SparseBlock
 _IN_MAP = ("expert_ids", "expert_names", "encoder", "index_digest")
 # What a reader's training measures, which therefore belongs to the weights; decoders have no such thing.
 _CALIBRATED = "no_answer_threshold"
+# What PEFT writes beside an adapter's weights.
+_ADAPTER = "adapter_config.json"
 
 
 class BundleMixin(PreTrainedModel):
@@ -64,9 +67,12 @@ class BundleMixin(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         message: str = "save",
         extra: Mapping[str, Any] | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> None:
         """Write the bundle: what has changed becomes a new version, and the map is replaced last.
+
+        Of a model with a PEFT adapter on it (``load_adapter``) the adapter alone is written, as in transformers: under
+        the names that the adapter gives them, the base's own weights would be found by nobody.
 
         Args:
             state_dict: saved instead of the model's own, as Trainer hands it over in distributed training.
@@ -74,6 +80,9 @@ class BundleMixin(PreTrainedModel):
             extra: recorded in the map beside the configuration, as JSON.
         """
         if not is_main_process:
+            return
+        if self._hf_peft_config_loaded:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
             return
         self._must_be_whole("saved")
         folder = Path(save_directory)
@@ -118,7 +127,7 @@ class BundleMixin(PreTrainedModel):
         resident_experts: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Open a bundle; anything else goes to transformers' own loader.
+        """Open a bundle, or a PEFT adapter's folder with the bundle under it; all else is for transformers' loader.
 
         The configuration, the experts and the encoder come from the bundle's map, the one thing that is replaced at
         once; ``config.json`` is a copy of it. Of a ``config`` given, the map's own fields and the threshold give way.
@@ -130,11 +139,31 @@ class BundleMixin(PreTrainedModel):
                 until a token is routed to them (``expert_store``). Answers are the same; for inference only. None
                 keeps all.
         """
-        path = pretrained_model_name_or_path
+        path, adapter = _parted(pretrained_model_name_or_path, kwargs)
         if path is None or kwargs.get("state_dict") is not None or not is_bundle(path):
             if resident_experts is not None:
                 raise ModelError(f"resident_experts needs a bundle, where each expert is a file; {path} is none")
-            return super().from_pretrained(path, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        named: dict[str, Any] = {"version": version, "experts": experts, "resident_experts": resident_experts}
+        wanted_info, adapter_name = kwargs.pop("output_loading_info", False), kwargs.pop("adapter_name", None)
+        model, info = cls._open_bundle(path, *args, **named, **kwargs)
+        if adapter is not None:
+            found = model.load_adapter(adapter, adapter_name=adapter_name)
+            # Of experts that stay in their files it would be left out.
+            _check_fit(f"the adapter {adapter} does not fit the model as it was opened", found.to_dict(), "")
+        return (model, info) if wanted_info else model
+
+    @classmethod
+    def _open_bundle(
+        cls,
+        path: Any,
+        *args: Any,
+        version: int | None,
+        experts: Sequence[int | str] | None,
+        resident_experts: int | None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """The model in a bundle, and what transformers says of its loading."""
         leave = None if resident_experts is None else is_expert_weight
         tensors, bundle = read_bundle(path, version=version, experts=experts, leave=leave)
         if "config" not in bundle.extra:
@@ -152,7 +181,6 @@ class BundleMixin(PreTrainedModel):
             tensors |= empty
         if "generation" in bundle.extra:
             kwargs.setdefault("generation_config", GenerationConfig.from_dict(dict(bundle.extra["generation"])))
-        wanted_info = kwargs.pop("output_loading_info", False)
         with quiet_loading():
             model, info = super().from_pretrained(
                 None, *args, config=config, state_dict=tensors, output_loading_info=True, **kwargs
@@ -166,7 +194,7 @@ class BundleMixin(PreTrainedModel):
         model.name_or_path = model.config._name_or_path = str(path)
         # Of the whole map, also where only some of its experts were opened.
         model.bundle_digests = _digests(bundle if experts is None else read_map(path, version=bundle.version))
-        return (model, info) if wanted_info else model
+        return model, info
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in torch, but one expert's tensor, as a bundle's files hold it, goes to that expert's place.
@@ -205,6 +233,19 @@ class BundleMixin(PreTrainedModel):
         _apply_map(self.config, bundle)
         self.load_state_dict(tensors, strict=True)
         self.bundle_digests = _digests(bundle)
+
+
+def _parted(path: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A model's folder, and that of the PEFT adapter that goes on it; None for none.
+
+    As transformers has it: an adapter's folder names its base, unless it holds a whole model itself. The Auto classes
+    have parted the two already.
+    """
+    found = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")
+    if found is not None or path is None or not (file := Path(path) / _ADAPTER).is_file():
+        return path, found
+    whole = is_bundle(path)
+    return (path if whole else json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]), path
 
 
 def _digests(bundle: BundleMap) -> list[str]:

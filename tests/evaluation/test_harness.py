@@ -19,6 +19,7 @@ from ragmoe import Index, ModelError
 from ragmoe.evaluation.harness import HarnessModel
 from ragmoe.generation import Generator, PromptStyle
 from ragmoe.index import BuildOptions, build_index
+from ragmoe.models.initialising import init
 
 TEXTS = {"quay": "The keeper of the quay is Anna.", "lock": "Bert opens the lock at nine.", "map": "A map of the city."}
 
@@ -241,3 +242,62 @@ def test_the_harness_runs_a_local_task(tmp_path: Path) -> None:
     nats = sum(model.loglikelihood_rolling([ask(row["q"]) for row in rows]))
     size = sum(len(row["q"].encode()) for row in rows)
     assert found["results"]["roll"]["byte_perplexity,none"] == pytest.approx(math.exp(-nats / size), rel=1e-5)
+
+
+def trained_bundle(place: Path) -> Path:
+    """A dense model upcycled by ``init``; its gates heed neighbours by now, and its experts say different things."""
+    generator(max_position_embeddings=1024).save(place / "dense")
+    settings: dict[str, Any] = {"gate": "retrieval", "experts": 4, "expert_kind": "ffn"}
+    init(place / "dense", out=place / "bundle", **settings, neighbour_width=StubEncoder().width)
+    opened = Generator.load(place / "bundle")
+    for gate, block in zip(opened.model.gates, opened.model.moe_layers, strict=True):
+        torch.nn.init.normal_(gate.context.weight)  # zero until it is trained
+        torch.nn.init.normal_(block.experts.down_proj)
+    opened.save(place / "bundle")
+    return place / "bundle"
+
+
+def test_the_harness_runs_a_task_with_an_index(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``index=`` names reaches the gates, as the harness's own arguments have it."""
+    lm_eval = pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+    from lm_eval.tasks import TaskManager
+
+    import ragmoe.evaluation.lm_eval  # noqa: F401
+
+    monkeypatch.setattr("ragmoe.index.folder.load_encoder", lambda name: StubEncoder())
+    bundle = trained_bundle(tmp_path)
+    rows = [{"q": "who keeps the quay?", "gold": 0}, {"q": "who opens the lock?", "gold": 1}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["Anna", "Bert"]
+    task: dict[str, Any] = {
+        "task": "who",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/rows.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "gold",
+        "doc_to_choice": names,
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "who.yaml").write_text(yaml.safe_dump(task))
+
+    def nats(index: str) -> torch.Tensor:
+        found = lm_eval.simple_evaluate(
+            "ragmoe",
+            model_args=f"pretrained={bundle}{index}",
+            tasks=["who"],
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+            bootstrap_iters=0,
+        )
+        samples = sorted(found["samples"]["who"], key=lambda sample: sample["doc_id"])
+        return torch.tensor([[nats for nats, _ in sample["filtered_resps"]] for sample in samples])
+
+    requests = [ask(row["q"], f" {name}") for row in rows for name in names]
+    plain, shown = (
+        torch.tensor([nats for nats, _ in HarnessModel(Generator.load(bundle), index).loglikelihood(requests)])
+        for index in (None, Index.open(folder / "index"))
+    )
+    assert torch.allclose(nats(f",index={folder}/index"), shown.view(2, 2), atol=1e-4)
+    assert torch.allclose(nats(""), plain.view(2, 2), atol=1e-4)
+    assert ((shown - plain).abs() > 0.01).all()

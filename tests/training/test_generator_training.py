@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_step import DECODER, Step, ready, two_ranks
 from tiny_decoder import byte_tokenizer, tiny_llama
 from transformers import TrainerCallback
 
@@ -116,6 +117,41 @@ def test_a_step_is_the_same_however_it_is_cut(content: Config, tmp_path: Path) -
     for other in steps[1:]:
         for name, gradient in steps[0].items():
             torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+# Experts that stand in the place of the one layer's feed-forward network.
+SPARSE = {
+    "model": {"gate": "retrieval", "experts": 4, "gate_width": 8},
+    "train.batch_size": 4,
+    "train.steps": 1,
+    "train.clip": 1e6,
+}
+
+
+@pytest.mark.parametrize("cut", [(2, 2), (1, 4)])
+def test_a_step_of_a_sparse_decoder_is_the_same_however_it_is_cut(
+    cut: tuple[int, int], content: Config, tmp_path: Path
+) -> None:
+    """Answers of unequal length and routing losses that compare all of a step: each part has its own share of both."""
+    made = ready(content(**SPARSE))
+    whole, step = (Step(made, tmp_path, *sizes, DECODER, loss_scope="global") for sizes in ((4, 1), cut))
+    assert whole.told == [None] and len(step.told) == cut[1] and step.learned == whole.learned
+    whole.assert_equals(step, "balance", "gshard", "importance", "uniform", "z")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_step_of_two_ranks_is_the_same_too(content: Config, tmp_path: Path) -> None:
+    given = content(**SPARSE)
+    whole = Step(ready(given), tmp_path, 4, 1, DECODER, loss_scope="global")
+    ranks = two_ranks(given, tmp_path)
+    # As many tokens of answers on both would hide that each rank counts by its own.
+    assert ranks[0]["learned"] != ranks[1]["learned"] and sum(found["learned"] for found in ranks) == whole.learned
+    for found in ranks:
+        assert (found["parts"], found["tokens"].item()) == (2, whole.tokens)
+        assert found["gradients"].keys() == whole.gradients.keys()
+        for name, gradient in whole.gradients.items():
+            torch.testing.assert_close(found["gradients"][name], gradient, atol=5e-6, rtol=1e-3, msg=name)
 
 
 def test_what_has_no_room_is_counted_and_told(content: Config, world: Path, tmp_path: Path) -> None:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import one_step
 import pytest
 import torch
-from one_step import BATCH, CHANGES, NAMES, TOKENS, Step, disturb, ready
+from one_step import BATCH, CHANGES, NAMES, READER, TOKENS, Step, disturb, ready, two_ranks
 
 from ragmoe import ConfigError, ModelError
 from ragmoe.training import train
@@ -38,7 +33,7 @@ def test_with_the_scope_global_a_step_is_the_same_however_it_is_cut(made: Run, t
     assert whole.told == [None]
     for cut in CUTS:
         step = Step(made, tmp_path, *cut, BATCH, loss_scope="global")
-        whole.assert_equals(step, "balance", "gshard", "importance", "uniform", "domain")
+        whole.assert_equals(step, "answer", "balance", "gshard", "importance", "uniform", "domain")
         assert len(step.told) == cut[1] and len({id(told) for told in step.told}) == 1
         assert step.told[0].tokens.item() == step.tokens == whole.tokens
 
@@ -61,7 +56,7 @@ def test_means_over_tokens_are_exact_with_either_scope(made: Run, tmp_path: Path
     assert whole.log["context_loss"] > 0
     for cut in CUTS:
         step = Step(made, tmp_path, *cut, losses, loss_scope=scope)
-        whole.assert_equals(step, "z", "diversity", "context")
+        whole.assert_equals(step, "answer", "z", "diversity", "context")
         # No loss asks for sums: there was no other pass.
         assert step.told[0].sums == {}
 
@@ -85,26 +80,8 @@ def test_in_bf16_the_pass_before_takes_no_gradient_away(made: Run, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_step_of_two_ranks_is_the_same_too(config: Config, made: Run, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config(**CHANGES)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    here = Path(one_step.__file__)
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = []
-    for rank in ("0", "1"):
-        (tmp_path / rank).mkdir()
-        paths = os.pathsep.join([str(here.parents[1]), *sys.path])
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, str(here), str(tmp_path / "config.json"), str(tmp_path / rank / "step.pt")],
-                env={**os.environ, **world, "PYTHONPATH": paths, "RANK": rank, "LOCAL_RANK": rank},
-            )
-        )
-    assert [rank.wait(timeout=900) for rank in ranks] == [0, 0]
-    whole = Step(made, tmp_path, 4, 1, {**BATCH, **TOKENS}, loss_scope="global")
-    for rank in ("0", "1"):
-        found = torch.load(tmp_path / rank / "step.pt")
+    whole = Step(made, tmp_path, 4, 1, READER, loss_scope="global")
+    for found in two_ranks(config(**CHANGES), tmp_path):
         assert (found["parts"], found["tokens"].item()) == (2, whole.tokens)
         assert found["gradients"].keys() == whole.gradients.keys()
         for name, gradient in whole.gradients.items():

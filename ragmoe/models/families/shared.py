@@ -33,6 +33,9 @@ from ragmoe.moe.block import BlockParts, NeighbourGate, SparseBlock, block_class
 from ragmoe.moe.losses import LossInputs, loss_inputs
 from ragmoe.neighbours import Neighbours
 
+# What transformers calls the keys and values of the tokens before: past_key_values until 5.24.
+_CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 @dataclass
 class CausalLMOutput(MoeCausalLMOutputWithPast):
@@ -128,6 +131,7 @@ class DecoderModel(Decoder):
         question_domain: Tensor | None = None,
         neighbour_keys: Tensor | None = None,
         neighbour_values: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As the family's own; for the neighbours see ``DecoderForCausalLM.forward``."""
@@ -148,13 +152,13 @@ class DecoderModel(Decoder):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=self.config.output_router_logits
             if output_router_logits is None
             else output_router_logits,
             neighbours=neighbours,
+            **{_CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
 
@@ -202,6 +206,7 @@ class DecoderForCausalLM(Decoder, GenerationMixin):
         neighbour_keys: Tensor | None = None,
         neighbour_values: Tensor | None = None,
         step_totals: StepTotals | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
         """Predict each next token.
@@ -220,12 +225,12 @@ class DecoderForCausalLM(Decoder, GenerationMixin):
             question_domain: (Q,) int64, for the oracle gate and for losses that need it.
             neighbour_keys, neighbour_values: (Q, N, L, A), what ``prepare_neighbours`` makes; ``generate`` does.
             step_totals: what the routing losses are told of the optimiser step, where this batch is a part of it.
+            cache, past_key_values: of the tokens before, by the newer and by the older name of transformers.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
@@ -237,11 +242,12 @@ class DecoderForCausalLM(Decoder, GenerationMixin):
             question_domain=question_domain,
             neighbour_keys=neighbour_keys,
             neighbour_values=neighbour_values,
+            **{_CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
         output = CausalLMOutput(
             logits=self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)),
-            **{name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions", "router_logits")},
+            **{name: outputs.get(name) for name in (_CACHE, "hidden_states", "attentions", "router_logits")},
         )
         if "routings" in outputs:
             output.routings = tuple(Routing(*fields) for fields in outputs["routings"])

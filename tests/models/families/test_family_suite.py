@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_decoders import NATIVE, PAD, VOCABULARY, WIDTH, E, K, R, make, prompts, some_neighbours
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from ragmoe import BundleError, ModelError
-from ragmoe.models.families import FAMILIES
+from ragmoe.models.families import FAMILIES, load_decoder
 
 CASES = [*NATIVE, "mixtral-lora"]
 
@@ -148,19 +148,90 @@ def test_a_layer_compiles_in_one_graph(name: str) -> None:
     assert torch.allclose(compiled(x, neighbours), block(x, neighbours), atol=1e-5)
 
 
-def test_peft_on_attention_and_on_fused_experts(tmp_path: Path) -> None:
-    for wanted in (
-        {"target_modules": ["q_proj", "v_proj"]},
-        {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-    ):
-        model, x, named = make("mixtral"), prompts(), some_neighbours().tensors()
-        want = model(x, **named).logits
-        tuned = get_peft_model(model, LoraConfig(r=8, lora_dropout=0.0, task_type="CAUSAL_LM", **wanted))
-        assert torch.allclose(tuned(x, **named).logits, want, atol=1e-5)
-        tuned.train()(input_ids=x, labels=x, **named).loss.backward()
-        learns = {n for n, p in tuned.named_parameters() if p.requires_grad}
-        assert learns and all("lora_" in n and tuned.get_parameter(n).grad is not None for n in learns)
-        assert tuned.eval().generate(input_ids=x, max_new_tokens=3, **named).shape[1] > 7
+ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+FUSED = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+LOW_RANK = {"target_modules": [], "target_parameters": ["experts.down_a", "experts.down_b"]}
+
+
+def adapted(model: Any, where: dict[str, Any]) -> Any:
+    return get_peft_model(model, LoraConfig(r=8, lora_dropout=0.0, task_type="CAUSAL_LM", **where))
+
+
+def shake_adapter(tuned: Any) -> set[str]:
+    """What has been trained is no longer zero; the names of what is trained."""
+    learns = {n for n, p in tuned.named_parameters() if p.requires_grad}
+    for name in learns:
+        torch.nn.init.normal_(tuned.get_parameter(name), std=0.2)
+    return learns
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("on", ["attention", "experts"])
+def test_peft_on_attention_and_on_experts(name: str, on: str, tmp_path: Path) -> None:
+    where = ATTENTION if on == "attention" else LOW_RANK if name.endswith("lora") else FUSED
+    case(name).save_pretrained(tmp_path / "base")
+    model, x, named = load_decoder(tmp_path / "base"), prompts(), some_neighbours().tensors()
+    want = model(x, **named).logits
+    tuned = adapted(model, where)
+    assert torch.allclose(tuned(x, **named).logits, want, atol=1e-5)
+    tuned.train()(input_ids=x, labels=x, **named).loss.backward()
+    learns = shake_adapter(tuned)
+    layers = len(model.sparse_layers) if on == "experts" else model.config.num_hidden_layers
+    # Two targets a layer, and two factors each.
+    assert len(learns) == 4 * layers and all(tuned.get_parameter(n).grad is not None for n in learns)
+    assert all("lora_" in n for n in learns)
+    got = tuned.eval()(x, **named).logits
+    assert not torch.allclose(got, want, atol=1e-2)
+    assert tuned.generate(input_ids=x, max_new_tokens=3, **named).shape[1] > 7
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_decoder(tmp_path / "base"), tmp_path / "adapter").eval()
+    assert torch.equal(again(x, **named).logits, got)
+    # As transformers opens it, by the name of its folder alone.
+    for opened in (AutoModelForCausalLM, type(model)):
+        assert torch.equal(opened.from_pretrained(tmp_path / "adapter").eval()(x, **named).logits, got)
+    merged = tuned.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert same(merged, load_decoder(tmp_path / "merged"))
+    assert torch.allclose(merged(x, **named).logits, got, atol=1e-4)
+
+
+def test_an_adapter_for_experts_of_another_kind_is_refused() -> None:
+    """LoRA experts have no fused projections: what would change nothing does not pass in silence."""
+    with pytest.raises(ValueError, match="no `target_parameters` found"):
+        adapted(case("mixtral-lora"), FUSED)
+    with pytest.warns(RuntimeWarning, match="gate_up_proj'.* no parameter was matched"):
+        adapted(case("mixtral-lora"), {**ATTENTION, "target_parameters": ["experts.gate_up_proj"]})
+
+
+def test_an_adapter_with_more_than_the_opened_model_is_refused(tmp_path: Path) -> None:
+    """Experts that stay in their files take no adapter, and that on attention alone is not what was trained."""
+    make("olmoe").save_pretrained(tmp_path / "base")
+    adapted(load_decoder(tmp_path / "base"), {**FUSED, **ATTENTION}).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(BundleError, match=r"adapter does not fit the model as it was opened: .*experts\.lora_"):
+        FAMILIES["olmoe"].from_pretrained(tmp_path / "adapter", resident_experts=2)
+
+
+@pytest.mark.parametrize("where", [ATTENTION, FUSED])
+def test_a_model_with_an_adapter_on_it_saves_the_adapter(
+    where: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle of the weights beneath it would have them under names that nobody looks for."""
+    # transformers asks for a newer PEFT here than anywhere else.
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21")
+    make("olmoe").save_pretrained(tmp_path / "base")
+    tuned, x = adapted(load_decoder(tmp_path / "base"), where), prompts()
+    shake_adapter(tuned)
+    tuned.eval().save_pretrained(tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "bundle.json").exists()
+    again = PeftModel.from_pretrained(load_decoder(tmp_path / "base"), tmp_path / "again").eval()
+    assert torch.equal(again(x).logits, tuned(x).logits)
+    # Beside a bundle in one folder an adapter belongs to it.
+    for file in (tmp_path / "adapter").iterdir():
+        file.rename(tmp_path / "base" / file.name)
+    for opened in (AutoModelForCausalLM, type(model)):
+        assert torch.equal(opened.from_pretrained(tmp_path / "base").eval()(x).logits, tuned(x).logits)
 
 
 @pytest.mark.parametrize("name", CASES)
