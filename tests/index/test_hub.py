@@ -101,6 +101,21 @@ def test_there_and_back(folder: Path, hub: Path, tmp_path: Path) -> None:
     assert verify_index(out, encoder=StubEncoder()) == []
 
 
+def test_an_index_of_links_is_pushed(folder: Path, hub: Path, tmp_path: Path) -> None:
+    """The Hub's own cache is one; nothing is written to it but the lock."""
+    (tmp_path / "cache").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "cache" / path.name).symlink_to(path)
+    (tmp_path / "cache" / "build.lock").unlink()
+    push(tmp_path / "cache")
+    assert read_manifest(hub) == read_manifest(folder)
+    (tmp_path / "cache" / "build.lock").unlink()
+    (tmp_path / "cache" / "build.lock").symlink_to(tmp_path / "own.txt")
+    with pytest.raises(IndexFolderError, match=r"build\.lock is a link to"):
+        push(tmp_path / "cache")
+    assert not (tmp_path / "own.txt").exists()
+
+
 def test_an_older_generation_goes_from_the_hub(folder: Path, hub: Path) -> None:
     push(folder)
     plan = plan_remove(folder, domain="river")

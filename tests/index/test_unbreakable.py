@@ -169,3 +169,65 @@ def test_a_reader_of_one_generation_never_sees_the_next(folder: Path, tmp_path: 
     plan.run()
     assert reader.search(["honey"], 3, retriever="dense") == found and reader.find("new") is None
     assert Index.open(folder, encoder=StubEncoder()).search(["The honey is new."], 1)[0][0].passage_id == "new"
+
+
+LINKS = (
+    *FILES[:7], "bm25-1/", "build.lock", f"{NAME}.part", "README.md", "README.md.part", "texts-2.bin", "bm25-2/",
+    "partial/", "partial/state.json", "partial/block-000000.part", "partial/words/", "memory/",
+    "memory/recorded.safetensors",
+)  # fmt: skip
+
+
+def linked(path: Path, outside: Path, *, is_folder: bool) -> None:
+    """Put a link in a place, and what was there, or something else, where it leads."""
+    outside.mkdir()
+    path.parent.mkdir(exist_ok=True)
+    if path.exists():
+        path.rename(outside / "it")
+    elif is_folder:
+        (outside / "it").mkdir()
+        (outside / "it" / "own.safetensors").write_bytes(b"somebody's own")
+    else:
+        (outside / "it").write_bytes(b"somebody's own")
+    path.symlink_to(outside / "it")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("planted", ["before", "meanwhile"])
+def test_nothing_is_written_or_removed_through_a_link(name: str, planted: str, folder: Path, tmp_path: Path) -> None:
+    """Whoever made the folder may have put one there; it is found before reading, and again under the lock."""
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"id": "new", "text": "The honey is new."}) + "\n")
+    outside = tmp_path / "outside"
+    plan = plan_add(folder, [str(more)], encoder=StubEncoder()) if planted == "meanwhile" else None
+    linked(folder / name, outside, is_folder=name.endswith("/"))
+    before, there = contents(outside), contents(folder)
+    with pytest.raises(IndexFolderError, match=f"{name.removesuffix('/')} is a link to {outside / 'it'}, .*\nremove"):
+        plan.run() if plan else plan_add(folder, [str(more)], encoder=StubEncoder())
+    assert contents(outside) == before and {**contents(folder), "build.lock": b""} == {**there, "build.lock": b""}
+
+
+def test_no_build_replaces_an_index_through_a_link(build: Callable[..., Manifest], tmp_path: Path) -> None:
+    build()
+    linked(tmp_path / "index" / f"{NAME}.part", tmp_path / "outside", is_folder=False)
+    with pytest.raises(IndexFolderError, match=rf"{NAME}\.part is a link to"):
+        build(overwrite=True)
+    assert contents(tmp_path / "outside") == {"it": b"somebody's own"}
+
+
+def test_links_are_read_through_and_the_folder_itself_may_be_one(folder: Path, tmp_path: Path) -> None:
+    """The Hub's cache is made of links."""
+    (tmp_path / "cache").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "cache" / path.name).symlink_to(path)
+    use(tmp_path / "cache")
+    assert verify_index(tmp_path / "cache", encoder=StubEncoder()) == []
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"id": "new", "text": "The honey is new."}) + "\n")
+    (tmp_path / "link").symlink_to(folder)
+    plan = plan_add(tmp_path / "link", [str(more)], encoder=StubEncoder())
+    assert plan is not None and plan.run().passages == 25 == len(Index.open(folder))
