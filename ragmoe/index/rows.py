@@ -72,7 +72,8 @@ class OldIndex:
             IndexFolderError: another generation took their place meanwhile.
         """
         try:
-            for number, (chunk, windows) in enumerate(read_rows(self.folder, self.manifest.generation)):
+            stored = read_rows(self.folder, self.manifest.generation, self.manifest.passages)
+            for number, (chunk, windows) in enumerate(stored):
                 yield Row(chunk, first + number, windows)
         except FileNotFoundError:
             raise IndexFolderError(f"{self.folder} was replaced meanwhile", hint=_AGAIN) from None

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from crash_driver import drive
 from stub_encoder import StubEncoder
+from test_verify import reseal
 
 from ragmoe import Index, IndexFolderError, RagmoeError
-from ragmoe.index import plan_add, verify_index
+from ragmoe.index import plan_add, plan_remove, verify_index
 from ragmoe.index.manifest import NAME, Manifest, commit, read_manifest, write_manifest
 
 FILES = (
@@ -111,6 +115,49 @@ def test_absurd_arrays_are_refused_before_they_are_allotted(name: str, content: 
     changed(folder, files={**read_manifest(folder).files, name: file_record(folder / name)})
     with pytest.raises(IndexFolderError, match="is damaged"):
         Index.open(folder, encoder=StubEncoder()).search(["honey"], retriever="bm25")
+
+
+def refuse_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a column of a parquet file that is read is one too many: it was to be refused before."""
+    for name in ("read", "iter_batches"):
+        monkeypatch.setattr(pq.ParquetFile, name, lambda *_, **__: pytest.fail("read"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (
+            lambda table: table.set_column(1, "title", [["a" * 2_000_000] * 24]),
+            r"24 rows of 4\d{7} bytes, expected 24 of",
+        ),
+        (lambda table: table.drop_columns(["doc_id", "windows"]), "the passages have no doc_id, windows"),
+        (lambda table: table.drop_columns(["text"]), "the passages have no text"),
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), r"25 rows of \d+ bytes, expected 24 of at most"),
+    ],
+    ids=["huge", "no fields", "no texts", "a row more"],
+)
+def test_passages_that_say_they_are_others_are_not_read(
+    harm: Callable[[pa.Table], pa.Table], reason: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digests and sizes agree: only what the parquet file says of itself is hostile."""
+    path = folder / "passages-1.parquet"
+    pq.write_table(harm(pq.read_table(path)), path, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 30_000
+    reseal(folder)
+    refuse_to_read(monkeypatch)
+    with pytest.raises(IndexFolderError, match=f"{folder} is damaged: .*{reason}"):
+        Index.open(folder)
+    with pytest.raises(IndexFolderError, match=f"{path} is damaged: .*{reason}"):
+        plan_remove(folder, domain="river")
+    assert any(re.search(reason, problem) for problem in verify_index(folder, encoder=StubEncoder()))
+
+
+def test_an_index_that_lost_its_texts_is_mended_by_the_next_change(folder: Path) -> None:
+    texts = Index.open(folder).passages(["market-3", "river-1"])
+    (folder / "texts-1.bin").unlink()
+    plan = plan_remove(folder, domain="archive")
+    assert plan is not None and plan.run().passages == 16
+    assert Index.open(folder).passages(["market-3", "river-1"]) == texts
 
 
 def test_a_faiss_file_that_was_changed_is_not_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
