@@ -14,6 +14,7 @@ from stub_encoder import StubEncoder
 
 from ragmoe import Index, IndexFolderError
 from ragmoe.index import Manifest
+from ragmoe.index.rows import OldIndex
 
 TEXTS = {row["id"]: row["text"] for row in rows()}
 
@@ -78,6 +79,16 @@ def test_a_file_that_goes_while_it_is_read_is_not_called_damaged(
             path.unlink()
     with pytest.raises(IndexFolderError, match=r"is damaged: .* is missing"):
         index.search(["honey"], retriever=retriever)
+
+
+def test_nothing_is_taken_over_from_an_index_that_was_replaced(build: Callable[..., Manifest], tmp_path: Path) -> None:
+    folder, old = tmp_path / "index", build()
+    new = build(overwrite=True)
+    with pytest.raises(IndexFolderError, match="index was replaced meanwhile\ngive the command again"):
+        OldIndex(folder, old)
+    (folder / "passages-2.parquet").unlink()
+    with pytest.raises(IndexFolderError, match=r"is damaged: .*passages-2\.parquet is missing; nothing is taken over"):
+        OldIndex(folder, new)
 
 
 def test_opening_while_a_pull_puts_another_of_the_same_generation(
