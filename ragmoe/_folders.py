@@ -23,6 +23,20 @@ def expect_folder(folder: str | os.PathLike[str], error: type[RagmoeError] = Con
     return there
 
 
+def refuse_link(path: Path, error: type[RagmoeError]) -> None:
+    """Refuse to write to, or to remove, what stands elsewhere.
+
+    Raises:
+        RagmoeError: of the kind given; there is a symbolic link.
+    """
+    if path.is_symlink():
+        raise error(
+            f"{path} is a link to {path.readlink()}, where nothing is to be written or removed; expected a file or "
+            "folder of its own",
+            hint=f"remove the link; or, if you trust it, copy all with what is linked: cp -rL {path.parent} NEW",
+        )
+
+
 def cache_folder() -> Path:
     """What can be made again: ``$RAGMOE_CACHE``, else ``ragmoe`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if own := os.environ.get("RAGMOE_CACHE"):

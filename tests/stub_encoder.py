@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 class StubEncoder:
     """A word is a token; R is small; ``seed`` makes another encoder of it. ``encoded`` records what was asked for."""
 
-    def __init__(self, seed: int = 0, *, width: int = 64, max_length: int = 20, query_prompt: str = "") -> None:
+    def __init__(
+        self, seed: int = 0, *, width: int = 64, max_length: int = 20, query_prompt: str = "", passage_prompt: str = ""
+    ) -> None:
         self.id = f"stub-{seed}"
         self.digest = hashlib.sha256(f"{seed}/{width}".encode()).hexdigest()
         self.width = width
         self.max_length = max_length
-        self.prompts = {"query": query_prompt, "passage": ""}
+        self.prompts = {"query": query_prompt, "passage": passage_prompt}
         self.encoded: list[str] = []
         self._seed = seed
 

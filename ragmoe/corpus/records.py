@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ragmoe._errors import DataError
+from ragmoe._parquet import absurd
 from ragmoe.corpus import files
 
 
@@ -133,7 +134,11 @@ def read_parquet(path: Path, encoding: str) -> Iterator[Record]:
 
     number = 0
     try:
-        for batch in pq.ParquetFile(path, page_checksum_verification=True).iter_batches(batch_size=1024):
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        if bad := absurd(path, file.metadata):
+            yield Record(str(path), None, bad)
+            return
+        for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 yield Record(f"{path}: row {number}", row)

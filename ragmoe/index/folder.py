@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,9 +98,10 @@ class Index:
                 return cls(path, manifest, made, retriever or DEFAULT)
             except (IndexFolderError, FileNotFoundError) as error:
                 now = read_manifest(path)
-                if now.generation == manifest.generation:
+                # Of another folder, put here by a pull, the generation may be the same.
+                if now.digest == manifest.digest:
                     if isinstance(error, FileNotFoundError):
-                        raise IndexFolderError(f"{path} is damaged: {error.filename} is missing") from error
+                        raise _missing(path, error.filename) from error
                     raise
                 # A build replaced the index between reading its manifest and opening its files: take the new one.
                 manifest = now
@@ -147,20 +149,20 @@ class Index:
     def faiss(self) -> FaissSearcher:
         """The FAISS side, read at first use; built anew from the embeddings where this user did not write the file."""
         name, vectors = faiss_name(self.manifest.generation), embeddings_name(self.manifest.generation)
-        path = self._file(name)
-        # faiss trusts what it reads: what is not as this user wrote it does not reach it.
-        if not trust.is_ours(self.manifest.files[name].sha256):
-            return trust.rebuilt(self.embeddings, self._file(vectors), self.manifest.files[vectors])
-        self._check_digests([name])
-        return FaissSearcher(path, self.embeddings, self.manifest.faiss)
+        with self._reading(name) as path:
+            # faiss trusts what it reads: what is not as this user wrote it does not reach it.
+            if not trust.is_ours(self.manifest.files[name].sha256):
+                return trust.rebuilt(self.embeddings, self.folder / vectors, self.manifest.files[vectors])
+            self._check_digests([name])
+            return FaissSearcher(path, self.embeddings, self.manifest.faiss)
 
     @cached_property
     def bm25(self) -> Bm25Searcher:
         """The BM25 side, read at first use."""
         name = bm25_name(self.manifest.generation)
-        path = self._file(name)
-        self._check_digests([file for file in self.manifest.files if file.startswith(f"{name}/")])
-        return Bm25Searcher(path, len(self))
+        with self._reading(name) as path:
+            self._check_digests([file for file in self.manifest.files if file.startswith(f"{name}/")])
+            return Bm25Searcher(path, len(self))
 
     def encode(self, queries: Sequence[str]) -> NDArray[np.float32]:
         """The vectors of queries, float32 (B, R), unit length, with the query prompt."""
@@ -318,13 +320,29 @@ class Index:
                     f"{self.folder} is damaged: {name} was changed", hint=f"see: ragmoe index verify {self.folder}"
                 )
 
-    def _file(self, name: str) -> Path:
-        path = self.folder / name
-        if not path.exists():
-            now = read_manifest(self.folder).generation
-            reason = "is missing" if now == self.manifest.generation else f"was replaced meanwhile by generation {now}"
-            raise IndexFolderError(f"{self.folder}: {name} {reason}", hint="open the index again")
-        return path
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        """A file or folder of this generation, while it is read.
+
+        Raises:
+            IndexFolderError: it is damaged; or another index took this one's place, whatever became of the file then.
+        """
+        try:
+            yield self.folder / name
+        except (IndexFolderError, FileNotFoundError) as error:
+            now = read_manifest(self.folder)
+            if now.digest != self.manifest.digest:
+                raise IndexFolderError(
+                    f"{self.folder}: {name} was replaced meanwhile by generation {now.generation}",
+                    hint="open the index again",
+                ) from error
+            if isinstance(error, FileNotFoundError):
+                raise _missing(self.folder, error.filename) from error
+            raise
+
+
+def _missing(folder: Path, what: str) -> IndexFolderError:
+    return IndexFolderError(f"{folder} is damaged: {what} is missing", hint=f"see: ragmoe index verify {folder}")
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -332,7 +350,7 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, record in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise IndexFolderError(f"{folder} is damaged: {name} is missing", hint=f"see: ragmoe index verify {folder}")
+            raise _missing(folder, name)
         if path.stat().st_size != record.bytes:
             raise IndexFolderError(
                 f"{folder} is damaged: {name} has {path.stat().st_size} bytes, expected {record.bytes}",

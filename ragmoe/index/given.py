@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ragmoe._errors import DataError, EncoderMismatchError, RagmoeError
 from ragmoe._keys import KeyTable
+from ragmoe._parquet import absurd
 from ragmoe.corpus.passages import OnError, PassageReader, read_passages
 from ragmoe.index.build import encoder_record
 from ragmoe.index.encoder import DEFAULT_ENCODER, Encoder, load_encoder
@@ -172,6 +173,8 @@ def _read_parquet(path: Path, ids: Path | None) -> Given:
     with pq.ParquetFile(path) as file:
         if missing := {"id", "embedding"} - set(file.schema_arrow.names):
             raise DataError(f"{path} has no column {', '.join(sorted(missing))}; it has: {file.schema_arrow.names}")
+        if bad := absurd(path, file.metadata):
+            raise DataError(f"{path} cannot be read: {bad}")
         for batch in file.iter_batches(batch_size=_BATCH, columns=["id", "embedding"]):
             vectors = np.stack([np.asarray(row, dtype=np.float32) for row in batch.column("embedding").to_numpy(False)])
             if width not in (0, vectors.shape[1]):

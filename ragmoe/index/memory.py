@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragmoe._errors import IndexFolderError
+from ragmoe._folders import refuse_link
 
 if TYPE_CHECKING:
     from ragmoe.index.folder import Index
@@ -171,6 +172,8 @@ def _write(path: Path, memory: ExpertMemory) -> None:
     from safetensors.numpy import save_file
 
     part = path.with_suffix(f".{os.getpid()}.part")
+    for place in (path.parent, part):
+        refuse_link(place, IndexFolderError)
     about = {
         "bundle": memory.bundle,
         "index": memory.index,

@@ -24,6 +24,7 @@ from ragmoe.corpus.types import Passage
 from ragmoe.index.folder import embeddings_name
 from ragmoe.index.manifest import Manifest, file_record
 from ragmoe.index.store import passages_name, read_rows
+from ragmoe.index.target import current
 from ragmoe.index.windows import encoder_text
 
 _AGAIN = "give the command again"
@@ -46,7 +47,7 @@ class OldIndex:
     """An index in force that passages and vectors are taken over from.
 
     Raises:
-        IndexFolderError: its passages or embeddings are not what its manifest says.
+        IndexFolderError: its passages or embeddings are not what its manifest says, or another took its place.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -72,7 +73,8 @@ class OldIndex:
             IndexFolderError: another generation took their place meanwhile.
         """
         try:
-            for number, (chunk, windows) in enumerate(read_rows(self.folder, self.manifest.generation)):
+            stored = read_rows(self.folder, self.manifest.generation, self.manifest.passages)
+            for number, (chunk, windows) in enumerate(stored):
                 yield Row(chunk, first + number, windows)
         except FileNotFoundError:
             raise IndexFolderError(f"{self.folder} was replaced meanwhile", hint=_AGAIN) from None
@@ -94,6 +96,9 @@ class OldIndex:
         return table
 
     def _damaged(self, reason: str) -> IndexFolderError:
+        now = current(self.folder)
+        if now is not None and now.digest != self.manifest.digest:
+            return IndexFolderError(f"{self.folder} was replaced meanwhile", hint=_AGAIN)
         return IndexFolderError(
             f"{self.folder} is damaged: {reason}; nothing is taken over from it",
             hint=f"see: ragmoe index verify {self.folder}",

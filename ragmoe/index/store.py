@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragmoe._errors import IndexFolderError, UsageError
+from ragmoe._parquet import declared_bytes
 from ragmoe.corpus.chunking import Chunk
 from ragmoe.corpus.types import Passage
 
@@ -28,7 +29,7 @@ _SMALL = 100_000
 _SCANS = 20
 # Bytes that all fields of a passage but its text may have, far more than any do.
 _MOST_FIELDS = 1_000_000
-_COLUMNS = ("id", "title", "domain", "doc_id", "split", "source_id", "source_start", "windows")
+_COLUMNS = (*_PASSAGE, "source_id", "source_start", "windows")
 
 
 def passages_name(generation: int) -> str:
@@ -82,8 +83,7 @@ class StoreWriter:
         import pyarrow.parquet as pq
 
         kinds = {"source_start": pa.int64(), "windows": pa.int64()}
-        names = (*_PASSAGE, "source_id", "source_start", "windows")
-        self._schema = pa.schema([(name, kinds.get(name, pa.string())) for name in names])
+        self._schema = pa.schema([(name, kinds.get(name, pa.string())) for name in _COLUMNS])
         self.names = [passages_name(generation), texts_name(generation), offsets_name(generation)]
         self._open = ExitStack()
         self._parquet = self._open.enter_context(
@@ -142,8 +142,11 @@ def release(mapped: NDArray[Any]) -> None:
         base.madvise(mmap.MADV_DONTNEED)
 
 
-def read_rows(folder: Path, generation: int) -> Iterator[tuple[Chunk, int]]:
+def read_rows(folder: Path, generation: int, rows: int) -> Iterator[tuple[Chunk, int]]:
     """All passages of an index and the windows of each, in order, a batch in memory at a time.
+
+    Args:
+        rows: how many there are.
 
     Raises:
         IndexFolderError: the file is damaged.
@@ -151,9 +154,11 @@ def read_rows(folder: Path, generation: int) -> Iterator[tuple[Chunk, int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = folder / passages_name(generation)
+    path, texts = folder / passages_name(generation), folder / texts_name(generation)
     try:
         with pq.ParquetFile(path) as file:
+            # Where only that file was lost, this one has all texts, and what takes them over mends the index.
+            _check_declared(file, rows, texts.stat().st_size if texts.is_file() else 0)
             for batch in file.iter_batches(batch_size=_BATCH):
                 for row in batch.to_pylist():
                     passage = Passage(**{key: row[key] for key in _PASSAGE})
@@ -332,12 +337,12 @@ class PassageStore:
 
 def _check_declared(file: Any, rows: int, text_bytes: int) -> None:
     """Refuse a parquet file that says it holds far more than the passages can: reading would allot it first."""
-    metadata = file.metadata
     if missing := set(_COLUMNS) - set(file.schema_arrow.names):
         raise ValueError(f"the passages have no {', '.join(sorted(missing))}")
-    declared = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    has, declared = file.metadata.num_rows, sum(declared_bytes(file.metadata))
     most = 16 * text_bytes + _MOST_FIELDS * max(rows, 1)
-    if metadata.num_rows != rows or declared > most:
+    if has != rows or declared > most:
         raise ValueError(
-            f"passages, offsets and texts do not fit each other: {metadata.num_rows} rows of {declared} bytes"
+            f"passages, offsets and texts do not fit each other: {has} rows of {declared} bytes, expected {rows} of at "
+            f"most {most}"
         )

@@ -14,22 +14,24 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ragmoe._errors import IndexFolderError, IndexLockedError
-from ragmoe._folders import expect_folder
+from ragmoe._folders import expect_folder, refuse_link
 from ragmoe.index import card, memory
 from ragmoe.index import manifest as manifests
 from ragmoe.index.manifest import EncoderRecord, EncodingRecord, Manifest
 
 _DATA_FILE = re.compile(r"^(passages|texts|offsets|embeddings|digests|index|bm25)-(\d+)(\.\w+)?$")
-# ``.neighbours`` is where training keeps what it retrieved; it is keyed by the index's digest.
-_OURS = {
+_LOCK = "build.lock"
+_WRITTEN = {
     manifests.NAME,
     f"{manifests.NAME}.part",
-    "build.lock",
+    _LOCK,
+    card.NAME,
     f"{card.NAME}.part",
     "partial",
-    ".neighbours",
     memory.FOLDER,
 }
+# ``.neighbours`` is where training keeps what it retrieved; it is keyed by the index's digest.
+_OURS = (_WRITTEN | {".neighbours"}) - {card.NAME}
 _REPLACE = "replace it with --overwrite, or name another folder with --out"
 
 
@@ -81,6 +83,7 @@ class NewIndex(Target):
                 f"{self.folder} holds other things than an index: {', '.join(others[:8])}",
                 hint="name a new folder with --out",
             )
+        refuse_links(self.folder)
         if (self.folder / manifests.NAME).exists() and not (self.overwrite or self.resume):
             raise IndexFolderError(f"{self.folder} holds an index already", hint=_REPLACE)
 
@@ -109,6 +112,7 @@ class SameIndex(Target):
             raise IndexFolderError(f"{self.folder} was changed meanwhile", hint="give the command again")
         if not os.access(self.folder, os.W_OK | os.X_OK):
             raise IndexFolderError(f"{self.folder} cannot be written")
+        refuse_links(self.folder)
 
 
 @contextmanager
@@ -117,11 +121,12 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         IndexLockedError: somebody else holds it.
-        IndexFolderError: whatever goes wrong with files inside, the disk being full among it.
+        IndexFolderError: the lock is a link; or whatever goes wrong with files inside, the disk being full among it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "build.lock", timeout=0):
+        refuse_link(folder / _LOCK, IndexFolderError)
+        with FileLock(folder / _LOCK, timeout=0):
             yield
     except Timeout:
         raise IndexLockedError(
@@ -132,6 +137,23 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written: {error.strerror or error}; an index that was there is untouched",
             hint="make room or mend the rights, then go on with --resume",
         ) from error
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder where a link stands in a place that is written or removed: what it leads to would be changed.
+
+    Whoever made the folder could have put it there. The folder itself may be a link, and reading follows all of them:
+    the Hub's cache is made of links.
+    """
+    for path in folder.iterdir():
+        if path.name not in _WRITTEN and not _DATA_FILE.match(path.name):
+            continue
+        refuse_link(path, IndexFolderError)
+        # Into these is written again what lies there; others are removed whole, which follows no link.
+        if path.name in ("partial", memory.FOLDER):
+            for place, folders, files in os.walk(path):
+                for name in (*folders, *files):
+                    refuse_link(Path(place, name), IndexFolderError)
 
 
 def encoding_of(manifest: Manifest) -> list[object]:

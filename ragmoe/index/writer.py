@@ -225,7 +225,7 @@ class Writer:
     def _texts(self, generation: int) -> Iterator[str]:
         """What BM25 reads, as it was just written."""
         self.progress("bm25", 0, self.total)
-        for done, (chunk, _) in enumerate(read_rows(self.folder, generation), start=1):
+        for done, (chunk, _) in enumerate(read_rows(self.folder, generation, self.total), start=1):
             yield encoder_text(chunk.passage)
             if done % 1024 == 0 or done == self.total:
                 self.progress("bm25", done, self.total)

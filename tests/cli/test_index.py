@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -118,6 +119,37 @@ def test_stopped_by_the_user_it_says_how_to_go_on(
     hint = f"hint: go on with: ragmoe index build SOURCE... --out {tmp_path / 'index'} --resume"
     assert unfinished.code == 1 and f"holds a build that did not finish\n{hint}" in unfinished.err
     assert run("index", "build", corpus, "--out", tmp_path / "index", "--resume").code == 0
+
+
+def test_without_resume_it_says_what_a_stopped_build_had_encoded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ragmoe.index import _crash, blocks
+
+    left = [2]
+
+    def stop(point: str) -> None:
+        left[0] -= point == "block"
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(blocks, "BLOCK", 1)
+    corpus = write(
+        tmp_path / "corpus.jsonl", *({"id": f"p{n}", "text": f"The ferry has number {n}."} for n in range(5))
+    )
+    words = ["index", "build", corpus, "--out", tmp_path / "index"]
+    monkeypatch.setattr(_crash, "hook", stop)
+    assert run(*words).code == 130
+    monkeypatch.setattr(_crash, "hook", None)
+    what = "stopped before 2 of 5 blocks are encoded, missing: 2 to 4"
+    dry = run(*words, "--dry-run")
+    more = "; --resume encodes only these, without it all are encoded again"
+    assert dry.code == 0 and what + more in " ".join(dry.err.split())
+    resumed = " ".join(run(*words, "--dry-run", "--resume").err.split())
+    assert what in resumed and more not in resumed
+    done = run(*words)
+    assert done.code == 0 and what + more in " ".join(done.err.split())
+    assert "stopped before" not in run(*words, "--overwrite").err
 
 
 BUILD_ERRORS = {
@@ -275,6 +307,22 @@ def test_a_long_hit_begins_with_the_sentence_that_matches(run: Run, tmp_path: Pa
     assert run("index", "build", source, "--out", tmp_path / "i").code == 0
     done = run("index", "search", tmp_path / "i", "when is bread baked")
     assert "… Bread is baked at dawn by Mr. Miller! It is sold" in done.out.splitlines()[1]
+
+
+def test_the_sentence_that_matches_is_bold_on_a_terminal(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    source = write(tmp_path / "x.jsonl", {"id": "x", "text": "The bridge is old. Bread is baked at dawn. It is sold."})
+    assert run("index", "build", source, "--out", tmp_path / "i").code == 0
+
+    def terminal(stream: Any) -> Console:
+        return Console(file=stream, force_terminal=True, color_system="standard", width=160, _environ={})
+
+    monkeypatch.setattr("ragmoe.cli.index.console", terminal)
+    done = run("index", "search", tmp_path / "i", "when is bread baked")
+    assert "The bridge is old. \x1b[1mBread is baked at dawn.\x1b[0m It is sold." in done.out
 
 
 def test_search_that_finds_nothing(run: Run, folder: Path) -> None:

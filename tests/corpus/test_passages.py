@@ -229,6 +229,27 @@ def test_a_parquet_file_damaged_further_on(tmp_path: Path) -> None:
     assert len(reader.skipped) == 1 and reader.skipped[0].startswith(f"{source}: damaged after row ")
 
 
+def test_a_parquet_file_that_unpacks_to_more_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "c.parquet"
+    rows = [{"id": str(i), "text": "a" * 1_000_000} for i in range(20)]
+    pq.write_table(pa.Table.from_pylist(rows), source, compression="zstd", use_dictionary=False)
+    assert source.stat().st_size < 20_000
+    assert len(list(read_passages([source]))) == 20  # where there is memory for it
+    monkeypatch.setattr("ragmoe._parquet.free_memory", lambda: 10_000_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("read"))
+        reason = r"c\.parquet: row group 1 of 1 says that it unpacks to 20\.0 MB, .*; 10\.0 MB of memory are available"
+        with pytest.raises(DataError, match=reason):
+            list(read_passages([source]))
+        reader = read_passages([source], on_error="skip")
+        assert list(reader) == [] and len(reader.skipped) == 1
+    # What repeats itself as much as templates do is read a page at a time, however large all of it is.
+    rows = [{"id": str(i), "text": f"The stall {i} of the market is open. " * 200} for i in range(2000)]
+    pq.write_table(pa.Table.from_pylist(rows), source, compression="zstd", use_dictionary=False)
+    assert 10_000_000 < pq.read_metadata(source).row_group(0).total_byte_size > 100 * source.stat().st_size
+    assert len(list(read_passages([source]))) == 2000
+
+
 def test_sources_that_are_not_there_say_what_is(tmp_path: Path) -> None:
     write_lines(tmp_path / "corpus.jsonl", ROWS[0])
     with pytest.raises(DataError, match=r"there is no such file.*there is: corpus\.jsonl"):

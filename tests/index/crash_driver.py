@@ -3,6 +3,7 @@
     python crash_driver.py points STORE          at each crash point of each command: leaves STORE/COMMAND-POINT
     python crash_driver.py limits STORE SIZE...  an addition, where no file can grow beyond a size
     python crash_driver.py random STORE SEED N   by kill -9 at N random moments, and checks what is left
+    python crash_driver.py rebuilds STORE N      none dies: builds STORE/a anew N times, of one corpus and another
 
 A real death by `os._exit` or SIGKILL: no `finally`, no `except`, no flush. Prints a line for each.
 """
@@ -41,6 +42,8 @@ from ragmoe.index.manifest import read_manifest
 ALL = [str(row["id"]) for row in rows()]
 #: For each command: the ids before, and after. ``merge`` writes over an index of six.
 BEFORE = {"build": ALL[:6], "add": ALL[:10], "remove": ALL, "merge": ALL[:6]}
+#: As many passages each, so that no size tells a mixture of both.
+SIDES = {"a": ALL[:14], "b": ALL[10:]}
 AFTER = {"build": ALL, "add": ALL, "remove": [*ALL[:8], *ALL[16:]], "merge": ALL}
 
 
@@ -51,7 +54,7 @@ def write(path: Path, ids: list[str]) -> str:
 
 def prepare(store: Path) -> None:
     """An index for each command to start from, and what it reads."""
-    for name, ids in {**BEFORE, "a": ALL[:14], "b": ALL[10:]}.items():
+    for name, ids in {**BEFORE, **SIDES}.items():
         build_index(BuildOptions((write(store / f"{name}.jsonl", ids),), store / name, encoder=StubEncoder()))
     write(store / "all.jsonl", ALL)
 
@@ -165,12 +168,28 @@ def at_limits(store: Path, sizes: list[int]) -> None:
         print(size, code, read_manifest(folder).passages, flush=True)
 
 
+def rebuilds(store: Path, count: int) -> None:
+    """Once told to, replace an index of "a" of `SIDES` by one of "b", and that by one of "a" again."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for number in range(count):
+        source = str(store / f"{'ba'[number % 2]}.jsonl")
+        build_index(BuildOptions((source,), store / "a", encoder=StubEncoder(), overwrite=True))
+
+
+def command(*words: object) -> tuple[list[str], dict[str, str]]:
+    """How this file is run in a process of its own, and its environment."""
+    root = Path(__file__).parents[2]
+    paths = f"{root}{os.pathsep}{root / 'tests'}"
+    return [sys.executable, __file__, *map(str, words)], {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
 def drive(*words: object, timeout: int) -> list[list[str]]:
     """Run this file in a process of its own; what it printed, by line and word."""
-    root = Path(__file__).parents[2]
+    line, environment = command(*words)
     done = subprocess.run(
-        [sys.executable, __file__, *map(str, words)],
-        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"},
+        line,
+        env=environment,
         capture_output=True,
         text=True,
         check=True,
@@ -188,6 +207,8 @@ def main() -> None:
         at_points(store)
     elif mode == "limits":
         at_limits(store, [int(size) for size in sys.argv[3:]])
+    elif mode == "rebuilds":
+        rebuilds(store, int(sys.argv[3]))
     else:
         at_random(store, int(sys.argv[3]), int(sys.argv[4]))
 

@@ -1,6 +1,6 @@
-"""Run by the memory test: builds an index of N passages, adds some, and removes some; prints what each held at most.
+"""Run by the memory test: builds an index of N passages and works on it; prints what each step held at most.
 
-    python memory_driver.py STORE N...
+    python memory_driver.py STORE change|exchange N...
 
 Counted is what Python and numpy hold, and what pyarrow holds: not the pages of files that the system keeps, and not
 FAISS, whose needs are its own.
@@ -21,7 +21,22 @@ from numpy.typing import NDArray
 from stub_encoder import StubEncoder
 
 from ragmoe._threads import import_faiss
-from ragmoe.index import BuildOptions, blocks, bm25, build_index, plan_add, plan_remove, store, vectors
+from ragmoe.index import (
+    BuildOptions,
+    ImportOptions,
+    blocks,
+    bm25,
+    build_index,
+    export,
+    export_index,
+    given,
+    plan_add,
+    plan_import,
+    plan_merge,
+    plan_remove,
+    store,
+    vectors,
+)
 
 WORDS = tuple("abcdefghijklmnop")
 
@@ -53,26 +68,49 @@ def held(work: Callable[[], object]) -> float:
     return peak / 1e6
 
 
-def peaks(folder: Path, count: int) -> dict[str, float]:
-    """The most that each step held, at a number of passages."""
-    out, encoder = folder / f"index-{count}", Quick()
-    sources = write(folder / "corpus.jsonl", range(count)), write(folder / "more.jsonl", range(count, count + 50))
+def changes(folder: Path, out: Path, count: int) -> dict[str, Callable[[], object]]:
+    """Builds it, adds some passages, and removes some."""
+    source = write(folder / "corpus.jsonl", range(count))
+    more = write(folder / "more.jsonl", range(count, count + 50))
     ids = [f"p{number}" for number in range(50)]
-    steps: dict[str, Callable[[], object]] = {
-        "build": lambda: build_index(BuildOptions((sources[0],), out, encoder=encoder)),
-        "add": lambda: plan_add(out, [sources[1]], encoder=encoder).run(),  # type: ignore[union-attr]
+    return {
+        "build": lambda: build_index(BuildOptions((source,), out, encoder=Quick())),
+        "add": lambda: plan_add(out, [more], encoder=Quick()).run(),  # type: ignore[union-attr]
         "remove": lambda: plan_remove(out, ids=ids).run(),  # type: ignore[union-attr]
     }
+
+
+def exchanges(folder: Path, out: Path, count: int) -> dict[str, Callable[[], object]]:
+    """Exports it, makes another of what was exported, and one of both."""
+    source, vectors = write(folder / "corpus.jsonl", range(count)), folder / f"vectors-{count}.parquet"
+    build_index(BuildOptions((source,), out, encoder=Quick()))
+    made, merged = folder / f"made-{count}", folder / f"merged-{count}"
+    options = ImportOptions(vectors, (source,), made, encoder=Quick(), long_passages="windows")
+    return {
+        "export": lambda: export_index(out, vectors, to="parquet"),
+        "import": lambda: plan_import(options).run(),
+        "merge": lambda: plan_merge(out, made, merged).run(),
+    }
+
+
+def peaks(folder: Path, kind: str, count: int) -> dict[str, float]:
+    """The most that each step held, at a number of passages."""
+    steps = {"change": changes, "exchange": exchanges}[kind](folder, folder / f"index-{count}", count)
     found = {name: held(work) for name, work in steps.items()}
     return {**found, "pyarrow": (pa.default_memory_pool().max_memory() or 0) / 1e6}
 
 
 def main() -> None:
     # Blocks so small that even the smaller corpus has several of each kind.
-    blocks.BLOCK, bm25._BLOCK, store._BATCH, vectors._BLOCK = 64, 64, 64, 64
+    blocks.BLOCK = 64
+    for module in (bm25, vectors):
+        module._BLOCK = 64
+    for module in (store, export, given):
+        module._BATCH = 64
     import_faiss()
-    peaks(Path(sys.argv[1]), 100)  # what is imported on the way counts once, here
-    print(json.dumps([peaks(Path(sys.argv[1]), int(count)) for count in sys.argv[2:]]))
+    folder, kind, *counts = sys.argv[1:]
+    peaks(Path(folder), kind, 100)  # what is imported on the way counts once, here
+    print(json.dumps([peaks(Path(folder), kind, int(count)) for count in counts]))
 
 
 if __name__ == "__main__":

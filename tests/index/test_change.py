@@ -158,6 +158,25 @@ def test_what_cannot_be_removed(make: Build) -> None:
     assert plan_remove(folder, ids=["river-1"], resume=True) is None
 
 
+def test_the_passage_prompt_goes_with_the_index(make: Build, tmp_path: Path) -> None:
+    """It is in the manifest and in front of all that is encoded, whatever the encoder would put there by now."""
+    prompt, plain = "the law: ", make("plain", rows())
+    whole = make("whole", rows(), encoder=StubEncoder(passage_prompt=prompt))
+    folder = make("index", rows()[:14], encoder=StubEncoder(passage_prompt=prompt))
+    encoder = StubEncoder(passage_prompt="another: ")
+    ran(plan_add(folder, [str(write(tmp_path / "more.jsonl", rows()[14:]))], encoder=encoder))
+    assert len(encoder.encoded) >= 10 and all(text.startswith(prompt) for text in encoder.encoded)
+    same(folder, whole)
+    assert read_manifest(folder).encoder.passage_prompt == prompt and read_manifest(plain).encoder.passage_prompt == ""
+    encoder = StubEncoder(passage_prompt="another: ")
+    assert verify_index(folder, encoder=encoder) == []
+    assert encoder.encoded and all(text.startswith(prompt) for text in encoder.encoded)
+    vectors = [np.asarray(Index.open(path).embeddings, dtype=np.float32) for path in (plain, folder)]
+    assert ((vectors[0] * vectors[1]).sum(axis=1) < 0.98).all()
+    with pytest.raises(EncoderMismatchError, match=r"passage_prompt 'the law: '; .* passage_prompt ''"):
+        plan_merge(folder, plain, tmp_path / "merged")
+
+
 def test_merging_gives_what_building_both_gives(make: Build, tmp_path: Path) -> None:
     a, b, built = make("a", rows()[:14]), make("b", rows()[10:]), make("whole", rows())
     before = read_manifest(a), read_manifest(b)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from stub_encoder import StubEncoder
 from test_verify import reseal
@@ -21,15 +24,37 @@ from ragmoe.index.manifest import read_manifest
 from ragmoe.index.memory import ExpertMemory
 
 
+def bound_to(real: Any) -> Callable[[type], type]:
+    """Make a stand-in that is called as the real class would let it be: an argument that it lacks is a TypeError."""
+
+    def bound(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(getattr(real, name))
+
+        def call(*words: Any, **how: Any) -> Any:
+            signature.bind(*words, **how)
+            return method(*words, **how)
+
+        return call
+
+    def bind(standing_in: type) -> type:
+        for name, method in list(vars(standing_in).items()):
+            if inspect.isfunction(method) and not name.startswith("_"):
+                setattr(standing_in, name, bound(name, method))
+        return standing_in
+
+    return bind
+
+
+@bound_to(HfApi)
 class Hub:
     """Stands in for `huggingface_hub.HfApi`: one repository is one folder."""
 
     root: Path
     made: list[dict[str, Any]]
 
-    def create_repo(self, repo: str, *, repo_type: str, private: bool, exist_ok: bool) -> None:
-        self.made.append({"repo": repo, "type": repo_type, "private": private, "exist_ok": exist_ok})
-        (self.root / repo).mkdir(parents=True, exist_ok=True)
+    def create_repo(self, repo_id: str, *, repo_type: str, private: bool, exist_ok: bool) -> None:
+        self.made.append({"repo": repo_id, "type": repo_type, "private": private, "exist_ok": exist_ok})
+        (self.root / repo_id).mkdir(parents=True, exist_ok=True)
 
     def upload_folder(
         self,
@@ -47,18 +72,17 @@ class Hub:
             (there / name).unlink()
         self._copy(folder_path, there, new)
 
-    def dataset_info(self, repo: str, *, revision: str | None) -> SimpleNamespace:
-        if not (self.root / repo).is_dir():
-            raise OSError(f"404 Client Error: Repository Not Found for {repo}\nand more")
+    def dataset_info(self, repo_id: str, *, revision: str | None) -> SimpleNamespace:
+        if not (self.root / repo_id).is_dir():
+            raise OSError(f"404 Client Error: Repository Not Found for {repo_id}\nand more")
         return SimpleNamespace(sha="c0ffee")
 
     def snapshot_download(
-        self, repo: str, *, repo_type: str, revision: str, local_dir: Path, allow_patterns: list[str]
+        self, repo_id: str, *, repo_type: str, revision: str, local_dir: Path, allow_patterns: list[str]
     ) -> None:
         assert (repo_type, revision) == ("dataset", "c0ffee")
-        self._copy(
-            self.root / repo, local_dir, filter_repo_objects(_names(self.root / repo), allow_patterns=allow_patterns)
-        )
+        there = self.root / repo_id
+        self._copy(there, local_dir, filter_repo_objects(_names(there), allow_patterns=allow_patterns))
         (local_dir / ".cache" / "huggingface").mkdir(parents=True, exist_ok=True)
 
     def _copy(self, source: Path, to: Path, names: Any) -> None:
@@ -84,6 +108,22 @@ def push(folder: Path) -> None:
     push_index(folder, "me/mine", encoder=StubEncoder())
 
 
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("create_repo", {"type": "dataset"}),
+        ("upload_folder", {"repo_id": "me/mine"}),  # of no folder
+        ("dataset_info", {"commit": None}),
+        ("snapshot_download", {"out": "here"}),
+    ],
+)
+def test_the_stand_in_takes_no_call_that_the_hub_would_not(name: str, how: dict[str, Any], hub: Path) -> None:
+    words = [] if "repo_id" in how else ["me/mine"]
+    with pytest.raises(TypeError, match=r"^(missing a required argument: 'folder_path'|got an unexpected keyword)"):
+        getattr(Hub(), name)(*words, **how)
+    assert not hub.exists() and not Hub.made
+
+
 def test_there_and_back(folder: Path, hub: Path, tmp_path: Path) -> None:
     index = Index.open(folder, encoder=StubEncoder())
     (folder / "notes.txt").write_text("not of the index")
@@ -99,6 +139,21 @@ def test_there_and_back(folder: Path, hub: Path, tmp_path: Path) -> None:
     assert pull_index("me/mine", out).digest == index.digest
     assert _names(out) == _names(hub) and [path.name for path in out.parent.iterdir()] == ["pulled"]
     assert verify_index(out, encoder=StubEncoder()) == []
+
+
+def test_an_index_of_links_is_pushed(folder: Path, hub: Path, tmp_path: Path) -> None:
+    """The Hub's own cache is one; nothing is written to it but the lock."""
+    (tmp_path / "cache").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "cache" / path.name).symlink_to(path)
+    (tmp_path / "cache" / "build.lock").unlink()
+    push(tmp_path / "cache")
+    assert read_manifest(hub) == read_manifest(folder)
+    (tmp_path / "cache" / "build.lock").unlink()
+    (tmp_path / "cache" / "build.lock").symlink_to(tmp_path / "own.txt")
+    with pytest.raises(IndexFolderError, match=r"build\.lock is a link to"):
+        push(tmp_path / "cache")
+    assert not (tmp_path / "own.txt").exists()
 
 
 def test_an_older_generation_goes_from_the_hub(folder: Path, hub: Path) -> None:

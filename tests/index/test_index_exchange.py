@@ -161,3 +161,16 @@ def test_files_of_vectors_that_do_not_fit(corpus_and_vectors: tuple[Path, np.nda
     (tmp_path / "ids.txt").write_text("a\na\n")
     with pytest.raises(DataError, match="id 'a' stands twice"):
         ran(tmp_path, tmp_path / "nan.npy", corpus, ids=tmp_path / "ids.txt")
+
+
+def test_vectors_that_unpack_to_more_than_memory_are_not_read(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pa.table({"id": [str(i) for i in range(5000)], "embedding": [[0.5] * 512] * 5000})
+    pq.write_table(made, tmp_path / "v.parquet", compression="zstd", use_dictionary=["id"])
+    monkeypatch.setattr("ragmoe._parquet.free_memory", lambda: 10_000_000)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(
+        DataError, match=r"v\.parquet cannot be read: row group 1 of 1 says that it unpacks to 2\d\.\d MB, in a file of"
+    ):
+        ran(tmp_path, tmp_path / "v.parquet", corpus)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +97,17 @@ def test_a_damaged_memory_is_named(index: Index) -> None:
     with pytest.raises(IndexFolderError, match="is damaged") as caught:
         read_memory(index, "b" * 64)
     assert str(path) in caught.value.message and "ragmoe index annotate" in str(caught.value.hint)
+
+
+def test_no_memory_is_written_through_a_link(index: Index, tmp_path: Path) -> None:
+    part = recorded(index).save(index).with_suffix(f".{os.getpid()}.part")
+    part.symlink_to(tmp_path / "own.txt")
+    with pytest.raises(IndexFolderError, match="part is a link to"):
+        recorded(index).save(index)
+    assert not (tmp_path / "own.txt").exists()
+    shutil.rmtree(index.folder / "memory")
+    (tmp_path / "elsewhere").mkdir()
+    (index.folder / "memory").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(IndexFolderError, match="memory is a link to"):
+        recorded(index).save(index)
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from crash_driver import drive
 from stub_encoder import StubEncoder
+from test_verify import reseal
 
 from ragmoe import Index, IndexFolderError, RagmoeError
-from ragmoe.index import plan_add, verify_index
+from ragmoe.index import plan_add, plan_remove, verify_index
 from ragmoe.index.manifest import NAME, Manifest, commit, read_manifest, write_manifest
 
 FILES = (
@@ -113,6 +117,49 @@ def test_absurd_arrays_are_refused_before_they_are_allotted(name: str, content: 
         Index.open(folder, encoder=StubEncoder()).search(["honey"], retriever="bm25")
 
 
+def refuse_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a column of a parquet file that is read is one too many: it was to be refused before."""
+    for name in ("read", "iter_batches"):
+        monkeypatch.setattr(pq.ParquetFile, name, lambda *_, **__: pytest.fail("read"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (
+            lambda table: table.set_column(1, "title", [["a" * 2_000_000] * 24]),
+            r"24 rows of 4\d{7} bytes, expected 24 of",
+        ),
+        (lambda table: table.drop_columns(["doc_id", "windows"]), "the passages have no doc_id, windows"),
+        (lambda table: table.drop_columns(["text"]), "the passages have no text"),
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), r"25 rows of \d+ bytes, expected 24 of at most"),
+    ],
+    ids=["huge", "no fields", "no texts", "a row more"],
+)
+def test_passages_that_say_they_are_others_are_not_read(
+    harm: Callable[[pa.Table], pa.Table], reason: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digests and sizes agree: only what the parquet file says of itself is hostile."""
+    path = folder / "passages-1.parquet"
+    pq.write_table(harm(pq.read_table(path)), path, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 30_000
+    reseal(folder)
+    refuse_to_read(monkeypatch)
+    with pytest.raises(IndexFolderError, match=f"{folder} is damaged: .*{reason}"):
+        Index.open(folder)
+    with pytest.raises(IndexFolderError, match=f"{path} is damaged: .*{reason}"):
+        plan_remove(folder, domain="river")
+    assert any(re.search(reason, problem) for problem in verify_index(folder, encoder=StubEncoder()))
+
+
+def test_an_index_that_lost_its_texts_is_mended_by_the_next_change(folder: Path) -> None:
+    texts = Index.open(folder).passages(["market-3", "river-1"])
+    (folder / "texts-1.bin").unlink()
+    plan = plan_remove(folder, domain="archive")
+    assert plan is not None and plan.run().passages == 16
+    assert Index.open(folder).passages(["market-3", "river-1"]) == texts
+
+
 def test_a_faiss_file_that_was_changed_is_not_parsed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ragmoe._threads import import_faiss
 
@@ -169,3 +216,65 @@ def test_a_reader_of_one_generation_never_sees_the_next(folder: Path, tmp_path: 
     plan.run()
     assert reader.search(["honey"], 3, retriever="dense") == found and reader.find("new") is None
     assert Index.open(folder, encoder=StubEncoder()).search(["The honey is new."], 1)[0][0].passage_id == "new"
+
+
+LINKS = (
+    *FILES[:7], "bm25-1/", "build.lock", f"{NAME}.part", "README.md", "README.md.part", "texts-2.bin", "bm25-2/",
+    "partial/", "partial/state.json", "partial/block-000000.part", "partial/words/", "memory/",
+    "memory/recorded.safetensors",
+)  # fmt: skip
+
+
+def linked(path: Path, outside: Path, *, is_folder: bool) -> None:
+    """Put a link in a place, and what was there, or something else, where it leads."""
+    outside.mkdir()
+    path.parent.mkdir(exist_ok=True)
+    if path.exists():
+        path.rename(outside / "it")
+    elif is_folder:
+        (outside / "it").mkdir()
+        (outside / "it" / "own.safetensors").write_bytes(b"somebody's own")
+    else:
+        (outside / "it").write_bytes(b"somebody's own")
+    path.symlink_to(outside / "it")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("planted", ["before", "meanwhile"])
+def test_nothing_is_written_or_removed_through_a_link(name: str, planted: str, folder: Path, tmp_path: Path) -> None:
+    """Whoever made the folder may have put one there; it is found before reading, and again under the lock."""
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"id": "new", "text": "The honey is new."}) + "\n")
+    outside = tmp_path / "outside"
+    plan = plan_add(folder, [str(more)], encoder=StubEncoder()) if planted == "meanwhile" else None
+    linked(folder / name, outside, is_folder=name.endswith("/"))
+    before, there = contents(outside), contents(folder)
+    with pytest.raises(IndexFolderError, match=f"{name.removesuffix('/')} is a link to {outside / 'it'}, .*\nremove"):
+        plan.run() if plan else plan_add(folder, [str(more)], encoder=StubEncoder())
+    assert contents(outside) == before and {**contents(folder), "build.lock": b""} == {**there, "build.lock": b""}
+
+
+def test_no_build_replaces_an_index_through_a_link(build: Callable[..., Manifest], tmp_path: Path) -> None:
+    build()
+    linked(tmp_path / "index" / f"{NAME}.part", tmp_path / "outside", is_folder=False)
+    with pytest.raises(IndexFolderError, match=rf"{NAME}\.part is a link to"):
+        build(overwrite=True)
+    assert contents(tmp_path / "outside") == {"it": b"somebody's own"}
+
+
+def test_links_are_read_through_and_the_folder_itself_may_be_one(folder: Path, tmp_path: Path) -> None:
+    """The Hub's cache is made of links."""
+    (tmp_path / "cache").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "cache" / path.name).symlink_to(path)
+    use(tmp_path / "cache")
+    assert verify_index(tmp_path / "cache", encoder=StubEncoder()) == []
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"id": "new", "text": "The honey is new."}) + "\n")
+    (tmp_path / "link").symlink_to(folder)
+    plan = plan_add(tmp_path / "link", [str(more)], encoder=StubEncoder())
+    assert plan is not None and plan.run().passages == 25 == len(Index.open(folder))
