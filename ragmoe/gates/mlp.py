@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ragmoe.gates.base import Gate, GateSettings, register_gate
+from ragmoe.gates.linear import ExpertLinear
 from ragmoe.neighbours import Neighbours
 
 
@@ -24,7 +25,7 @@ class MlpGate(Gate):
     def __init__(self, settings: GateSettings) -> None:
         super().__init__(settings)
         self.hidden = nn.Linear(settings.width, settings.attention_width)
-        self.out = nn.Linear(settings.attention_width, settings.experts, bias=False)
+        self.out = ExpertLinear(settings.attention_width, settings.experts)
 
     def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
         return self.out(F.relu(self.hidden(x_SD)))

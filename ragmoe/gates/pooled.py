@@ -6,11 +6,12 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import initialization as init
 
 from ragmoe.gates.attention import weigh
 from ragmoe.gates.base import GateSettings, register_gate
+from ragmoe.gates.linear import ExpertLinear
 from ragmoe.gates.token import TokenGate
 from ragmoe.neighbours import Neighbours
 
@@ -31,7 +32,7 @@ class PooledGate(TokenGate):
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__(settings)
-        self.context = nn.Linear(settings.neighbour_width, settings.experts, bias=False)
+        self.context = ExpertLinear(settings.neighbour_width, settings.experts)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import initialization as init
 
 from ragmoe.gates.attention import NeighbourAttention
 from ragmoe.gates.base import GateSettings, register_gate
+from ragmoe.gates.linear import ExpertLinear
 from ragmoe.gates.token import TokenGate
 from ragmoe.neighbours import Neighbours
 
@@ -33,7 +34,7 @@ class RetrievalGate(TokenGate):
     def __init__(self, settings: GateSettings) -> None:
         super().__init__(settings)
         self.attention = NeighbourAttention(settings.width, settings.neighbour_width, settings.attention_width)
-        self.context = nn.Linear(settings.attention_width, settings.experts, bias=False)
+        self.context = ExpertLinear(settings.attention_width, settings.experts)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ragmoe._errors import ConfigError
 from ragmoe.gates.base import Gate, GateSettings, register_gate
+from ragmoe.gates.linear import ExpertLinear
 from ragmoe.neighbours import Neighbours
 
 
@@ -20,7 +21,7 @@ class TokenGate(Gate):
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__(settings)
-        self.token = nn.Linear(settings.width, settings.experts, bias=False)
+        self.token = ExpertLinear(settings.width, settings.experts)
 
     def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
         return self.token(x_SD)

@@ -120,7 +120,7 @@ def told(run: Run, tmp_path: Path) -> Path:
 def test_cloze_questions_are_good_questions(run: Run, told: Path, tmp_path: Path) -> None:
     out = tmp_path / "made" / "cloze.jsonl"
     done = run("data", "cloze", "--index", told, "--domain", "history", "--split", "train", "--out", out)
-    assert (done.code, done.out) == (0, f"{out}: 1 questions of 1 passages\n")
+    assert (done.code, done.out) == (0, f"{out}: 1 question of 1 passage\n")
     assert run("data", "check", out, "--index", told).code == 0
     assert '"origin": "cloze"' in out.read_text()
 

@@ -84,7 +84,7 @@ def test_figures_are_never_cut() -> None:
 def test_errors_stand_beside_the_coverage(make_reader: MakeReader, make_task: MakeTask, index: Any) -> None:
     results = evaluate(make_reader(fails_on=lambda question: "barges" in question), make_task(), index)
     quality = report({"one": [results]})[0]
-    assert cells(quality, "coverage")[2] == "75.0 %, 1 errors"
+    assert cells(quality, "coverage")[2] == "75.0 %, 1 error"
     assert cells(quality, "rivers")[1] == "2 of 3"
 
 

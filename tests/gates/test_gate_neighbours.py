@@ -47,7 +47,7 @@ def neighbours() -> Neighbours:
 
 
 def token_part(gate: Gate, x_SD: Tensor) -> Tensor:
-    return F.linear(x_SD, gate.token.weight)
+    return gate.token(x_SD)
 
 
 @pytest.mark.parametrize("training", [True, False])

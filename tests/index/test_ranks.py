@@ -52,7 +52,7 @@ def test_a_rank_is_killed_and_the_next_command_encodes_what_is_missing(
     done = torchrun(tmp_path, *words, "--json")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stderr.split())
-    assert f"{len(kept)} of 5 blocks are encoded, missing: " in said and " to encode in 2 processes, " in said
+    assert f"{len(kept)} of 5 blocks are encoded, missing: " in said and " in 2 processes to encode, " in said
     assert done.stderr.count("stopped before") == 1
     # Only what is missing is encoded, each block by its rank; and one process prints.
     for rank in (0, 1):

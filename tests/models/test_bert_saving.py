@@ -223,9 +223,13 @@ def test_with_weights_on_the_disk_it_answers_equally(
     assert all(parameter.is_meta for parameter in experts.parameters())
     inputs, seen = tokens(), some_neighbours(2)
     got, want = again(**inputs, **seen.tensors()), model(**inputs, **seen.tensors())
-    assert torch.equal(got.start_logits, want.start_logits) and torch.equal(got.end_logits, want.end_logits)
+    # Not to the last bit: on some processors that hangs on where in memory a weight lies, and mapped ones lie anywhere.
+    torch.testing.assert_close(got.start_logits, want.start_logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.end_logits, want.end_logits, rtol=1e-5, atol=1e-6)
     asked = (["who is the river?"], [[Passage("a", "the zebra is the river")]], some_neighbours(1))
-    assert again.read(*asked) == model.read(*asked)
+    (found,), (known,) = again.read(*asked), model.read(*asked)
+    assert (found.text, found.start, found.passage_id) == (known.text, known.start, known.passage_id)
+    assert found.score == pytest.approx(known.score, rel=1e-4)
     with pytest.raises(BundleError, match="tensors without data"):
         again.save_pretrained(tmp_path / "elsewhere")
 
