@@ -44,7 +44,7 @@ def forged(folder: Path, root: Path, seed: int, count: int) -> list[str]:
 
 
 def test_some_forgeries(folder: Path, tmp_path: Path) -> None:
-    assert forged(folder, tmp_path, 60, 60) == []
+    assert forged(folder, tmp_path, 80, 30) == []
 
 
 @pytest.mark.slow

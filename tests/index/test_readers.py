@@ -34,6 +34,7 @@ def read(folder: Path, retriever: str) -> tuple[int, str]:
     return index.manifest.generation, said
 
 
+@pytest.mark.slow
 def test_each_reader_sees_one_index_while_it_is_replaced_twenty_times(tmp_path: Path) -> None:
     line, environment = command("rebuilds", tmp_path, 20)
     pipe, seen = subprocess.PIPE, set()
