@@ -78,8 +78,11 @@ class Generator:
 
     def __init__(self, model: Any, tokenizer: Any, style: PromptStyle | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.prompts = PromptMaker(tokenizer, style)
         positions = getattr(model.config, "max_position_embeddings", None)
+        if style is None and positions is not None:
+            # Nobody has said how it is asked: as any model is, within its positions.
+            style = PromptStyle(max_length=min(PromptStyle.max_length, positions))
+        self.prompts = PromptMaker(tokenizer, style)
         if positions is not None and self.style.max_length > positions:
             raise ModelError(
                 f"prompts have up to {self.style.max_length} tokens, but the model has {positions} positions",

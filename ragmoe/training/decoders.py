@@ -98,8 +98,13 @@ def decoder_parameters(model: Any) -> dict[str, int]:
 
 
 @torch.no_grad()
-def save_checked(model: Any, tokenizer: Any, style: PromptStyle, batch: Mapping[str, Tensor], folder: Path) -> None:
+def save_checked(
+    model: Any, tokenizer: Any, style: PromptStyle | None, batch: Mapping[str, Tensor], folder: Path
+) -> None:
     """Save a trained model, and make sure that what was saved says on a batch what was trained, to the last bit.
+
+    Args:
+        style: how it is asked; None for a model that was not taught how.
 
     Raises:
         BundleError: it does not.

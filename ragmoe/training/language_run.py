@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from ragmoe._errors import ConfigError
 from ragmoe.corpus.types import Passage
 from ragmoe.generation.batches import sees_neighbours
-from ragmoe.generation.prompts import PromptStyle
 from ragmoe.index import Index
 from ragmoe.training.adapters import merge
 from ragmoe.training.callbacks import Shows
@@ -58,11 +57,8 @@ class LanguageRun:
         self.model, adapter = merge(self.model, self.adapted, folder)
         if self.new_expert is not None:
             self.model = self.new_expert.finish(self.model)
-        # Whoever asks it questions later asks as any model is asked that was not taught how, within its positions.
-        positions = int(self.model.config.max_position_embeddings)
-        style = PromptStyle(max_length=min(PromptStyle.max_length, positions))
         batch = self.collator([self.dataset[at] for at in range(min(2, len(self.dataset)))])
-        save_checked(self.model, self.collator.tokenizer, style, batch, folder)
+        save_checked(self.model, self.collator.tokenizer, None, batch, folder)
         return adapter
 
 

@@ -98,6 +98,17 @@ def test_experts_on_demand_and_held_back(world: Path, capsys: pytest.CaptureFixt
     assert main([*run, "--output-cache", "3"]) == 2 and "--output-cache is for readers" in capsys.readouterr().err
 
 
+def test_a_bundle_just_made_is_asked_within_its_positions(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = world / "short"
+    Generator(tiny_llama(num_hidden_layers=1, max_position_embeddings=400), byte_tokenizer()).save(base)
+    assert json.loads((base / "prompt.json").read_text())["max_length"] == 400
+    (base / "prompt.json").unlink()
+    init(base, out=world / "made", gate="token", experts=2)
+    for words in (["ask"], ["route"]):
+        assert main([*words, str(world / "made"), "who?", "--index", str(world / "index"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)
+
+
 def test_route(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["who keeps the quay?", "--index", str(world / "index")]
     assert main(["route", str(world / "model"), *asked]) == 0
