@@ -36,6 +36,8 @@ class Record:
     document: bool = False
 
 
+# What a passage's record may say; see ``read_passages``.
+FIELDS = ("id", "_id", "doc_id", "title", "text", "domain", "split")
 RecordReader = Callable[[Path, str], Iterator[Record]]
 # As CommonMark has it: "#tag" and "#!" are no headings.
 _HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)
@@ -128,7 +130,11 @@ def _misfit_cell(row: dict[str, Any], encoding: str) -> tuple[int, str] | None:
 
 @reads(".parquet", packed=False)
 def read_parquet(path: Path, encoding: str) -> Iterator[Record]:
-    """The rows of a parquet file, read by row group; its text is UTF-8 whatever the encoding of others."""
+    """The rows of a parquet file, read by row group; its text is UTF-8 whatever the encoding of others.
+
+    Columns that no passage has, such as embeddings, are passed over: they may be many times the text. Where there is
+    no text all are read, to be named.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -138,7 +144,9 @@ def read_parquet(path: Path, encoding: str) -> Iterator[Record]:
         if bad := absurd(path, file.metadata):
             yield Record(str(path), None, bad)
             return
-        for batch in file.iter_batches(batch_size=1024):
+        there = file.schema_arrow.names
+        wanted = [name for name in FIELDS if name in there] if "text" in there else None
+        for batch in file.iter_batches(batch_size=1024, columns=wanted):
             for row in batch.to_pylist():
                 number += 1
                 yield Record(f"{path}: row {number}", row)

@@ -11,6 +11,7 @@ import pytest
 
 from ragmoe import DataError, Passage, UsageError
 from ragmoe.corpus import read_passages
+from ragmoe.corpus.records import read_parquet
 
 ROWS = [
     {
@@ -185,6 +186,18 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     page.write_bytes(b"fine\nnot \xe9 fine\n")
     with pytest.raises(DataError, match=r"page\.txt:2: not UTF-8"):
         list(read_passages([page]))
+
+
+def test_columns_that_no_passage_has_are_not_even_read(tmp_path: Path) -> None:
+    source = tmp_path / "c.parquet"
+    embeddings = [[0.0, 1.0]] * len(ROWS)
+    pq.write_table(pa.Table.from_pylist(ROWS).append_column("embedding", pa.array(embeddings)), source)
+    assert list(read_passages([source])) == EXPECTED
+    records = read_parquet(source, "utf-8")
+    assert not any("embedding" in (record.fields or {}) for record in records)
+    pq.write_table(pa.table({"embedding": embeddings, "body": ["one"] * len(ROWS)}), source)
+    with pytest.raises(DataError, match="no 'text'; it has: body, embedding"):
+        list(read_passages([source]))
 
 
 def test_broken_csv_and_parquet(tmp_path: Path) -> None:
