@@ -84,7 +84,9 @@ class Neighbours:
             return torch.cat(grown)
 
         joined = {name: join([getattr(row, name) for row in rows]) for name in _TENSORS}
-        return cls(passage_ids=[ids for row in rows for ids in row.passage_ids], **joined)  # type: ignore[arg-type]
+        named = all(len(row.passage_ids) == len(row) for row in rows)
+        ids = [ids for row in rows for ids in row.passage_ids] if named else []
+        return cls(passage_ids=ids, **joined)  # type: ignore[arg-type]
 
     def rows(self, indices: Sequence[int]) -> Neighbours:
         """The neighbours of some of the questions, in the order given (repeats allowed)."""

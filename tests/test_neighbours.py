@@ -64,6 +64,12 @@ def test_stack_pads_to_the_widest() -> None:
     assert torch.equal(both.scores_BN[1:], one.scores_BN)
 
 
+def test_rows_without_ids_beside_rows_that_have_some_leave_none() -> None:
+    nameless = Neighbours(torch.ones(1, 1, 4), torch.ones(1, 1), torch.ones(1, 1).bool())
+    both = Neighbours.stack([nameless, found()])
+    assert both.passage_ids == [] and both.rows([2, 0]).mask_BN.tolist() == [[True, False, False]] * 2
+
+
 def test_masked_ones_vanish_entirely() -> None:
     whole = found()
     some = whole.masked(torch.tensor([[True, False, True], [False, True, True]]))

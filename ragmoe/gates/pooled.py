@@ -24,6 +24,7 @@ class PooledGate(TokenGate):
     """
 
     uses_neighbours = True
+    learns_context = True
     own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight", "context.weight")
     summary = "token state plus the mean of the neighbours; one summary for all tokens of a question"
     # Cosine scores of neighbours lie within a tenth or two of each other; this makes the best count a few times the
@@ -37,6 +38,10 @@ class PooledGate(TokenGate):
 
     def reset_parameters(self) -> None:
         init.zeros_(self.context.weight)
+
+    @torch.no_grad()
+    def speak_for(self, directions_ER: Tensor) -> None:
+        self.context.weight.copy_(directions_ER)
 
     def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
         logits_SE = super().logits(x_SD, neighbours)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from transformers import initialization as init
 
@@ -28,6 +29,7 @@ class RetrievalGate(TokenGate):
     """
 
     uses_neighbours = True
+    learns_context = True
     own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight", "context.weight")
     summary = "token state plus its attention over the neighbours, with a null neighbour to fall back on"
 
@@ -40,6 +42,17 @@ class RetrievalGate(TokenGate):
     def reset_parameters(self) -> None:
         init.zeros_(self.context.weight)
         self.attention.reset_parameters()
+
+    @torch.no_grad()
+    def speak_for(self, directions_ER: Tensor) -> None:
+        # As close as the attention's width allows. Its first values take the place of as many random ones, no larger.
+        value_AR, context_EA = self.attention.value.weight, self.context.weight
+        U_EX, strength_X, V_XR = torch.linalg.svd(directions_ER.to(value_AR), full_matrices=False)
+        X = min(len(strength_X), len(value_AR))
+        size = value_AR.norm(dim=1).mean()
+        value_AR[:X] = V_XR[:X] * size
+        context_EA.zero_()
+        context_EA[:, :X] = U_EX[:, :X] * strength_X[:X] / size
 
     def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
         logits_SE = super().logits(x_SD, neighbours)

@@ -24,6 +24,7 @@ from ragmoe.index import Index
 from ragmoe.moe import RoutingStatistics
 from ragmoe.training.adapters import merge
 from ragmoe.training.callbacks import Shows
+from ragmoe.training.clusters import start_gates
 from ragmoe.training.config import GenerateConfig, TrainingConfig
 from ragmoe.training.data import CACHE_NAME, SPARE_NEIGHBOURS, Retrieved, check_passages, training_questions
 from ragmoe.training.decoders import decoder_parameters, is_decoder, open_decoder, save_checked
@@ -168,5 +169,6 @@ def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show
         question_field=config.data.question_field,
         recall=lambda neighbours, question: generator.recall(neighbours, index, [question.domain]),
     )
+    start_gates(model, dataset, config, show)
     collator = GeneratorCollator(generator.prompts, sees_neighbours=generator.gate_sees_neighbours, raw=raw)
     return GeneratorRun(config, index, model, style, dataset, collator, len(questions) - len(fit), adapted)

@@ -14,6 +14,7 @@ from ragmoe.generation.batches import sees_neighbours
 from ragmoe.index import Index
 from ragmoe.training.adapters import merge
 from ragmoe.training.callbacks import Shows
+from ragmoe.training.clusters import start_gates
 from ragmoe.training.config import LanguageConfig, TrainingConfig
 from ragmoe.training.data import CACHE_NAME
 from ragmoe.training.decoders import decoder_parameters, is_decoder, open_decoder, save_checked
@@ -93,6 +94,7 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
         recall=recalling(model, index),
         progress=partial(show.stage, "retrieving neighbours") if show else None,
     )
+    start_gates(model, dataset, config, show)
     collator = LanguageCollator(tokenizer)
     expert = begin_language_expert(model, config, index, dataset, collator, cache, show)
     return LanguageRun(config, index, model if expert is None else expert.model, dataset, collator, adapted, expert)

@@ -23,6 +23,7 @@ from ragmoe.training.adapters import added_parameters, merge
 from ragmoe.training.build import build_model, make_trainable, trained_parameters, wants_bf16
 from ragmoe.training.calibration import calibrate
 from ragmoe.training.callbacks import HistoryCallback, Shows, load_record
+from ragmoe.training.clusters import start_gates
 from ragmoe.training.config import TrainingConfig, load_config
 from ragmoe.training.data import (
     CACHE_NAME,
@@ -182,6 +183,7 @@ def prepare_reader(config: TrainingConfig, *, cache: Path | None = None, show: S
     )
     collator = RaftCollator(model.tokenizer, config.raft, raw=raw)
     fit_gates(model, index, fit, of_fit, config.raft.neighbours)
+    start_gates(model, dataset, config, show)
     left_out = len(questions) - len(known)
     return Run(config, index, model, adapted, dataset, collator, held, of_held, left_out, new_expert)
 

@@ -141,6 +141,10 @@ class OptimiserConfig(Section):
         steps: optimiser steps.
         batch_size: questions of a micro-batch; ``accumulation`` micro-batches make a step.
         learning_rate: of the base; the others where given, else the same.
+        context_start: logits by which the gate, before anything is learned, prefers one expert for each cluster of what
+            is retrieved: the examples are divided into as many clusters as there are experts. For gates that learn from
+            the neighbours' embeddings (``pooled``, ``retrieval``, ``retrieval+memory``) and have not done so yet. None
+            starts them as the token gate, and while experts are still alike they learn next to nothing of neighbours.
         warmup: share of the steps; afterwards the rate falls linearly to zero.
         dropout: None means none on a CPU and the base's own on a GPU.
         attention_dropout: of the attention's weights; None means as ``dropout``. Zero keeps attention on a CPU on its
@@ -159,6 +163,7 @@ class OptimiserConfig(Section):
     gate_learning_rate: float | None = Field(None, gt=0)
     experts_learning_rate: float | None = Field(None, gt=0)
     head_learning_rate: float | None = Field(None, gt=0)
+    context_start: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0)
     warmup: float = Field(0.1, ge=0, le=1)

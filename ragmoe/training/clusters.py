@@ -1,0 +1,124 @@
+"""A start for gates that learn from the neighbours' embeddings: an expert for each kind of neighbours.
+
+Experts begin alike, so what a gate is taught about neighbours at first is noise: it cannot learn to bring the right
+specialist before there are specialists. Here what is learned from is divided by what it retrieves, and each part goes
+to an expert of its own from the first step on; no domain is named, and the gate learns on from there. Source:
+Gururangan et al. 2023 (c-BTM), whose clusters are of the text itself, and stay as they are.
+Q examples, R encoder width, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ragmoe._errors import ConfigError, DataError
+from ragmoe._words import many
+from ragmoe.gates import gate_class, gate_names
+from ragmoe.neighbours import Neighbours
+from ragmoe.training.callbacks import Shows
+from ragmoe.training.config import TrainingConfig
+
+# Examples that are clustered at most: some hundreds for each of few experts.
+_EXAMPLES = 4096
+
+
+def start_gates(model: Any, dataset: Any, config: TrainingConfig, show: Shows | None = None) -> None:
+    """Start a model's gates as ``train.context_start`` says, from the first examples of what it will learn from.
+
+    Args:
+        dataset: of examples with one row of ``neighbours`` each.
+
+    Raises:
+        ConfigError, DataError: see ``start_from_clusters``.
+    """
+    if config.train.context_start is None:
+        return
+    check_fresh(model)
+    found = [dataset[at].neighbours for at in range(min(len(dataset), _EXAMPLES))]
+    shares = start_from_clusters(model, Neighbours.stack(found), config.train.context_start, seed=config.seed)
+    if show:
+        show.line(
+            f"the gates start from {many(len(shares), 'cluster')} of neighbours, which hold "
+            f"{min(shares):.0%} to {max(shares):.0%} of the examples each"
+        )
+
+
+def start_from_clusters(model: Any, neighbours: Neighbours, lead: float, *, seed: int = 0) -> list[float]:
+    """Divide examples by the mean of their neighbours into as many clusters as there are experts, and make each gate
+    prefer the cluster's expert.
+
+    Args:
+        model: with gates that learn from the neighbours' embeddings, and have not done so yet.
+        neighbours: of Q examples; those that have none are left out.
+        lead: by how many units of logit an example's own expert is ahead of the mean of all experts, on average.
+        seed: of the clustering.
+
+    Returns:
+        The share of the examples in each cluster, in the order of the experts.
+
+    Raises:
+        ConfigError: the gates do not learn from the neighbours' embeddings, or have done so already.
+        DataError: fewer examples have neighbours than there are experts.
+    """
+    check_fresh(model)
+    neighbours = neighbours.rows(neighbours.mask_BN.any(dim=1).nonzero().flatten().tolist())
+    centres_ER, shares = _clusters(_mean(neighbours), model.config.experts, seed)
+    # What all centres have in common speaks for none of them.
+    directions_ER = centres_ER - centres_ER.mean(dim=0)
+    for gate in model.gates:
+        before_QE = gate.foresee(neighbours)
+        gate.speak_for(directions_ER)
+        logits_QE = gate.foresee(neighbours) - before_QE
+        gate.context.weight.data *= lead / (logits_QE.amax(dim=1) - logits_QE.mean(dim=1)).mean()
+    return shares
+
+
+def check_fresh(model: Any) -> None:
+    """ConfigError unless the model's gates can be started from clusters."""
+    gates = getattr(model, "gates", [])
+    if not gates:
+        raise ConfigError("train.context_start is given, but the model is dense: it has no gate to start")
+    if not all(gate.learns_context for gate in gates):
+        able = ", ".join(name for name in gate_names() if gate_class(name).learns_context)
+        raise ConfigError(
+            f"train.context_start is given, but the gate {model.config.gate!r} does not learn from the neighbours' "
+            f"embeddings; those that do: {able}",
+            hint="model.gate=retrieval, or leave train.context_start out",
+        )
+    if any(gate.context.weight.any() for gate in gates):
+        raise ConfigError(
+            "train.context_start is given, but the base's gates learned from neighbours already: it would undo that",
+            hint="leave train.context_start out",
+        )
+
+
+def _mean(neighbours: Neighbours) -> Tensor:
+    """Of each row's neighbours, float32 (Q, R)."""
+    mask_QN1 = neighbours.mask_BN.unsqueeze(-1)
+    return (neighbours.embeddings_BNR.float() * mask_QN1).sum(dim=1) / mask_QN1.sum(dim=1)
+
+
+def _clusters(mean_QR: Tensor, experts: int, seed: int) -> tuple[Tensor, list[float]]:
+    """Centres of unit length, (E, R), and each one's share of the rows."""
+    import faiss
+
+    Q, R = mean_QR.shape
+    if experts > Q:
+        raise DataError(
+            f"{many(Q, 'example')} to learn from have neighbours: expected at least {experts}, the number of experts, "
+            "to start a gate from clusters",
+            hint="leave train.context_start out, or train with more text",
+        )
+    points = F.normalize(mean_QR, dim=1).numpy()
+    means = faiss.Kmeans(
+        R, experts, niter=25, nredo=5, spherical=True, seed=seed, min_points_per_centroid=1, max_points_per_centroid=Q
+    )
+    means.train(points)
+    nearest_Q = means.index.search(points, 1)[1][:, 0]
+    shares = np.bincount(nearest_Q, minlength=experts) / Q
+    return torch.from_numpy(means.centroids), shares.tolist()
