@@ -1,0 +1,120 @@
+"""Do the neighbours of the text before a chunk tell the chunk's domain, and from how many tokens on?
+
+    python eval/bench/lm_neighbours.py --data DIR [--index indexes/lm] [--code runs/lm/code] [--chunks 60]
+
+Cuts the `valid` documents of the six domains of eval/experiments/lm_domains.yaml in chunks of several lengths, and
+retrieves for some of each domain (drawn with seed 0) what a language model is shown: the neighbours of the chunk
+before, leaks held back. By length: the share of neighbours that are of the chunk's domain, the share of chunks whose
+domain most of the neighbours have (weighted as their votes are), and the share of all tokens that are in such chunks:
+the first chunk of a document has no neighbours. What it does not do: say what that is worth, which the experiment does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from _result import row, table, write_result
+from transformers import AutoTokenizer
+
+from ragmoe.corpus import read_passages
+from ragmoe.corpus.leaks import LeakGuard
+from ragmoe.gates.attention import weigh
+from ragmoe.gates.memory import MemoryGate
+from ragmoe.index import Index
+from ragmoe.training.config import LanguageConfig
+from ragmoe.training.language import LanguageDataset
+
+DOMAINS = ("legal", "fiction", "webdocs", "devops", "textbook", "code")
+LENGTHS = (16, 32, 64, 128, 256)
+NEIGHBOURS = 8
+
+
+def sources(data: Path | None, code: Path) -> list[str]:
+    """The `valid` documents; ends the program with a clear message where some are missing."""
+    folder = data or (Path(os.environ["RAGMOE_DATA"]) if os.environ.get("RAGMOE_DATA") else None)
+    if folder is None:
+        sys.exit("error: no data was named\nhint: --data DIR, or RAGMOE_DATA=DIR: a folder with one folder a domain")
+    files = [(code if name == "code" else folder / name) / "valid.jsonl" for name in DOMAINS]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        sys.exit(f"error: there is no {', '.join(missing)}\nhint: eval/experiments/lm_corpus.py makes that of code")
+    return [str(file) for file in files]
+
+
+def judge(dataset: LanguageDataset, chunks: int, domain_of: dict[str, str]) -> dict[str, tuple[float, float, float]]:
+    """For each domain the share of neighbours that are of it, of chunks voted into it, and of tokens in such chunks."""
+    places: dict[str, list[int]] = defaultdict(list)
+    tokens: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for at, chunk in enumerate(dataset.chunks):
+        domain = dataset.documents[chunk.document].domain
+        tokens[domain][0] += len(chunk.ids)
+        if chunk.number:
+            places[domain].append(at)
+            tokens[domain][1] += len(chunk.ids)
+    drawn = {name: random.Random(0).sample(of, min(chunks, len(of))) for name, of in places.items()}
+    dataset.retrieve([at for of in drawn.values() for at in of])
+    found = {}
+    for name, of in drawn.items():
+        shares, votes = [], []
+        for at in of:
+            neighbours = dataset.neighbours(at)
+            assert neighbours is not None
+            own = np.array([domain_of[passage] == name for passage in neighbours.passage_ids[0]])
+            weights = weigh(neighbours, MemoryGate.temperature)[0][neighbours.mask_BN[0]].numpy()
+            totals: dict[str, float] = defaultdict(float)
+            for passage, weight in zip(neighbours.passage_ids[0], weights, strict=True):
+                totals[domain_of[passage]] += float(weight)
+            shares.append(own.mean())
+            votes.append(max(totals, key=totals.__getitem__) == name)
+        voted = float(np.mean(votes))
+        found[name] = (float(np.mean(shares)), voted, voted * tokens[name][1] / tokens[name][0])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with one folder a domain (or RAGMOE_DATA)")
+    parser.add_argument("--code", type=Path, default=Path("runs/lm/code"), help="folder of the domain of code")
+    parser.add_argument("--index", type=Path, default=Path("indexes/lm"))
+    parser.add_argument("--base", type=Path, default=Path("runs/lm/base"), help="whose tokens are counted")
+    parser.add_argument("--chunks", type=int, default=60, help="of each domain and length")
+    parser.add_argument("--out", type=Path, default=Path("eval/results/lm_neighbours.json"))
+    arguments = parser.parse_args()
+    documents = list(read_passages(sources(arguments.data, arguments.code)))
+    index, tokenizer = Index.open(arguments.index), AutoTokenizer.from_pretrained(arguments.base)
+    passages = list(index.iterate())
+    domain_of = {passage.id: passage.domain for passage in passages}
+    guard = LeakGuard(documents, passages)
+    rows, lines = [], []
+    for length in LENGTHS:
+        config = LanguageConfig(chunk_tokens=length, neighbours=NEIGHBOURS)
+        dataset = LanguageDataset(documents, None, tokenizer, config, cache=arguments.out.parent)
+        # Only now, and for a few: given at once, it would retrieve for all chunks.
+        dataset.index, dataset.guard, dataset.cache = index, guard, index.folder / "neighbours"
+        found = judge(dataset, arguments.chunks, domain_of)
+        found["mean"] = tuple(float(np.mean([of[i] for of in found.values()])) for i in range(3))  # type: ignore[assignment]
+        for name, values in found.items():
+            for metric, value in zip(("of the domain", "voted into it", "tokens voted into it"), values, strict=True):
+                rows.append(row(f"{length} tokens, {name}", metric, value, baseline=None, target=None))
+        lines.append([str(length), *("{:.2f} / {:.2f} / {:.2f}".format(*found[name]) for name in (*DOMAINS, "mean"))])
+        print(f"{length} tokens: {found['mean']}", flush=True)
+    report = (
+        "# What the neighbours of the text before tell of a chunk's domain\n\n"
+        f"{NEIGHBOURS} neighbours of {len(index):,} passages of six domains, retrieved by as many tokens before a "
+        f"chunk as it has; up to {arguments.chunks} chunks of each domain's `valid` documents. Share of neighbours of "
+        "the chunk's domain / share of chunks whose domain most neighbours have, weighted as votes are / share of all "
+        "tokens that are in such chunks (the first chunk of a document has no neighbours).\n\n"
+        + table(["tokens", *DOMAINS, "mean"], lines)
+        + "\nMade by `python eval/bench/lm_neighbours.py --data DIR`.\n"
+    )
+    write_result(arguments.out, "lm_neighbours", rows, report)
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
