@@ -28,6 +28,7 @@ from ragmoe.gates.attention import weigh
 from ragmoe.gates.memory import MemoryGate
 from ragmoe.index import Index
 from ragmoe.training.config import LanguageConfig
+from ragmoe.training.data import CACHE_NAME
 from ragmoe.training.language import LanguageDataset
 
 DOMAINS = ("legal", "fiction", "webdocs", "devops", "textbook", "code")
@@ -95,7 +96,7 @@ def main() -> None:
         config = LanguageConfig(chunk_tokens=length, neighbours=NEIGHBOURS)
         dataset = LanguageDataset(documents, None, tokenizer, config, cache=arguments.out.parent)
         # Only now, and for a few: given at once, it would retrieve for all chunks.
-        dataset.index, dataset.guard, dataset.cache = index, guard, index.folder / "neighbours"
+        dataset.index, dataset.guard, dataset.cache = index, guard, index.folder / CACHE_NAME
         found = judge(dataset, arguments.chunks, domain_of)
         found["mean"] = tuple(float(np.mean([of[i] for of in found.values()])) for i in range(3))  # type: ignore[assignment]
         for name, values in found.items():
