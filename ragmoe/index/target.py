@@ -81,7 +81,7 @@ class NewIndex(Target):
         if others:
             raise IndexFolderError(
                 f"{self.folder} holds other things than an index: {', '.join(others[:8])}",
-                hint="name a new folder with --out",
+                hint="move them elsewhere, or name a new folder with --out",
             )
         refuse_links(self.folder)
         if (self.folder / manifests.NAME).exists() and not (self.overwrite or self.resume):
