@@ -144,7 +144,9 @@ class OptimiserConfig(Section):
         context_start: logits by which the gate, before anything is learned, prefers one expert for each cluster of what
             is retrieved: the examples are divided into as many clusters as there are experts. For gates that learn from
             the neighbours' embeddings (``pooled``, ``retrieval``, ``retrieval+memory``) and have not done so yet. None
-            starts them as the token gate, and while experts are still alike they learn next to nothing of neighbours.
+            starts them as the token gate, and while experts are still alike they learn next to nothing of neighbours. A
+            small ``gate_learning_rate`` (1e-4) keeps the start until they differ: Adam takes steps of full size even
+            where the gradient is little else than that of routing losses.
         warmup: share of the steps; afterwards the rate falls linearly to zero.
         dropout: None means none on a CPU and the base's own on a GPU.
         attention_dropout: of the attention's weights; None means as ``dropout``. Zero keeps attention on a CPU on its
