@@ -180,8 +180,7 @@ def new_expert_config(
             "what": "new_expert",
             "steps": steps or 300,
             "gate_learning_rate": 3e-3,
-            # Low-rank deltas start at zero and want larger steps than copies of whole networks.
-            "experts_learning_rate": 5e-4 if kind.has_rank else 5e-5,
+            "experts_learning_rate": _expert_rate(kind.has_rank, language=section == "language"),
         },
         "new_expert": {
             "name": name,
@@ -193,6 +192,17 @@ def new_expert_config(
         },
     }
     return load_config(content, overrides)
+
+
+def _expert_rate(has_rank: bool, *, language: bool) -> float:
+    """The learning rate of a new expert.
+
+    Low-rank deltas start at zero and want larger steps than copies of whole networks. In a language model they want far
+    larger ones than in a reader, for a whole domain's words are new to them (eval/results/lm_late.md).
+    """
+    if not has_rank:
+        return 5e-5
+    return 4e-3 if language else 5e-4
 
 
 def _reader_material(index: str | os.PathLike[str] | None, questions: Sequence[str], judges: Judges) -> dict[str, Any]:

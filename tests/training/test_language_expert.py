@@ -195,6 +195,13 @@ def test_the_lesson_reaches_gate_rows_alone(bundle: Callable[..., Path], market:
     assert all(side.data.chunks[place].number for side in (own, others) for place in side.places)
 
 
+@pytest.mark.parametrize(("kind", "rate"), [("lora", 4e-3), ("ffn", 5e-5)])
+def test_low_rank_experts_take_larger_steps(bundle: Callable[..., Path], land: Path, kind: str, rate: float) -> None:
+    corpus = [str(land / "market_train.jsonl")]
+    config = new_expert_config(bundle(kind), "market", index=land / "index", corpus=corpus)
+    assert config.train.experts_learning_rate == rate
+
+
 @pytest.mark.parametrize(("override", "left"), [("data.calibration_share=0.49", "03"), ("data.limit=3", "013")])
 def test_what_is_kept_aside_is_no_other_document(
     bundle: Callable[..., Path], market: Callable[..., TrainingConfig], override: str, left: str
