@@ -145,8 +145,8 @@ class OptimiserConfig(Section):
             is retrieved: the examples are divided into as many clusters as there are experts. For gates that learn from
             the neighbours' embeddings (``pooled``, ``retrieval``, ``retrieval+memory``) and have not done so yet. None
             starts them as the token gate, and while experts are still alike they learn next to nothing of neighbours. A
-            small ``gate_learning_rate`` (1e-4) keeps the start until they differ: Adam takes steps of full size even
-            where the gradient is little else than that of routing losses.
+            small ``gate_learning_rate`` (1e-4) keeps the start until they differ: optimisers like Adam take steps of
+            full size however little a gradient says.
         warmup: share of the steps; afterwards the rate falls linearly to zero.
         dropout: None means none on a CPU and the base's own on a GPU.
         attention_dropout: of the attention's weights; None means as ``dropout``. Zero keeps attention on a CPU on its
