@@ -2,6 +2,7 @@
 
 from ragmoe.gates.attention import NeighbourAttention
 from ragmoe.gates.base import Gate, GateSettings, gate_class, gate_names, register_gate
+from ragmoe.gates.context import ContextGate
 from ragmoe.gates.domain import CentroidGate, FittedDomainGate, OracleGate, RidgeGate
 from ragmoe.gates.hierarchical import HierarchicalGate
 from ragmoe.gates.memory import MemoryGate, RetrievalMemoryGate
@@ -17,6 +18,7 @@ from ragmoe.gates.token import SoftmaxGate, TokenGate
 
 __all__ = [
     "CentroidGate",
+    "ContextGate",
     "FittedDomainGate",
     "Gate",
     "GateSettings",

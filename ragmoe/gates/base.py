@@ -84,7 +84,6 @@ class Gate(nn.Module, ABC):
     Attributes:
         uses_neighbours: whether it looks at the neighbours at all.
         uses_votes: whether it wants their votes (``Neighbours.votes_BNLE``).
-        learns_context: whether it learns what the neighbours' embeddings say (``speak_for``).
         uses_domain: whether it wants the question's domain (``Neighbours.domain_B``).
         takes_common: whether it knows experts of all domains (``common_experts``).
         takes_groups: whether it knows groups of experts (``groups``).
@@ -96,7 +95,6 @@ class Gate(nn.Module, ABC):
 
     uses_neighbours: ClassVar[bool] = False
     uses_votes: ClassVar[bool] = False
-    learns_context: ClassVar[bool] = False
     uses_domain: ClassVar[bool] = False
     takes_common: ClassVar[bool] = False
     takes_groups: ClassVar[bool] = False
@@ -152,16 +150,6 @@ class Gate(nn.Module, ABC):
         neighbours makes them once.
         """
         return None
-
-    def speak_for(self, directions_ER: Tensor) -> None:
-        """Let the neighbours speak before anything is learned: the more their mean points in an expert's direction, the
-        higher its logit. Only for gates that learn context.
-
-        Args:
-            directions_ER: float32; the logits of a question are this, times the mean of its neighbours' embeddings, up
-                to one factor.
-        """
-        raise NotImplementedError(f"the gate {type(self).__name__} learns nothing from the neighbours' embeddings")
 
     def placed_logits(self, x_SD: Tensor, neighbours: Neighbours | None, tokens: Tokens) -> Tensor:
         """``logits`` for gates that must know how the tokens stand in sequences, which override this."""

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import initialization as init
 
 from ragmoe.gates.attention import weigh
 from ragmoe.gates.base import GateSettings, register_gate
+from ragmoe.gates.context import ContextGate
 from ragmoe.gates.linear import ExpertLinear
-from ragmoe.gates.token import TokenGate
 from ragmoe.neighbours import Neighbours
 
 
 @register_gate("pooled")
-class PooledGate(TokenGate):
+class PooledGate(ContextGate):
     """``logits = W_t x + W_c mean(neighbours)``, the mean weighted by the softmax of the retrieval scores.
 
     ``W_c`` starts at zero and has no bias: at step 0, and wherever there are no neighbours, it is the token gate.
     """
 
-    uses_neighbours = True
-    learns_context = True
-    own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight", "context.weight")
     summary = "token state plus the mean of the neighbours; one summary for all tokens of a question"
     # Cosine scores of neighbours lie within a tenth or two of each other; this makes the best count a few times the
     # worst.
@@ -36,11 +31,8 @@ class PooledGate(TokenGate):
         self.context = ExpertLinear(settings.neighbour_width, settings.experts)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        init.zeros_(self.context.weight)
-
     @torch.no_grad()
-    def speak_for(self, directions_ER: Tensor) -> None:
+    def set_context(self, directions_ER: Tensor) -> None:
         self.context.weight.copy_(directions_ER)
 
     def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:

@@ -5,21 +5,18 @@ This is what ragmoe is for. S tokens, A attention width, E experts.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
-from transformers import initialization as init
 
 from ragmoe.gates.attention import NeighbourAttention
 from ragmoe.gates.base import GateSettings, register_gate
+from ragmoe.gates.context import ContextGate
 from ragmoe.gates.linear import ExpertLinear
-from ragmoe.gates.token import TokenGate
 from ragmoe.neighbours import Neighbours
 
 
 @register_gate("retrieval")
-class RetrievalGate(TokenGate):
+class RetrievalGate(ContextGate):
     """``logits = W_t x + W_c c``, with ``c`` the attention of the token over the neighbours and a *null neighbour*.
 
     Nothing is added after ``c``, which is zero where there are no neighbours. Therefore
@@ -28,9 +25,6 @@ class RetrievalGate(TokenGate):
     * with no neighbours it equals its own token part, also after training.
     """
 
-    uses_neighbours = True
-    learns_context = True
-    own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight", "context.weight")
     summary = "token state plus its attention over the neighbours, with a null neighbour to fall back on"
 
     def __init__(self, settings: GateSettings) -> None:
@@ -40,11 +34,11 @@ class RetrievalGate(TokenGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        init.zeros_(self.context.weight)
+        super().reset_parameters()
         self.attention.reset_parameters()
 
     @torch.no_grad()
-    def speak_for(self, directions_ER: Tensor) -> None:
+    def set_context(self, directions_ER: Tensor) -> None:
         # As close as the attention's width allows. Its first values take the place of as many random ones, no larger.
         value_AR, context_EA = self.attention.value.weight, self.context.weight
         U_EX, strength_X, V_XR = torch.linalg.svd(directions_ER.to(value_AR), full_matrices=False)

@@ -18,6 +18,7 @@ from ragmoe.models.starter import resolve_bundle
 from ragmoe.models.upcycling import base_path
 from ragmoe.models.xlora import XLoraReader
 from ragmoe.training.adapters import adapt_reader
+from ragmoe.training.clusters import check_start
 from ragmoe.training.config import TrainingConfig
 from ragmoe.training.trainer import freeze
 
@@ -69,6 +70,7 @@ def build_model(config: TrainingConfig, index: Any, *, on_cpu: bool) -> RagmoeBe
         # The tokenizer of an encoder is told to cut at the encoder's length; reading has its own windows.
         model.tokenizer.model_max_length = model.config.max_position_embeddings
     check_length(config, model.config)
+    check_start(model, config)
     model.config.encoder = {"id": encoder.id, "digest": encoder.digest}
     model.config.index_digest = index.digest
     return model

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ragmoe._errors import ConfigError, DataError
 from ragmoe._words import many
-from ragmoe.gates import gate_class, gate_names
+from ragmoe.gates import ContextGate, gate_class, gate_names
 from ragmoe.neighbours import Neighbours
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import TrainingConfig
@@ -34,11 +34,10 @@ def start_gates(model: Any, dataset: Any, config: TrainingConfig, show: Shows | 
         dataset: of examples with one row of ``neighbours`` each.
 
     Raises:
-        ConfigError, DataError: see ``start_from_clusters``.
+        DataError: see ``start_from_clusters``.
     """
     if config.train.context_start is None:
         return
-    check_fresh(model)
     found = [dataset[at].neighbours for at in range(min(len(dataset), _EXAMPLES))]
     shares = start_from_clusters(model, Neighbours.stack(found), config.train.context_start, seed=config.seed)
     if show:
@@ -53,7 +52,7 @@ def start_from_clusters(model: Any, neighbours: Neighbours, lead: float, *, seed
     prefer the cluster's expert.
 
     Args:
-        model: with gates that learn from the neighbours' embeddings, and have not done so yet.
+        model: all its gates are ``ContextGate``s that have learned nothing of neighbours yet (see ``check_start``).
         neighbours: of Q examples; those that have none are left out.
         lead: by how many units of logit an example's own expert is ahead of the mean of all experts, on average.
         seed: of the clustering.
@@ -62,29 +61,30 @@ def start_from_clusters(model: Any, neighbours: Neighbours, lead: float, *, seed
         The share of the examples in each cluster, in the order of the experts.
 
     Raises:
-        ConfigError: the gates do not learn from the neighbours' embeddings, or have done so already.
         DataError: fewer examples have neighbours than there are experts.
     """
-    check_fresh(model)
     neighbours = neighbours.rows(neighbours.mask_BN.any(dim=1).nonzero().flatten().tolist())
     centres_ER, shares = _clusters(_mean(neighbours), model.config.experts, seed)
     # What all centres have in common speaks for none of them.
     directions_ER = centres_ER - centres_ER.mean(dim=0)
     for gate in model.gates:
         before_QE = gate.foresee(neighbours)
-        gate.speak_for(directions_ER)
+        gate.set_context(directions_ER)
         logits_QE = gate.foresee(neighbours) - before_QE
         gate.context.weight.data *= lead / (logits_QE.amax(dim=1) - logits_QE.mean(dim=1)).mean()
     return shares
 
 
-def check_fresh(model: Any) -> None:
-    """ConfigError unless the model's gates can be started from clusters."""
+def check_start(model: Any, config: TrainingConfig) -> None:
+    """ConfigError where ``train.context_start`` is given and the model's gates cannot be started so; it costs nothing,
+    and is asked before anything is retrieved."""
+    if config.train.context_start is None:
+        return
     gates = getattr(model, "gates", [])
     if not gates:
         raise ConfigError("train.context_start is given, but the model is dense: it has no gate to start")
-    if not all(gate.learns_context for gate in gates):
-        able = ", ".join(name for name in gate_names() if gate_class(name).learns_context)
+    if not all(isinstance(gate, ContextGate) for gate in gates):
+        able = ", ".join(name for name in gate_names() if issubclass(gate_class(name), ContextGate))
         raise ConfigError(
             f"train.context_start is given, but the gate {model.config.gate!r} does not learn from the neighbours' "
             f"embeddings; those that do: {able}",

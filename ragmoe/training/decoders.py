@@ -18,6 +18,7 @@ from ragmoe.index import Index
 from ragmoe.models.saving import BundleMixin
 from ragmoe.training.adapters import adapt_decoder, added_parameters
 from ragmoe.training.callbacks import load_record
+from ragmoe.training.clusters import check_start
 from ragmoe.training.config import DataConfig, TrainingConfig
 from ragmoe.training.folder import HISTORY_NAME
 from ragmoe.training.trainer import freeze
@@ -52,7 +53,8 @@ def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -
         neighbours: how many the gate will see.
 
     Raises:
-        ConfigError: a setting is a reader's, or means nothing to this base; or its gate wants an index.
+        ConfigError: a setting is a reader's, or means nothing to this base; or its gate wants an index, or cannot start
+            from clusters.
         ModelError: the base cannot be what ``model`` says, or its gate has learned from another encoder.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,6 +73,7 @@ def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -
             model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
     if config.train.what in _PARTS and not getattr(model, "sparse_layers", None):
         raise ConfigError(f"train.what is {config.train.what!r}, but the base {config.base} has no sparse layer")
+    check_start(model, config)
     adapted = adapt_decoder(model, config.train.lora) if config.train.what == _LORA else None
     freeze(model, config.train.what)
     if sees_neighbours(model):

@@ -89,13 +89,6 @@ def test_too_few_examples_have_neighbours(neighbours: Neighbours) -> None:
         start_from_clusters(model_of("pooled"), neighbours.rows([0, 7, 14, -1]), 1.0)
 
 
-def test_gates_that_learn_no_context_say_so() -> None:
-    for gate in (gate_class(name) for name in ("token", "memory", "oracle")):
-        assert not gate.learns_context
-    with pytest.raises(NotImplementedError, match="TokenGate learns nothing from the neighbours"):
-        gate_class("token")(SETTINGS).speak_for(torch.zeros(E, R))
-
-
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     folder = tmp_path / "decoder"
@@ -142,4 +135,4 @@ def test_a_language_model_starts_from_clusters(config: Config, world: Path, base
         ({}, "the model is dense"),
     ):
         with pytest.raises(ConfigError, match=what):
-            prepare(load_config(config(**given, model=model)))
+            prepare(load_config(config(**given, model=model)), show=SimpleNamespace(stage=None, line=None))
