@@ -17,7 +17,7 @@ from ragmoe.training.config import TrainingConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "eval" / "experiments"
-EXPERIMENTS = ("lm_domains", "lm_late_start", "lm_late")
+EXPERIMENTS = ("lm_domains", "lm_long", "lm_late_start", "lm_late")
 # Marks of the three splits, which the made documents consist of, each a word of its own.
 SPLITS = {"train": "alder", "valid": "zyxqu", "test": "wvujk"}
 
@@ -97,7 +97,7 @@ def test_what_is_made_for_them_comes_from_train(
     assert "M parameters" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("experiment", ["lm_domains", "lm_late_start"])
+@pytest.mark.parametrize("experiment", ["lm_domains", "lm_long", "lm_late_start"])
 def test_arms_have_the_same_active_size(
     data: Path, tmp_path: Path, experiment: str, small_start: Callable[[Path], int]
 ) -> None:
@@ -133,7 +133,7 @@ def small_start(data: Path) -> Callable[[Path], int]:
 
 def test_the_base_sees_no_text_more_than_four_times(data: Path) -> None:
     base = load_config(FOLDER / "lm_base.yaml")
-    for _, config in trained("lm_domains"):
+    for _, config in (*trained("lm_domains"), *trained("lm_long")):
         seen = sum(
             run.train.steps * run.train.batch_size * run.language.chunk_tokens
             for run in (base, config)
