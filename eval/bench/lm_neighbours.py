@@ -12,13 +12,12 @@ the first chunk of a document has no neighbours. What it does not do: say what t
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from _lm_data import DOMAINS, valid_files
 from _result import row, table, write_result
 from transformers import AutoTokenizer
 
@@ -31,20 +30,8 @@ from ragmoe.training.config import LanguageConfig
 from ragmoe.training.data import CACHE_NAME
 from ragmoe.training.language import LanguageDataset
 
-DOMAINS = ("legal", "fiction", "webdocs", "devops", "textbook", "code")
 LENGTHS = (16, 32, 64, 128, 256)
 NEIGHBOURS = 8
-
-
-def sources(data: Path | None, code: Path) -> list[str]:
-    """The `valid` documents; ends the program with a clear message where some are missing."""
-    folder = data or (Path(os.environ["RAGMOE_DATA"]) if os.environ.get("RAGMOE_DATA") else None)
-    if folder is None:
-        sys.exit("error: no data was named\nhint: --data DIR, or RAGMOE_DATA=DIR: a folder with one folder a domain")
-    files = [(code if name == "code" else folder / name) / "valid.jsonl" for name in DOMAINS]
-    if missing := [str(file) for file in files if not file.is_file()]:
-        sys.exit(f"error: there is no {', '.join(missing)}\nhint: eval/experiments/lm_corpus.py makes that of code")
-    return [str(file) for file in files]
 
 
 def judge(dataset: LanguageDataset, chunks: int, domain_of: dict[str, str]) -> dict[str, tuple[float, float, float]]:
@@ -86,7 +73,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=60, help="of each domain and length")
     parser.add_argument("--out", type=Path, default=Path("eval/results/lm_neighbours.json"))
     arguments = parser.parse_args()
-    documents = list(read_passages(sources(arguments.data, arguments.code)))
+    documents = list(read_passages(valid_files(arguments.data, arguments.code)))
     index, tokenizer = Index.open(arguments.index), AutoTokenizer.from_pretrained(arguments.base)
     passages = list(index.iterate())
     domain_of = {passage.id: passage.domain for passage in passages}
