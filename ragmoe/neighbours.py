@@ -97,7 +97,8 @@ class Neighbours:
     def first(self, n: int) -> Neighbours:
         """The n best neighbours of each question."""
         cut = {name: x[:, :n] for name, x in self._tensors() if x.dim() > 1}
-        return replace(self, passage_ids=[ids[:n] for ids in self.passage_ids], **cut)
+        ids = [[name for at, name in row if at < n] for row in self._places()]
+        return replace(self, passage_ids=ids, **cut)
 
     def masked(self, keep_BN: Tensor) -> Neighbours:
         """The same neighbours with only those kept where ``keep_BN`` (bool) is True; the others vanish entirely."""

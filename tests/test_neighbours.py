@@ -159,3 +159,11 @@ def test_shapes_of_votes_and_domains_must_agree() -> None:
         replace(found(), votes_BNLE=torch.zeros(2, 2, 2, 3))
     with pytest.raises(ValueError, match=r"domains have the shape \(3,\); expected \(2,\)"):
         replace(found(), domain_B=torch.zeros(3, dtype=torch.long))
+
+
+def test_the_first_of_what_others_were_taken_from() -> None:
+    """Columns have gaps then, and ids do not."""
+    two = found().without([["a"], []]).first(2)
+    assert two.mask_BN.tolist() == [[False, True], [True, False]]
+    assert two.passage_ids == [["b"], ["d"]]
+    assert two.without([["b"], []]).passage_ids == [[], ["d"]]

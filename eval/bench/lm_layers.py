@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ragmoe import load_decoder
-from ragmoe.corpus import read_passages
+from ragmoe.corpus import read_documents
 from ragmoe.evaluation.perplexity import compare_perplexity, document_losses, perplexity
 from ragmoe.index import Index
 from ragmoe.training.config import load_config
@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     documents = []
     for file in valid_files(arguments.data, arguments.code):
-        of_domain = list(read_passages([file]))
+        of_domain = list(read_documents([file]))
         documents += random.Random(0).sample(of_domain, max(2, round(arguments.share * len(of_domain))))
     model, index = load_decoder(arguments.bundle), Index.open(arguments.index)
     language = load_config(arguments.bundle / "training.yaml").language

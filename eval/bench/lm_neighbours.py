@@ -21,7 +21,7 @@ from _lm_data import DOMAINS, valid_files
 from _result import row, table, write_result
 from transformers import AutoTokenizer
 
-from ragmoe.corpus import read_passages
+from ragmoe.corpus import read_documents
 from ragmoe.corpus.leaks import LeakGuard
 from ragmoe.gates.attention import weigh
 from ragmoe.gates.memory import MemoryGate
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=60, help="of each domain and length")
     parser.add_argument("--out", type=Path, default=Path("eval/results/lm_neighbours.json"))
     arguments = parser.parse_args()
-    documents = list(read_passages(valid_files(arguments.data, arguments.code)))
+    documents = list(read_documents(valid_files(arguments.data, arguments.code)))
     index, tokenizer = Index.open(arguments.index), AutoTokenizer.from_pretrained(arguments.base)
     passages = list(index.iterate())
     domain_of = {passage.id: passage.domain for passage in passages}

@@ -206,7 +206,7 @@ def search(
         typer.Option(
             "--filter",
             metavar="KEY=VALUE",
-            help="Only passages of this domain, doc_id or split; may be repeated.",
+            help="Only passages of this domain, doc_id or split; may be repeated with another key.",
             show_default=False,
         ),
     ] = None,
@@ -218,6 +218,9 @@ def search(
     pairs = [pair.partition("=") for pair in only or ()]
     if bad := [key for key, equals, _ in pairs if not equals]:
         raise UsageError(f"--filter {bad[0]!r} is not of the form KEY=VALUE", hint="for example: --filter domain=law")
+    keys = [key for key, _, _ in pairs]
+    if twice := [key for at, key in enumerate(keys) if key in keys[:at]]:
+        raise UsageError(f"--filter {twice[0]} was given twice; a passage has one {twice[0]}")
     from ragmoe.index.folder import Index
 
     index = Index.open(folder, encoder=encoder, retriever=retriever)

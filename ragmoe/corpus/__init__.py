@@ -5,7 +5,7 @@ from __future__ import annotations
 from ragmoe.corpus.check import Problem, check_questions
 from ragmoe.corpus.chunking import Chunk, chunk_passage, remap_questions
 from ragmoe.corpus.cloze import cloze_questions
-from ragmoe.corpus.passages import PassageReader, read_passages
+from ragmoe.corpus.passages import PassageReader, read_documents, read_passages
 from ragmoe.corpus.questions import read_questions, write_questions
 from ragmoe.corpus.types import Passage, Question, Span
 
@@ -19,6 +19,7 @@ __all__ = [
     "check_questions",
     "chunk_passage",
     "cloze_questions",
+    "read_documents",
     "read_passages",
     "read_questions",
     "remap_questions",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ragmoe.corpus.chunking import chunk_id
+from ragmoe.corpus.files import stem
 from ragmoe.corpus.questions import parse_questions
 from ragmoe.corpus.types import Passage, Question
 
@@ -58,7 +59,7 @@ def check_questions(files: Sequence[str | os.PathLike[str]], find: Find) -> Repo
     ids: dict[str, str] = {}
     documents: dict[str, tuple[str, str]] = {}
     for file in files:
-        split = Path(file).stem if Path(file).stem in _SPLITS else str(file)
+        split = name if (name := stem(Path(file))) in _SPLITS else str(file)
         count = 0
         for place, question, problem in parse_questions(file):
             count += 1

@@ -35,6 +35,7 @@ class PassageReader:
         rechunk: bool,
         on_error: OnError,
         encoding: str,
+        whole: bool = False,
     ) -> None:
         check_sizes(chunk_words, chunk_overlap)
         check_encoding(encoding)
@@ -43,7 +44,7 @@ class PassageReader:
         self._domain = domain
         self._words = chunk_words
         self._overlap = chunk_overlap
-        self._rechunk = rechunk
+        self._rechunk, self._whole = rechunk, whole
         self._on_error = on_error
         self._encoding = encoding
 
@@ -56,19 +57,22 @@ class PassageReader:
         places = KeyTable()
         for record, name in self._records():
             passage, has_id = self._passage(record, name)
-            if passage is None:
+            # Before it is cut: of two texts with one id the pieces would be taken for those of one.
+            if passage is None or not self._is_new(places, passage.id, record.place):
                 continue
-            cut = self._rechunk or not has_id
-            for chunk in (
-                chunk_passage(passage, words=self._words, overlap=self._overlap)
-                if cut
-                else [Chunk(passage, passage.id)]
-            ):
-                first = places.put(chunk.passage.id, record.place)
-                if first is not None:
-                    self._bad(record.place, f"id {chunk.passage.id!r} stands already at {first}")
-                    continue
-                yield chunk
+            if self._whole or (has_id and not self._rechunk):
+                yield Chunk(passage, passage.id)
+                continue
+            for chunk in chunk_passage(passage, words=self._words, overlap=self._overlap):
+                if chunk.passage.id == passage.id or self._is_new(places, chunk.passage.id, record.place):
+                    yield chunk
+
+    def _is_new(self, places: KeyTable, id: str, place: str) -> bool:
+        """Whether an id was not seen before; where it was, the record is bad."""
+        first = places.put(id, place)
+        if first is not None:
+            self._bad(place, f"id {id!r} stands already at {first}")
+        return first is None
 
     def _records(self) -> Iterator[tuple[Record, str]]:
         """Each record and the id it gets if it brings none."""
@@ -98,7 +102,7 @@ class PassageReader:
             text=fields["text"],
             title=fields.get("title") or "",
             domain=fields.get("domain") or self._domain or "",
-            doc_id=str(fields.get("doc_id") or identity),
+            doc_id=str(fields["doc_id"]) if fields.get("doc_id") not in (None, "") else identity,
             split=fields.get("split") or "none",
         )
         return passage, bool(own)
@@ -150,6 +154,26 @@ def read_passages(
         rechunk=rechunk,
         on_error=on_error,
         encoding=encoding,
+    )
+
+
+def read_documents(sources: Sequence[str | os.PathLike[str]], *, encoding: str = "utf-8") -> PassageReader:
+    """Read whole documents from the same sources: nothing is cut, whether it has an id or not.
+
+    A file of running text is one document, and so is each record.
+
+    Raises:
+        DataError: as ``read_passages``.
+    """
+    return PassageReader(
+        [os.fspath(source) for source in sources],
+        domain=None,
+        chunk_words=200,
+        chunk_overlap=0,
+        rechunk=False,
+        on_error="fail",
+        encoding=encoding,
+        whole=True,
     )
 
 

@@ -41,6 +41,8 @@ FIELDS = ("id", "_id", "doc_id", "title", "text", "domain", "split")
 RecordReader = Callable[[Path, str], Iterator[Record]]
 # As CommonMark has it: "#tag" and "#!" are no headings.
 _HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)
+# A comment in code is no heading.
+_FENCED = re.compile(r"^[ ]{0,3}(`{3,}|~{3,}).*?(?:^[ ]{0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 READERS: dict[str, RecordReader] = {}
 
 
@@ -165,7 +167,7 @@ def read_md(path: Path, encoding: str) -> Iterator[Record]:
     """A Markdown file as it is; its first heading is the title."""
 
     def parse(text: str) -> tuple[str, str]:
-        heading = _HEADING.search(text)
+        heading = _HEADING.search(_FENCED.sub("", text))
         return heading.group(1) if heading else files.stem(path), text
 
     yield _document(path, encoding, parse)
@@ -237,7 +239,7 @@ class _Page(HTMLParser):
         self.title = ""
         self._pieces: list[str] = []
         self._hidden: list[str] = []
-        self._in_title = False
+        self._in_title = self._titled = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in self._HIDDEN:
@@ -245,14 +247,15 @@ class _Page(HTMLParser):
         # An unclosed <head> or <noscript> must not swallow the page.
         if tag == "body":
             self._hidden.clear()
-        self._in_title = tag == "title"
+        # Pictures in the page have titles too.
+        self._in_title = tag == "title" and not self._titled
         self._break(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self._hidden:
             del self._hidden[self._hidden.index(tag) :]
         if tag == "title":
-            self._in_title = False
+            self._in_title, self._titled = False, bool(self.title.strip())
         self._break(tag)
 
     def handle_data(self, data: str) -> None:

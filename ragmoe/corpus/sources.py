@@ -81,13 +81,14 @@ def _folder_files(folder: Path) -> list[Path]:
 
     In a folder that holds a ``corpus`` file (as BEIR's and ours do, questions beside it) only that one is read.
     """
+    indexes = {path.parent for path in folder.rglob("manifest.json") if any(path.parent.glob("passages-*.parquet"))}
     files = [
         path
         for path in sorted(folder.rglob("*"))
         if reader_of(path)
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not (path.name.startswith("passages-") and path.with_name("manifest.json").exists())
+        and not indexes.intersection(path.parents)
     ]
     corpora = {path.parent for path in files if stem(path) == "corpus"}
     return [path for path in files if stem(path) == "corpus" or path.parent not in corpora]

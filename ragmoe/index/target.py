@@ -19,7 +19,10 @@ from ragmoe.index import card, memory
 from ragmoe.index import manifest as manifests
 from ragmoe.index.manifest import EncoderRecord, EncodingRecord, Manifest
 
-_DATA_FILE = re.compile(r"^(passages|texts|offsets|embeddings|digests|index|bm25)-(\d+)(\.\w+)?$")
+_DATA_FILE = re.compile(
+    r"^(?:passages-(?=\d+\.parquet$)|texts-(?=\d+\.bin$)|(?:offsets|embeddings|digests)-(?=\d+\.npy$)"
+    r"|index-(?=\d+\.faiss$)|bm25-(?=\d+$))(\d+)"
+)
 _LOCK = "build.lock"
 _WRITTEN = {
     manifests.NAME,
@@ -73,10 +76,12 @@ class NewIndex(Target):
             )
         if not self.folder.is_dir():
             return
+        # Where nobody has built an index, names like an index's are somebody's files, such as vectors to be imported.
+        ours = _has_begun(self.folder)
         others = sorted(
             path.name
             for path in self.folder.iterdir()
-            if path.name not in _OURS and not _DATA_FILE.match(path.name) and not card.is_ours(path)
+            if not (ours and (path.name in _OURS or _DATA_FILE.match(path.name) or card.is_ours(path)))
         )
         if others:
             raise IndexFolderError(
@@ -181,6 +186,12 @@ def next_generation(folder: Path) -> int:
     return 1 + max((number for _, number in _data_files(folder)), default=0)
 
 
+def _has_begun(folder: Path) -> bool:
+    """Whether an index was built in a folder, or begun to be."""
+    left = (manifests.NAME, f"{manifests.NAME}.part", _LOCK, "partial/state.json")
+    return any((folder / name).exists() for name in left)
+
+
 def clean(folder: Path, manifest: Manifest) -> None:
     """Remove the files of all generations but the manifest's and what an unfinished build left; write the card."""
     sweep(folder)
@@ -205,4 +216,4 @@ def sweep(folder: Path) -> None:
 
 def _data_files(folder: Path) -> list[tuple[Path, int]]:
     matches = ((path, _DATA_FILE.match(path.name)) for path in folder.iterdir())
-    return [(path, int(match.group(2))) for path, match in matches if match]
+    return [(path, int(match.group(1))) for path, match in matches if match]

@@ -124,7 +124,8 @@ class FaissSearcher:
     def search(self, vectors: NDArray[np.float32], k: int) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """For each query vector (B, R) the best rows and their cosines, best first, at most ``k``."""
         queries_BR = np.ascontiguousarray(vectors, dtype=np.float32)
-        scores_BK, rows_BK = self.index.search(queries_BR, self.candidates(k))
+        wanted = self.candidates(k)
+        scores_BK, rows_BK = self.index.search(queries_BR, wanted, params=self._probes(wanted))
         if not self._full:
             scores_BK = _rescored(self._embeddings, queries_BR, rows_BK)
         return _ranked(rows_BK, scores_BK, k)
@@ -132,6 +133,14 @@ class FaissSearcher:
     def candidates(self, k: int) -> int:
         """How many faiss is asked for where the best ``k`` are wanted: more where they are ranked again."""
         return min(k if self._full else max(self._depth, self._depth * k // _BEST), len(self._embeddings))
+
+    def _probes(self, wanted: int) -> Any:
+        """How many lists are searched: as tuned (None), but so many that they hold what is wanted, all for all rows."""
+        lists = getattr(self.index, "nlist", None)
+        if lists is None or wanted <= self._depth:
+            return None
+        needed = lists if wanted == len(self._embeddings) else -(-2 * wanted * lists // len(self._embeddings))
+        return import_faiss().SearchParametersIVF(nprobe=min(lists, max(needed, self.index.nprobe)))
 
     def cosines(self, vector: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The cosines of one query vector (R,) and some rows, float32 (len(rows),)."""

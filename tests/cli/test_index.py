@@ -292,6 +292,8 @@ def test_search_of_one_domain(run: Run, folder: Path) -> None:
     words = ["index", "search", folder, "bread at dawn", "--json"]
     assert [hit["id"] for hit in run(*words, "--filter", "domain=river").json] == ["a"]
     assert run(*words, "--filter", "domain=river", "--filter", "split=dev").code == 2
+    twice = run(*words, "--filter", "domain=river", "--filter", "domain=market")
+    assert twice.code == 2 and "--filter domain was given twice" in twice.err
     for given, message in (
         ("domain=sea", "holds no passage with domain=sea; domains: archive, market, river"),
         ("colour=red", "passages are told apart by domain, doc_id, split; got 'colour'"),

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ragmoe import DataError, Passage, UsageError
-from ragmoe.corpus import read_passages
+from ragmoe.corpus import read_documents, read_passages
 from ragmoe.corpus.records import read_parquet
 
 ROWS = [
@@ -301,3 +301,40 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chunk_sizes_that_make_no_sense(words: int, overlap: int) -> None:
     with pytest.raises(UsageError, match=f"chunks of {words} words with an overlap of {overlap}"):
         read_passages(["x.jsonl"], chunk_words=words, chunk_overlap=overlap)
+
+
+def test_a_second_text_with_an_id_is_bad_whole_even_if_it_is_cut(tmp_path: Path) -> None:
+    long, longer = "one two three four five six", "red green blue white black brown grey pink"
+    file = write_lines(tmp_path / "a.jsonl", {"id": "A", "text": long}, {"id": "A", "text": longer})
+    with pytest.raises(DataError, match=r"a\.jsonl:2: id 'A' stands already at .*a\.jsonl:1"):
+        list(read_passages([file], rechunk=True, chunk_words=4, chunk_overlap=1))
+    reader = read_passages([file], rechunk=True, chunk_words=4, chunk_overlap=1, on_error="skip")
+    assert {word for passage in reader for word in passage.text.split()} == set(long.split())
+    assert len(reader.skipped) == 1
+
+
+def test_documents_are_numbered_from_zero(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "a.jsonl", *({"id": f"p{at}", "text": "x", "doc_id": at // 2} for at in range(4)))
+    assert [passage.doc_id for passage in read_passages([file])] == ["0", "0", "1", "1"]
+
+
+def test_documents_are_read_whole(tmp_path: Path) -> None:
+    words = " ".join(str(at) for at in range(500))
+    (tmp_path / "pods.md").write_text(words)
+    file = write_lines(tmp_path / "rows.jsonl", {"text": words}, {"id": "a", "text": words, "domain": "d"})
+    found = list(read_documents([tmp_path / "pods.md", file]))
+    assert [(document.id, len(document.text.split())) for document in found] == [
+        ("pods.md", 500), ("rows.jsonl-1", 500), ("a", 500),
+    ]  # fmt: skip
+
+
+def test_pictures_have_titles_too(tmp_path: Path) -> None:
+    page = "<html><head><title>Install</title></head><body><svg><title>Contents</title></svg><p>Run it.</body></html>"
+    (tmp_path / "page.html").write_text(page)
+    assert [passage.title for passage in read_passages([tmp_path / "page.html"])] == ["Install"]
+
+
+def test_a_comment_in_code_is_no_heading(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("```sh\n# install it\nrun\n```\n\n# Heading\n")
+    (tmp_path / "b.md").write_text("~~~\n# never closed\n")
+    assert [passage.title for passage in read_passages([tmp_path])] == ["Heading", "b"]

@@ -64,3 +64,12 @@ def test_a_file_that_may_not_be_read_is_named(docs: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"^wiki/index\.md cannot be read: Permission denied$"):
         ids("wiki")
+
+
+def test_an_index_in_the_folder_is_left_out_with_its_card(docs: Path) -> None:
+    for name in ("manifest.json", "passages-1.parquet", "README.md", "memory/notes.md"):
+        (docs / "docs/index" / name).parent.mkdir(parents=True, exist_ok=True)
+        (docs / "docs/index" / name).write_text("{}")
+    assert ids("docs") == ["fees/index.md", "index.md"]
+    (docs / "docs/index/passages-1.parquet").unlink()
+    assert "index/README.md" in ids("docs")

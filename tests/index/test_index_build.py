@@ -289,3 +289,20 @@ def test_opening_while_a_build_commits_takes_the_new_one(
     manifests = iter([old, new, new])
     monkeypatch.setattr("ragmoe.index.folder.read_manifest", lambda folder: next(manifests))
     assert Index.open(tmp_path / "index").manifest.generation == 2
+
+
+def test_files_that_are_named_like_an_indexs_are_somebodys(build: Build, tmp_path: Path) -> None:
+    """Vectors to be imported, say: where nobody built an index they are nobody's leftovers."""
+    home = tmp_path / "home"
+    (home / "partial").mkdir(parents=True)
+    kept = ["embeddings-1.npy", "index-1.html", "partial/mine.txt", "passages-1.parquet", "texts-2024.txt"]
+    for name in kept:
+        (home / name).write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(IndexFolderError, match=r"holds other things than an index: embeddings-1\.npy, index-1"):
+            build(out=home, overwrite=overwrite)
+    assert sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()) == kept
+    build()
+    (tmp_path / "index" / "texts-2024.txt").write_text("mine")
+    with pytest.raises(IndexFolderError, match=r"holds other things than an index: texts-2024\.txt"):
+        build(overwrite=True)

@@ -144,3 +144,16 @@ def test_many_queries_at_once_rank_as_one_by_one(factory: str, tmp_path: Path) -
         np.testing.assert_allclose(scores, cosines[best], atol=1e-6)
         sizes.add(len(found))
     assert (sizes == {20}) == (factory == "Flat")
+
+
+def test_more_than_the_usual_lists_hold_is_found_in_more_of_them(tmp_path: Path) -> None:
+    stored = embeddings(2000)
+    record = build_faiss(tmp_path / "x.faiss", stored, Choice("IVF32,SQ8", "", 8), lambda done: None)
+    searcher = FaissSearcher(tmp_path / "x.faiss", stored, record)
+    searcher.index.nprobe = 1
+    query = unit_rows(stored, np.arange(1))
+    (everything,) = searcher.search(query, 2000)
+    assert sorted(everything[0].tolist()) == list(range(2000))
+    assert len(searcher.search(query, 1000)[0][0]) == 1000
+    # What is asked for usually costs what was tuned.
+    assert searcher._probes(searcher.candidates(1)) is None
