@@ -117,7 +117,9 @@ class OnDemandExperts(nn.Module):
 
         What it foresees is said of the mean of all token states seen so far.
         """
-        logits_BE = gate.foresee(neighbours, self._mean_D)
+        # The model may have been moved since.
+        mean_D = None if self._mean_D is None else self._mean_D.to(neighbours.embeddings_BNR.device)
+        logits_BE = gate.foresee(neighbours, mean_D)
         if logits_BE is None:
             return []
         share_BE = logits_BE.softmax(dim=-1)
@@ -152,7 +154,7 @@ class OnDemandExperts(nn.Module):
         if len(x_SD):
             self._tokens += len(x_SD)
             mean_D = x_SD.detach().float().mean(dim=0)
-            before_D = torch.zeros_like(mean_D) if self._mean_D is None else self._mean_D
+            before_D = torch.zeros_like(mean_D) if self._mean_D is None else self._mean_D.to(mean_D.device)
             self._mean_D = before_D + (mean_D - before_D) * (len(x_SD) / self._tokens)
 
     # -- slots ------------------------------------------------------------------------------------------------------

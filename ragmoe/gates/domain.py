@@ -54,6 +54,8 @@ class DomainGate(TokenGate):
             return logits_SE
         E = self.settings.experts
         place_E = torch.arange(E, device=x_SD.device)
+        # A domain whose expert is held back has none.
+        domain_B = torch.where(self.available[domain_B.clamp(min=0)], domain_B, -1)
         allowed_BE = place_E == domain_B.unsqueeze(1)
         allowed_BE |= (place_E >= E - self.settings.common_experts) | (domain_B < 0).unsqueeze(1)
         allowed_SE = allowed_BE.repeat_interleave(x_SD.shape[0] // len(neighbours), dim=0)
@@ -76,6 +78,7 @@ class FittedDomainGate(DomainGate):
 
     # As in the pooled gate.
     temperature = 0.1
+    fixed_experts = "it was fitted to the domains of all its experts"
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__(settings)

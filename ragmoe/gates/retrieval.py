@@ -41,7 +41,8 @@ class RetrievalGate(ContextGate):
     def set_context(self, directions_ER: Tensor) -> None:
         # As close as the attention's width allows. Its first values take the place of as many random ones, no larger.
         value_AR, context_EA = self.attention.value.weight, self.context.weight
-        U_EX, strength_X, V_XR = torch.linalg.svd(directions_ER.to(value_AR), full_matrices=False)
+        parts = torch.linalg.svd(directions_ER.float().to(value_AR.device), full_matrices=False)
+        U_EX, strength_X, V_XR = (part.to(value_AR.dtype) for part in parts)
         X = min(len(strength_X), len(value_AR))
         size = value_AR.norm(dim=1).mean()
         value_AR[:X] = V_XR[:X] * size

@@ -105,7 +105,8 @@ class RagmoeBertLayer(BertLayer):
         if self.moe is None:
             y_QTD = cast(FeedForward, self.dense)(attended_QTD)
         else:
-            y_QTD, routing = self.moe(attended_QTD, self.dense, neighbours, tokens, routing, asked)
+            routed_QTD = None if routing is None else hidden_states
+            y_QTD, routing = self.moe(attended_QTD, self.dense, neighbours, tokens, routing, asked, routed_QTD)
         return self.output.LayerNorm(self.output.dropout(y_QTD) + attended_QTD), routing
 
 

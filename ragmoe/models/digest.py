@@ -17,7 +17,7 @@ def weights_digest(model: Any) -> str:
     weights: dict[str, tuple[str, Iterable[Tensor]]] = {
         name: (f"{name} {x.dtype} {tuple(x.shape)}", [x]) for name, x in model.state_dict().items()
     }
-    for prefix, layer in _on_demand(model):
+    for prefix, layer in on_demand_layers(model):
         for own, slots in layer.slots.named_parameters():
             del weights[f"{prefix}.slots.{own}"]
             # As if all experts were here, one below the other in memory.
@@ -36,7 +36,7 @@ def remembered_digest(model: Any) -> str:
 
     A change is seen by torch's own count of changes, which a write to ``parameter.data`` escapes.
     """
-    slots = {id(x) for _, layer in _on_demand(model) for x in layer.slots.parameters()}
+    slots = {id(x) for _, layer in on_demand_layers(model) for x in layer.slots.parameters()}
     held = [x for x in (*model.parameters(), *model.buffers()) if id(x) not in slots]
     if any(x.is_inference() for x in held):
         # Made under torch.inference_mode, where changes are not counted.
@@ -47,7 +47,8 @@ def remembered_digest(model: Any) -> str:
     return str(model._digested[1])
 
 
-def _on_demand(model: Any) -> list[tuple[str, OnDemandExperts]]:
+def on_demand_layers(model: Any) -> list[tuple[str, OnDemandExperts]]:
+    """The layers whose experts stay in their files, by name; none for a model that has all in memory."""
     if getattr(model, "expert_store", None) is None:
         return []
     return [(name, module) for name, module in model.named_modules() if isinstance(module, OnDemandExperts)]

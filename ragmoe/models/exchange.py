@@ -40,6 +40,7 @@ def exchange_gate(
         )
     if not model.sparse_layers:
         raise ModelError("the model is dense: it has no gate to exchange")
+    model._must_be_whole("given another gate")
     config = copy.deepcopy(model.config)
     for name, value in settings.items():
         setattr(config, name, value)
@@ -55,7 +56,10 @@ def exchange_gate(
         model.name_or_path,
         model.bundle_digests,
     )
-    return built.to(next(model.parameters()).device).train(model.training)
+    parameter = next(model.parameters())
+    built = built.to(parameter.device, parameter.dtype).train(model.training)
+    built.set_available_experts([at for at in range(config.experts) if at not in model.held_back])
+    return built
 
 
 def _fits(state: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> bool:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from operator import itemgetter
 from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ragmoe.models.digest import on_demand_layers
 
 
 class BrokenExpert(NamedTuple):
@@ -20,12 +26,20 @@ class BrokenExpert(NamedTuple):
 
 
 def broken_experts(model: Any) -> list[BrokenExpert]:
-    """The experts of a reader that hold NaN or infinity, in their own tensors or in their gate rows."""
+    """The experts of a reader that hold NaN or infinity, in their own tensors or in their gate rows.
+
+    Experts on demand are read from their files, one by one.
+    """
     found: dict[int, list[str]] = {}
     state = model.state_dict()
-    for name in sorted(model.expert_tensors()):
-        # Each expert's own: one row of a fused tensor says nothing of the others.
-        sound_E = state[name].isfinite().view(len(state[name]), -1).all(dim=1)
-        for expert in (~sound_E).nonzero().flatten().tolist():
-            found.setdefault(expert, []).append(name)
+    # Each expert's own: one row of a fused tensor says nothing of the others.
+    pieces: dict[str, Iterable[Tensor]] = {name: state[name] for name in model.expert_tensors()}
+    for prefix, layer in on_demand_layers(model):
+        for own, _ in layer.slots.named_parameters():
+            pieces.pop(f"{prefix}.slots.{own}", None)
+            pieces[f"{prefix}.{own}"] = layer.pieces(own)
+    for name, of_experts in sorted(pieces.items(), key=itemgetter(0)):
+        for expert, x in enumerate(of_experts):
+            if not x.isfinite().all():
+                found.setdefault(expert, []).append(name)
     return [BrokenExpert(expert, model.expert_names[expert], found[expert]) for expert in sorted(found)]

@@ -53,6 +53,8 @@ class Packed(BaseModel):
     encoder: EncoderRef | None = None
     index: str | None = None
     config: dict[str, Any]
+    # The matrices of the base that are given by low-rank deltas; None in files older than it, whose names tell.
+    deltas: list[str] | None = None
     extra: dict[str, Any] = {}
 
 
@@ -68,10 +70,17 @@ def pack(bundle: str | os.PathLike[str], out: str | os.PathLike[str], *, base: s
         rank: of the deltas on the base's matrices, the sum of the ranks of all adapters that were merged into them.
 
     Raises:
-        BundleError: a matrix has changed by more than the rank can say, or the bundle is of another base.
+        BundleError: a matrix has changed by more than the rank can say, or the bundle is no reader or of another base.
     """
     state, map_ = read_bundle(Path(bundle), verify=True)
+    if (kind := map_.extra.get("config", {}).get("model_type")) != RagmoeBertConfig.model_type:
+        raise BundleError(
+            f"{bundle} is a {kind!r} model; readers ({RagmoeBertConfig.model_type!r}) alone can be packed"
+        )
     original, digest = _base_tensors(base)
+    if not original.keys() & state.keys():
+        raise BundleError(f"{bundle} does not come from {base}: it has none of its tensors")
+    deltas: list[str] = []
     packed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name not in original:
@@ -80,7 +89,8 @@ def pack(bundle: str | os.PathLike[str], out: str | os.PathLike[str], *, base: s
             shapes = f"{tuple(tensor.shape)} in {bundle}, {tuple(original[name].shape)} in {base}"
             raise BundleError(f"{bundle} does not come from {base}: {name} is {shapes}")
         elif not torch.equal(tensor, original[name]):
-            packed |= _delta(name, tensor, original[name], rank)
+            packed |= (delta := _delta(name, tensor, original[name], rank))
+            deltas += [name] if name not in delta else []
     extra = dict(map_.extra)
     # Where it was trained is nobody's business, and says nothing elsewhere.
     config = {**extra.pop("config"), "dtype": "float32", "_name_or_path": ""}
@@ -96,6 +106,7 @@ def pack(bundle: str | os.PathLike[str], out: str | os.PathLike[str], *, base: s
         encoder=map_.encoder,
         index=map_.index,
         config=config,
+        deltas=deltas,
         extra=extra,
     )
     (folder / ABOUT_NAME).write_text(about.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -126,8 +137,12 @@ def unpack(packed: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     config.index_digest = about.index
     model = RagmoeBertForQuestionAnswering(config)
     state = {name: base[name] for name in model.state_dict() if name in base}
-    state |= {name: x for name, x in tensors.items() if not name.endswith((".a", ".b"))}
-    for name in (name.removesuffix(".a") for name in tensors if name.endswith(".a")):
+    deltas = about.deltas
+    if deltas is None:
+        deltas = [name.removesuffix(".a") for name in tensors if name.endswith(".a")]
+    factors = {f"{name}.{factor}" for name in deltas for factor in "ab"}
+    state |= {name: x for name, x in tensors.items() if name not in factors}
+    for name in deltas:
         state[name] = (base[name].double() + tensors[f"{name}.a"].double() @ tensors[f"{name}.b"].double()).float()
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
@@ -161,6 +176,8 @@ def _publish(model: RagmoeBertForQuestionAnswering, about: Packed, folder: Path)
     tokenizer.model_max_length = model.config.max_position_embeddings
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as part:
+        # A temporary folder is its maker's alone, and files are as readable as the folder they are written to.
+        os.chmod(part, _folder_mode())
         tokenizer.save_pretrained(part)
         model.save_pretrained(part, message=f"unpack {about.digest[:12]}", extra=about.extra)
         try:
@@ -172,6 +189,13 @@ def _publish(model: RagmoeBertForQuestionAnswering, about: Packed, folder: Path)
         else:
             # For the context manager, which removes it.
             Path(part).mkdir()
+
+
+def _folder_mode() -> int:
+    """What a folder that anybody makes may be read by: there is no other way to ask for it than to set it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o777 & ~mask
 
 
 def _base_tensors(base: str) -> tuple[dict[str, Tensor], str]:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils.hub import cached_file, convert_file_size_to_int
 
 from ragmoe._errors import BundleError, ModelError
 from ragmoe._quiet import quiet_loading
-from ragmoe.bundle import BundleMap, is_bundle, read_bundle, read_map, write_bundle
+from ragmoe.bundle import MAP_NAME, BundleMap, is_bundle, read_bundle, read_map, write_bundle
 from ragmoe.experts.on_demand import ExpertStore
-from ragmoe.gates import Gate
+from ragmoe.gates import Gate, gate_class
 from ragmoe.models.on_demand import Slots, is_expert_weight
 from ragmoe.moe import MoELayer
 from ragmoe.moe.block import SparseBlock
@@ -27,6 +29,13 @@ _IN_MAP = ("expert_ids", "expert_names", "encoder", "index_digest")
 _CALIBRATED = "no_answer_threshold"
 # What PEFT writes beside an adapter's weights.
 _ADAPTER = "adapter_config.json"
+# What says where on the Hub something is, and how to ask there whether it is.
+_HUB = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+_QUIETLY = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 
 
 class BundleMixin(PreTrainedModel):
@@ -67,6 +76,8 @@ class BundleMixin(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         message: str = "save",
         extra: Mapping[str, Any] | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """Write the bundle: what has changed becomes a new version, and the map is replaced last.
@@ -78,12 +89,21 @@ class BundleMixin(PreTrainedModel):
             state_dict: saved instead of the model's own, as Trainer hands it over in distributed training.
             message: what changed, for the bundle's lineage.
             extra: recorded in the map beside the configuration, as JSON.
+            max_shard_size: of the base's files, in bytes or as ``"5GB"``; None means 2 GiB. An expert is one file.
+
+        Raises:
+            ModelError: ``push_to_hub`` was asked for, which is a step of its own.
         """
         if not is_main_process:
             return
         if self._hf_peft_config_loaded:
-            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+            super().save_pretrained(save_directory, state_dict=state_dict, push_to_hub=push_to_hub, **size, **kwargs)
             return
+        if push_to_hub:
+            raise ModelError(
+                "push_to_hub=True was asked of save_pretrained, which writes folders", hint="model.push_to_hub(REPO)"
+            )
         self._must_be_whole("saved")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +130,7 @@ class BundleMixin(PreTrainedModel):
                     **({"generation": self.generation_config.to_dict()} if self.can_generate() else {}),
                 },
                 message=message,
+                **({} if max_shard_size is None else {"max_shard_bytes": convert_file_size_to_int(max_shard_size)}),
             )
         )
         # After the map, which holds it too and is what from_pretrained goes by: this copy is for other tools.
@@ -139,7 +160,14 @@ class BundleMixin(PreTrainedModel):
                 until a token is routed to them (``expert_store``). Answers are the same; for inference only. None
                 keeps all.
         """
+        if kwargs.get("state_dict") is None:
+            pretrained_model_name_or_path = _at_hand(pretrained_model_name_or_path, kwargs, version)
         path, adapter = _parted(pretrained_model_name_or_path, kwargs)
+        if adapter is not None and path != adapter:
+            # Its revision and subfolder are the adapter's own.
+            path = _at_hand(
+                path, {name: kwargs[name] for name in _HUB if name in kwargs and name != "revision"}, version
+            )
         if path is None or kwargs.get("state_dict") is not None or not is_bundle(path):
             if resident_experts is not None:
                 raise ModelError(f"resident_experts needs a bundle, where each expert is a file; {path} is none")
@@ -173,7 +201,21 @@ class BundleMixin(PreTrainedModel):
                 f"{path} is a {found!r} model; {cls.__name__} opens {cls.config_class.model_type!r}",
                 hint="ragmoe.load opens readers, ragmoe.load_decoder opens decoders",
             )
-        config = kwargs.pop("config", None) or cls.config_class.from_dict(dict(bundle.extra["config"]))
+        whole = read_map(path, version=bundle.version) if experts is not None else bundle
+        gate = bundle.extra["config"].get("gate")
+        if len(bundle.experts) < len(whole.experts) and gate and (why := gate_class(gate).fixed_experts):
+            raise BundleError(f"some of the experts of {path} were asked for, but its gate {gate!r} needs all: {why}")
+        config = kwargs.pop("config", None)
+        if config is None:
+            # Fields given by name win, as in transformers.
+            held = dict(bundle.extra["config"])
+            # The precision is for the loader, which knows what "auto" is.
+            precision: dict[str, Any] = {n: kwargs.pop(n) for n in ("dtype", "torch_dtype") if n in kwargs}
+            threshold = kwargs.get(_CALIBRATED)
+            config, kwargs = cls.config_class.from_dict(held, return_unused_kwargs=True, **kwargs)
+            kwargs |= precision
+            if threshold is not None:
+                bundle.extra["config"][_CALIBRATED] = threshold
         _apply_map(config, bundle)
         slots = None if resident_experts is None else Slots(path, bundle, resident_experts)
         if slots is not None:
@@ -193,7 +235,7 @@ class BundleMixin(PreTrainedModel):
             model.expert_store = slots.hand_over(model, prefix if alone else "")
         model.name_or_path = model.config._name_or_path = str(path)
         # Of the whole map, also where only some of its experts were opened.
-        model.bundle_digests = _digests(bundle if experts is None else read_map(path, version=bundle.version))
+        model.bundle_digests = _digests(whole)
         return model, info
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -233,6 +275,38 @@ class BundleMixin(PreTrainedModel):
         _apply_map(self.config, bundle)
         self.load_state_dict(tensors, strict=True)
         self.bundle_digests = _digests(bundle)
+
+
+def _at_hand(path: Any, kwargs: dict[str, Any], version: int | None) -> Any:
+    """The folder of a bundle that lies below another folder (``subfolder``) or on the Hub; all else as it is.
+
+    transformers' loader would find the base's weights there, and start experts and gates anew. From the Hub comes what
+    the current version needs, or all where an earlier ``version`` is wanted.
+    """
+    if path is None:
+        return path
+    subfolder = (kwargs.get("subfolder") or "").strip("/")
+    if Path(path).is_dir():
+        if not subfolder or not is_bundle(Path(path) / subfolder):
+            return path
+        del kwargs["subfolder"]
+        return str(Path(path) / subfolder)
+    where = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
+    try:
+        found = cached_file(path, MAP_NAME, subfolder=subfolder, **where, **_QUIETLY)
+    except OSError:
+        # transformers' loader says it better.
+        return path
+    if found is None or not is_bundle(Path(found).parent):
+        return path
+    kwargs.pop("subfolder", None)
+    names = (
+        ["*"]
+        if version is not None
+        else ["*.json", "*.jinja", "*.txt", "*.model", *read_map(Path(found).parent).files()]
+    )
+    allowed = [f"{subfolder}/{name}" if subfolder else name for name in names]
+    return str(Path(snapshot_download(str(path), allow_patterns=allowed, **where)) / subfolder)
 
 
 def _parted(path: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -123,11 +123,15 @@ class XLoraReader(ReaderMixin, RagmoeBertPreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         message: str = "save",
         extra: Mapping[str, Any] | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
         **_: Any,
     ) -> None:
         """Write the bundle; see ``BundleMixin.save_pretrained``."""
         extra = {**(extra or {}), _ADAPTERS: self.expert_names}
-        super().save_pretrained(save_directory, is_main_process, state_dict, message, extra)
+        super().save_pretrained(
+            save_directory, is_main_process, state_dict, message, extra, max_shard_size, push_to_hub
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> XLoraReader:  # type: ignore[override]

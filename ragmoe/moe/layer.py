@@ -90,6 +90,7 @@ class MoELayer(nn.Module):
         tokens: Tokens | None = None,
         routing: Routing | None = None,
         asked: Asked | None = None,
+        routed_BTD: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """Route and mix.
 
@@ -99,6 +100,7 @@ class MoELayer(nn.Module):
             tokens: which of them are padding, and their types; None means no padding and no types.
             routing: where the tokens were routed already, for the experts of attention.
             asked: what the losses want to know besides, as ``probe`` of the routing.
+            routed_BTD: the states that were routed then; None means those that are mixed.
 
         Returns:
             y_BTD and the routing of all S tokens, padding included. Where no expert is available, y_BTD is what the
@@ -113,7 +115,8 @@ class MoELayer(nn.Module):
         else:
             y_SD = self.experts(x_SD, _served(routing), dense)
         if asked is not None:
-            probe = take_probe(self.gate, self.experts, x_SD, routing, neighbours, tokens, dense, asked)
+            seen_SD = x_SD if routed_BTD is None else routed_BTD.reshape(x_SD.shape)
+            probe = take_probe(self.gate, self.experts, x_SD, seen_SD, routing, neighbours, tokens, dense, asked)
             routing = routing._replace(probe=probe)
         return y_SD.view_as(x_BTD), routing
 

@@ -70,19 +70,21 @@ def take_probe(
     gate: Gate,
     experts: Experts,
     x_SD: Tensor,
+    routed_SD: Tensor,
     routing: Routing,
     neighbours: Neighbours | None,
     tokens: Tokens | None,
     dense: FeedForward | None,
     asked: Asked,
 ) -> Probe:
-    """Look at one layer, whose gate has just routed ``x_SD`` by ``neighbours``.
+    """Look at one layer, whose gate has just routed ``routed_SD`` by ``neighbours``.
 
     Args:
+        x_SD: what the experts see.
         dense: the network that the experts stand beside, where there is one.
     """
     return Probe(
-        swapped_logits(gate, x_SD, neighbours, tokens, asked.swap)
+        swapped_logits(gate, routed_SD, neighbours, tokens, asked.swap)
         if asked.swapped and neighbours is not None
         else None,
         own_outputs(experts, x_SD, routing, dense) if asked.outputs else None,

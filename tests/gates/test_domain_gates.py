@@ -120,3 +120,18 @@ def test_fitting_without_a_known_domain_is_refused(name: str) -> None:
     assert "model.expert_names" in str(caught.value.hint)
     with pytest.raises(ConfigError, match="no expert is left for a domain"):
         gate_class(name)(replace(SETTINGS, common_experts=5))
+
+
+def test_the_questions_of_a_domain_whose_expert_is_held_back_are_free() -> None:
+    gate = gate_class("oracle")(replace(SETTINGS, top_k=1, common_experts=0))
+    gate.set_available(torch.tensor([True, True, False, True, True]))
+    x_SD = torch.randn(64, 16)
+    got = gate(x_SD, asked(2)).experts_SK.flatten()
+    want = gate.token(x_SD)
+    want[:, 2] = -torch.inf
+    assert torch.equal(got, want.argmax(dim=1)) and len(got.unique()) > 1
+
+
+@pytest.mark.parametrize("name", ["centroid", "ridge"])
+def test_a_fitted_gates_experts_stay_what_they_are(name: str) -> None:
+    assert gate_class(name).fixed_experts and not gate_class("oracle").fixed_experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny_models import LABELS, Make, some_neighbours, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, BertModel
 from transformers.utils import logging
 
-from ragmoe import BundleError, load
+from ragmoe import BundleError, ModelError, load
 from ragmoe.corpus.types import Passage
 from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering, RagmoeBertModel
 
@@ -266,3 +267,57 @@ def test_a_bundle_that_does_not_fit(make: Make, tmp_path: Path) -> None:
     (tmp_path / "torn" / "expert.1.1.safetensors").unlink()
     with pytest.raises(BundleError, match=r"lacks expert\.1\.1\.safetensors"):
         load(tmp_path / "torn")
+
+
+def hub_cache(bundle: Path, cache: Path, repo: str) -> None:
+    """What a download of a repository leaves in a cache."""
+    place = cache / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(bundle, place / "snapshots" / ("a" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+
+
+def test_a_bundle_on_the_hub_or_below_a_folder_has_its_experts(make: Make, tmp_path: Path) -> None:
+    model = make(gate="retrieval")
+    model.save_pretrained(tmp_path / "all" / "mine")
+    hub_cache(tmp_path / "all" / "mine", tmp_path / "cache", "me/mine")
+    hub_cache(tmp_path / "all", tmp_path / "cache", "me/all")
+    from_hub = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    for name, how in (
+        (tmp_path / "all", {"subfolder": "mine"}),
+        ("me/mine", from_hub),
+        ("me/all", {**from_hub, "subfolder": "mine"}),
+    ):
+        for opens in (RagmoeBertForQuestionAnswering, AutoModelForQuestionAnswering):
+            assert equal(opens.from_pretrained(name, **how), model)
+    with pytest.raises(OSError, match="in the cached files"):
+        RagmoeBertForQuestionAnswering.from_pretrained("me/other", **from_hub)
+
+
+def test_fields_of_the_configuration_may_be_given_by_name(make: Make, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    opened = RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, token_dropout=0.25, dtype=torch.bfloat16)
+    assert (opened.config.token_dropout, opened.dtype) == (0.25, torch.bfloat16)
+    assert {gate.settings.token_dropout for gate in opened.gates} == {0.25}
+
+
+def test_saving_heeds_the_size_of_files_and_does_not_push(make: Make, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len([*tmp_path.glob("base-*.safetensors")]) > 2
+    with pytest.raises(ModelError, match="push_to_hub") as caught:
+        make().save_pretrained(tmp_path / "pushed", push_to_hub=True)
+    assert "model.push_to_hub(" in caught.value.hint and not (tmp_path / "pushed").exists()
+
+
+def test_each_expert_is_opened_once(make: Make, tmp_path: Path) -> None:
+    model = make(experts=3, expert_names=["a", "b", "c"])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(BundleError, match=r"expert 1 \(b\) was asked for twice"):
+        load(tmp_path, experts=[1, "b"])
+
+
+def test_precision_may_be_left_to_what_was_saved(make: Make, tmp_path: Path) -> None:
+    make().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    opened = RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, no_answer_threshold=3.0)
+    assert opened.config.no_answer_threshold == 3.0

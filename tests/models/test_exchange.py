@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import Make, some_neighbours, tokens
 
-from ragmoe import ConfigError, ModelError
+from ragmoe import ConfigError, ModelError, load
 from ragmoe.models.exchange import exchange_gate
 from ragmoe.training.trainer import part_of
 
@@ -54,3 +56,17 @@ def test_what_is_no_setting_of_a_gate_is_refused(make: Make) -> None:
         exchange_gate(make(gate="token"), gate="tokn")
     with pytest.raises(ModelError, match="dense: it has no gate to exchange"):
         exchange_gate(make(sparse_layers=[]), gate="token")
+
+
+def test_experts_that_are_not_in_memory_are_no_ground_to_build_on(make: Make, tmp_path: Path) -> None:
+    model = make(gate="token", experts=4)
+    model.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot be given another gate"):
+        exchange_gate(load(tmp_path, resident_experts=2), gate="retrieval")
+
+
+def test_experts_that_are_held_back_stay_so(make: Make) -> None:
+    model = make(gate="token", experts=4)
+    model.set_available_experts([0, 1, 3])
+    assert exchange_gate(model, gate="retrieval").held_back == [2]

@@ -69,3 +69,14 @@ def test_held_back_experts_get_no_token(make: Make, tmp_path: Path) -> None:
             assert not torch.isin(routing.experts_SK, torch.tensor(places)).any()
     with pytest.raises(ModelError, match="there is no expert 'sports'; there are: wiki, legal, finance, common"):
         load(tmp_path, without=["sports"])
+
+
+def test_an_expert_in_its_file_is_named_as_one_in_memory(
+    broken: RagmoeBertForQuestionAnswering, tmp_path: Path
+) -> None:
+    broken.save_pretrained(tmp_path)
+    broken.tokenizer.save_pretrained(tmp_path)
+    small = load(tmp_path, resident_experts=1)
+    assert broken_experts(small) == broken_experts(broken)
+    with pytest.raises(ModelError, match="expert finance holds NaN"):
+        small.read(["what is open"], [[PASSAGE]])

@@ -86,3 +86,12 @@ def test_they_cannot_be_brought_in_on_demand(make: Make, tmp_path: Path) -> None
     make(gate="token", moe_attention=True).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"add to keys and values of attention \(moe_attention\)"):
         load(tmp_path, resident_experts=2)
+
+
+def test_the_context_loss_judges_the_states_that_are_routed(make: Make) -> None:
+    """The gate sees the layer's input, before attention; what it would choose is compared on the same."""
+    model = make(gate="retrieval", moe_attention=True, losses={"context": 0.1}, token_dropout=0.0).train()
+    output = model(**tokens(), **some_neighbours(2).tensors(), **LABELS)
+    for routing in output.routings:
+        own_SE = routing.probe.swapped.own_SE
+        assert torch.allclose(own_SE, routing.logits_SE, atol=1e-5)

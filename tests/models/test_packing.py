@@ -137,6 +137,9 @@ def test_the_starter_is_unpacked_once(packed: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("RAGMOE_CACHE", str(tmp_path / "cache"))
     folder = starter_folder()
     assert folder.parent == tmp_path / "cache" and is_bundle(folder)
+    # Whoever may read the cache may read it.
+    (tmp_path / "cache" / "plain").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "cache" / "plain").stat().st_mode
     monkeypatch.setattr(starter, "unpack", None)
     assert starter_folder() == folder == resolve_bundle("starter")
     assert load("starter").expert_names == ["a", "b", "c", "d"]
@@ -158,3 +161,24 @@ def test_no_place_to_unpack_is_told(packed: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("RAGMOE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(BundleError, match=r"cannot be unpacked in .*\nexport RAGMOE_CACHE=DIR"):
         starter_folder()
+
+
+def test_experts_of_attention_are_no_deltas(make: Make, dense_folder: Path, tmp_path: Path) -> None:
+    model = make(gate="token", moe_attention=True, trained=False)
+    model.tokenizer.save_pretrained(tmp_path / "bundle")
+    with torch.no_grad():
+        for layer in model.moe_layers:
+            layer.experts.key_value.b.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "bundle")
+    pack(tmp_path / "bundle", tmp_path / "packed", base=str(dense_folder), rank=RANK)
+    again = load(unpack(tmp_path / "packed", tmp_path / "again"))
+    for one, two in zip(model.moe_layers, again.moe_layers, strict=True):
+        assert torch.allclose(one.experts.key_value.b, two.experts.key_value.b, atol=1e-3)
+
+
+def test_what_is_no_reader_is_refused(bundle: Path, dense_folder: Path, tmp_path: Path) -> None:
+    file = bundle / "model.safetensors.index.json"
+    file.write_text(file.read_text().replace('"ragmoe_bert"', '"ragmoe_mixtral"'))
+    with pytest.raises(BundleError, match=r"is a 'ragmoe_mixtral' model; readers .* alone can be packed"):
+        pack(bundle, tmp_path / "packed", base=str(dense_folder))
+    assert not (tmp_path / "packed").exists()

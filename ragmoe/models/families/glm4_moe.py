@@ -95,9 +95,14 @@ class RagmoeGlm4MoeDecoderLayer(NeighbourLayer, Glm4MoeDecoderLayer):
     parts = BlockParts(RagmoeGlm4MoeGate, Glm4MoeExperts, Glm4MoeMLP, _shared)
 
 
+# GLM-4-MoE's own gate stays in float32, weight and product, whatever the model is in.
+_IN_FP32 = ["balance_bias", "gate.inner"]
+
+
 class RagmoeGlm4MoeModel(DecoderModel, Glm4MoeModel):
     """GLM-4-MoE without a head."""
 
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = _IN_FP32
     config: RagmoeGlm4MoeConfig
     config_class = RagmoeGlm4MoeConfig
     _no_split_modules: ClassVar[list[str]] = ["RagmoeGlm4MoeDecoderLayer"]
@@ -107,6 +112,7 @@ class RagmoeGlm4MoeModel(DecoderModel, Glm4MoeModel):
 class RagmoeGlm4MoeForCausalLM(DecoderForCausalLM, Glm4MoeForCausalLM):
     """GLM-4-MoE, the language model."""
 
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = _IN_FP32
     config: RagmoeGlm4MoeConfig
     config_class = RagmoeGlm4MoeConfig
     model_class = RagmoeGlm4MoeModel

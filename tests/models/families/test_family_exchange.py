@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from ragmoe import BundleError, ConfigError, ModelError
-from ragmoe.bundle import prune_experts
+from ragmoe.bundle import merge_experts, prune_experts, read_bundle
 from ragmoe.gates import Gate
 from ragmoe.models.families import FAMILIES
 
@@ -196,3 +197,47 @@ def test_experts_that_are_held_back() -> None:
         assert torch.equal(model(x).logits, without.logits)
         model.set_available_experts([])
         assert model(x).logits.isfinite().all() and not torch.allclose(model(x).logits, want, atol=1e-3)
+
+
+def test_glm_routes_in_float32_whatever_the_model_is_in(tmp_path: Path) -> None:
+    """As its own does: else tokens would go to other experts than in the checkpoint."""
+    native("glm4_moe", n_routed_experts=32, num_experts_per_tok=4).save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    ours = opened("glm4_moe", tmp_path, dtype=torch.bfloat16)
+    block, gate = theirs.model.layers[-1].mlp, ours.model.layers[-1].mlp.gate
+    assert gate.inner.token.weight.dtype == block.gate.weight.dtype == torch.float32
+    x_SD = torch.randn(512, 32, dtype=torch.bfloat16)
+    logits_SE, weights_SK, _ = gate(x_SD)
+    want = block.gate(x_SD)
+    assert torch.allclose(logits_SE, want[0] if isinstance(want, tuple) else want, atol=1e-5)
+    assert weights_SK.dtype == torch.bfloat16
+
+
+def test_merged_experts_of_a_decoder_are_the_best_of_their_rank(tmp_path: Path) -> None:
+    """Against the singular value decomposition of the whole mean product, as a reader's are."""
+    make("mixtral", expert_kind="lora", expert_rank=8).save_pretrained(tmp_path)
+    before, _ = read_bundle(tmp_path)
+    merged = merge_experts(tmp_path, 0, 1, "both")
+    after, _ = read_bundle(tmp_path)
+    factors = [name for name in merged.map.fused if name.endswith("_a")]
+    assert factors and merged.kept < 1.0
+    for name in factors:
+        other = name[:-1] + "b"
+        mean = sum(before[name][at] @ before[other][at] for at in range(2)) / 2
+        u, s, v = torch.linalg.svd(mean)
+        best = u[:, :8] * s[:8] @ v[:8, :]
+        torch.testing.assert_close(after[name][0] @ after[other][0], best, atol=1e-4, rtol=1e-3)
+    biases = [name for name in merged.map.fused if name.endswith("balance_bias")]
+    assert biases
+    for name in biases:
+        assert after[name][0] == pytest.approx(before[name][:2].mean().item() + math.log(2), abs=1e-5)
+
+
+def test_sigmoid_scores_of_merged_experts_stay_comparable(tmp_path: Path) -> None:
+    """They lie between 0 and 1, where the bound for logits would win each choice."""
+    make("glm4_moe").save_pretrained(tmp_path)
+    before, _ = read_bundle(tmp_path)
+    merged = merge_experts(tmp_path, 0, 1, "both")
+    after, _ = read_bundle(tmp_path)
+    (name, *_) = [name for name in merged.map.fused if name.endswith("balance_bias")]
+    assert after[name][0] == pytest.approx(before[name][:2].mean().item(), abs=1e-6)
