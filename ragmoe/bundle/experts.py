@@ -97,14 +97,20 @@ def rename_expert(bundle: str | Path, expert: int | str, name: str, *, message: 
     return publish(folder, parent, state, experts, message or f"rename {found.name} to {name}")
 
 
-def prune_experts(bundle: str | Path, experts: Sequence[int | str], *, message: str = "") -> BundleMap:
+def prune_experts(
+    bundle: str | Path, experts: Sequence[int | str], *, message: str = "", parent: BundleMap | None = None
+) -> BundleMap:
     """Let experts leave the map; tokens that would have chosen them go to their next best.
 
+    Args:
+        parent: the map that this was decided by, which must still be the current one; None takes the current one.
+
     Raises:
-        BundleError: there is no such expert, one is locked, or fewer would be left than each token chooses.
+        BundleError: there is no such expert, one is locked, or fewer would be left than each token chooses; or the
+            bundle has changed since.
     """
     folder = Path(bundle)
-    parent = read_map(folder)
+    parent = read_map(folder) if parent is None else parent
     gone = [parent.find(expert) for expert in experts]
     kept = check_prune(parent, gone)
     state, _ = read_bundle(folder, version=parent.version, experts=[e.id for e in kept])

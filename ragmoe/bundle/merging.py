@@ -32,7 +32,7 @@ def merge_experts(bundle: str | Path, a: int | str, b: int | str, name: str, *, 
     experts it is the mean of the weights; of LoRA experts the mean of the products, cut back to their rank. In the
     gate its logit is ``sum_i w_i l_i + H(w)`` with the entropy H in nats, the tightest bound from below of
     ``log sum_i exp(l_i)`` that is linear in the two (Gibbs' inequality): rows are averaged, and H joins the balance
-    bias, which moves the choice and not the weights.
+    bias, which moves the choice and not the weights. Sigmoid scores are no logits, and stay averaged.
 
     Raises:
         BundleError: there is no such expert, both are the same, one is locked, the name is taken, or too few would be
@@ -67,8 +67,10 @@ def merge_experts(bundle: str | Path, a: int | str, b: int | str, name: str, *, 
 
 def _weights(map_: BundleMap, pair: tuple[ExpertEntry, ExpertEntry]) -> tuple[float, float]:
     """The share of each in what both carry."""
-    carried = [sum(recorded_load(map_).get(str(expert.id), ())) for expert in pair]
-    share = carried[0] / sum(carried) if all(carried) else 0.5
+    load = recorded_load(map_)
+    carried = [sum(load.get(str(expert.id), ())) for expert in pair]
+    known = all(str(expert.id) in load for expert in pair) and any(carried)
+    share = carried[0] / sum(carried) if known else 0.5
     return share, 1 - share
 
 
@@ -79,17 +81,19 @@ def _merge(
     from ragmoe.experts import experts_class
 
     state, _ = read_bundle(folder, version=map_.version, experts=[expert.id for expert in pair])
+    entropy = -sum(w * math.log(w) for w in weights if w) if _scores(map_) == "softmax" else 0.0
     layers: dict[str, list[str]] = {}
     merged: dict[str, Tensor] = {}
     for name in map_.fused:
-        prefix, mark, _ = name.rpartition(".moe.experts.")
+        # A reader's are in its layers' ``moe``, a decoder's in their ``mlp``.
+        prefix, mark, _ = name.rpartition(".experts.")
         if mark:
             layers.setdefault(prefix + mark, []).append(name)
             continue
         x_2 = state[name].double()
         mean = weights[0] * x_2[0] + weights[1] * x_2[1]
-        if name.endswith(".gate.balance_bias"):
-            mean = mean - sum(w * math.log(w) for w in weights if w)
+        if name.endswith(".balance_bias"):
+            mean = mean + entropy
         merged[name] = mean.to(state[name].dtype)
     kind = experts_class(map_.extra.get("config", {}).get("expert_kind", "ffn"))
     norms = kept = 0.0
@@ -99,3 +103,15 @@ def _merge(
         merged |= {prefix + name: x for name, x in one.tensors.items()}
         norms, kept = norms + one.norm**2, kept + one.kept**2
     return merged, math.sqrt(kept / norms) if norms else 1.0
+
+
+def _scores(map_: BundleMap) -> str:
+    """By what the gates rank experts: the configuration's own setting, or what the family has."""
+    from transformers import CONFIG_MAPPING
+
+    from ragmoe.models import families  # noqa: F401  makes them known
+
+    config = map_.extra.get("config", {})
+    kind = config.get("model_type")
+    family = dict(CONFIG_MAPPING).get(kind)
+    return str(config.get("scores") or getattr(family, "scores", "softmax"))

@@ -130,6 +130,8 @@ def _with_experts(map_: BundleMap, experts: Sequence[int | str]) -> BundleMap:
     kept = [map_.find(expert) for expert in experts]
     if map_.fused and not kept:
         raise BundleError("no expert was asked for; expected at least one")
+    if twice := [entry for at, entry in enumerate(kept) if entry in kept[:at]]:
+        raise BundleError(f"expert {twice[0].id} ({twice[0].name}) was asked for twice; expected each expert once")
     files = {expert_file(e.id, e.version) for e in map_.experts} - {expert_file(e.id, e.version) for e in kept}
     return map_.model_copy(
         update={

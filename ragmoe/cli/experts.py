@@ -124,7 +124,8 @@ def prune(
     said = [_prediction(predicted), *map(_sentence, measured)]
     version = map_.version
     if not dry_run:
-        version = prune_experts(bundle, [e.id for e in gone], message=f"prune {names}; {'; '.join(said)}").version
+        message = f"prune {names}; {'; '.join(said)}"
+        version = prune_experts(bundle, [e.id for e in gone], message=message, parent=map_).version
     if as_json:
         shown = [{"id": expert.id, "name": expert.name} for expert in gone]
         content = {"pruned": shown, "predicted": predicted, "measured": measured, "version": version}

@@ -279,3 +279,30 @@ def test_a_next_version_refuses_what_is_not_its_parents(bundle: Path) -> None:
     assert write().version == 2
     with pytest.raises(BundleError, match="changed by somebody else meanwhile: it has version 2, expected 1"):
         write()
+
+
+def test_gates_that_were_fitted_to_their_experts_keep_them(made: dict[str, Path], tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(made["lora"], tmp_path / "fitted"))
+    file = bundle / MAP_NAME
+    file.write_text(file.read_text().replace('"retrieval"', '"centroid"'))
+    with pytest.raises(BundleError, match="its gate 'centroid' needs all: it was fitted"):
+        load(bundle, experts=[0, 1])
+    for act in (lambda: prune_experts(bundle, [0]), lambda: merge_experts(bundle, 0, 1, "both")):
+        with pytest.raises(BundleError, match="fitted to the domains"):
+            act()
+    assert read_map(bundle).version == 1
+
+
+def test_an_expert_that_carried_nothing_has_no_say(bundle: Path) -> None:
+    map_ = read_map(bundle)
+    extra = {**map_.extra, "load": {**LOAD, "0": [0.0, 0.0]}}
+    (bundle / MAP_NAME).write_text(map_.model_copy(update={"extra": extra}).to_json())
+    assert merge_experts(bundle, 0, 1, "both").weights == (0.0, 1.0)
+
+
+def test_what_was_measured_is_what_is_pruned(bundle: Path) -> None:
+    measured = read_map(bundle)
+    rename_expert(bundle, 1, "health")
+    with pytest.raises(BundleError, match="changed"):
+        prune_experts(bundle, [0], parent=measured)
+    assert len(read_map(bundle).experts) == 3
