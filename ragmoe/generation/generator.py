@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from ragmoe.generation.answers import GeneratedAnswer, read_answer
 from ragmoe.generation.batches import pad_token, read_batch, sees_neighbours
 from ragmoe.generation.likelihood import Count, Likelihood, log_likelihoods
 from ragmoe.generation.prompts import REFUSAL, Prompt, PromptMaker, PromptStyle
+from ragmoe.models.saving import BundleMixin
 from ragmoe.neighbours import Neighbours
 
 if TYPE_CHECKING:
@@ -36,6 +38,11 @@ if TYPE_CHECKING:
     from ragmoe.moe import RoutingStatistics
 
 STYLE_NAME = "prompt.json"
+# Whatever a base's own generation_config says: a penalty of repetition, say, would be one of quoting the passages.
+_GREEDILY: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
+}  # fmt: skip
 # What is the model's own, and what stands for it where a model has nothing of the kind.
 _OWN: dict[str, Any] = {
     **dict.fromkeys(("sparse_layers", "expert_names", "held_back", "bundle_digests"), ()),
@@ -50,7 +57,8 @@ def is_generator(folder: str | os.PathLike[str]) -> bool:
     except (OSError, ValueError):
         return False
     names = config.get("architectures") if isinstance(config, dict) else None
-    return any(str(name).endswith("ForCausalLM") for name in names or ())
+    # The oldest ones are called after their head, as GPT2LMHeadModel.
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names or ())
 
 
 def register_decoders() -> None:
@@ -109,7 +117,10 @@ class Generator:
 
         path = Path(folder)
         if not is_generator(path):
-            raise ModelError(f"{path} holds no causal language model: expected a config.json that says ...ForCausalLM")
+            raise ModelError(
+                f"{path} holds no causal language model: expected a config.json that says ...ForCausalLM or "
+                "...LMHeadModel"
+            )
         style, file = None, path / STYLE_NAME
         if file.is_file():
             try:
@@ -129,15 +140,25 @@ class Generator:
         return cls(model, AutoTokenizer.from_pretrained(path), style)
 
     def save(self, folder: str | os.PathLike[str], **how: Any) -> None:
-        """Write model, tokenizer and, last, the prompt style into a folder; ``load`` gives them back.
+        """Write model, tokenizer and prompt style into a folder; ``load`` gives them back.
+
+        What makes it whole comes last: the map of a bundle, and the prompt style of any other.
 
         Args:
             how: what the model's own ``save_pretrained`` takes.
         """
+        steps = [partial(self._save_model, folder, how), partial(self._save_words, Path(folder))]
+        for step in reversed(steps) if isinstance(self.model, BundleMixin) else steps:
+            step()
+
+    def _save_model(self, folder: str | os.PathLike[str], how: Mapping[str, Any]) -> None:
         with quiet_loading():
             self.model.save_pretrained(folder, **how)
+
+    def _save_words(self, folder: Path) -> None:
+        """The tokenizer and, last, the prompt style."""
         self.tokenizer.save_pretrained(folder)
-        (Path(folder) / STYLE_NAME).write_text(json.dumps(asdict(self.style), indent=2) + "\n", encoding="utf-8")
+        (folder / STYLE_NAME).write_text(json.dumps(asdict(self.style), indent=2) + "\n", encoding="utf-8")
 
     @property
     def style(self) -> PromptStyle:
@@ -284,16 +305,16 @@ class Generator:
         made = self.model.generate(
             **inputs,
             max_new_tokens=self.style.max_answer_tokens,
-            do_sample=False,
-            num_beams=1,
+            **_GREEDILY,
             pad_token_id=pad_token(self.tokenizer),
             eos_token_id=ends,
             return_dict_in_generate=True,
             output_logits=True,
         )
         new_BT = made.sequences[:, inputs["input_ids"].shape[1] :]
-        logits_BTV = torch.stack(made.logits, dim=1).float()
-        nats_BT = logits_BTV.log_softmax(dim=-1).gather(2, new_BT.unsqueeze(2)).squeeze(2)
+        # Step by step: of all steps together they would be gigabytes, where the vocabulary is large.
+        steps = zip(made.logits, new_BT.unbind(dim=1), strict=True)
+        nats_BT = torch.stack([x_BV.float().log_softmax(1).gather(1, t_B.unsqueeze(1))[:, 0] for x_BV, t_B in steps], 1)
         is_end_BT = torch.isin(new_BT, torch.tensor(ends, device=new_BT.device))
         # An answer reaches up to its end; what stands behind it is padding.
         own_BT = is_end_BT.cumsum(dim=1) - is_end_BT.int() == 0

@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from ragmoe._differences import differences
-from ragmoe._errors import ConfigError, UsageError
+from ragmoe._errors import BundleError, ConfigError, UsageError
 from ragmoe.bundle import BundleMap, is_bundle, read_bundle, read_map
 from ragmoe.bundle.experts import CERTIFICATES, publish
 from ragmoe.corpus import write_questions
@@ -126,7 +127,10 @@ def add_expert(
     for file in (CONFIG_NAME, HISTORY_NAME):
         if (work / file).is_file():
             shutil.copyfile(work / file, record / file)
-    shutil.rmtree(target / "adding")
+    # Of this one alone: another may be training beside it.
+    shutil.rmtree(work)
+    with suppress(OSError):
+        work.parent.rmdir()
     return Added(target, map_, certificate)
 
 
@@ -306,15 +310,29 @@ def _dev_task(config: TrainingConfig, index: Index, judges: Judges, folder: Path
 def _copied(bundle: Path, out: Path, parent: BundleMap, *, again: bool) -> Path:
     """A copy of the bundle to add to, there whole or not at all."""
     if out.exists():
-        if again and is_bundle(out) and read_map(out) == parent:
+        begun = _is_copy(out, parent)
+        if again and begun:
             return out
-        raise ConfigError(f"{out} is there already", hint="name another folder with --out")
+        hint = "name another folder with --out"
+        if begun:
+            hint += (
+                "; where it is an addition that did not finish: --resume to go on with it, --overwrite to begin again"
+            )
+        raise ConfigError(f"{out} is there already", hint=hint)
     part = out.with_name(f".{out.name}.copying")
     if part.exists():
         shutil.rmtree(part)
     shutil.copytree(bundle, part, ignore=shutil.ignore_patterns(".bundle.lock", "adding", "checkpoints"))
     os.replace(part, out)
     return out
+
+
+def _is_copy(folder: Path, parent: BundleMap) -> bool:
+    """Whether a folder holds just this version of a bundle."""
+    try:
+        return is_bundle(folder) and read_map(folder) == parent
+    except BundleError:
+        return False
 
 
 def _section_of(bundle: Path, name: str) -> dict[str, Any]:

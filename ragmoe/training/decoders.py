@@ -12,7 +12,7 @@ from torch import Tensor
 from ragmoe._errors import BundleError, ConfigError
 from ragmoe._quiet import quiet_loading
 from ragmoe.generation.batches import sees_neighbours
-from ragmoe.generation.generator import STYLE_NAME, Generator, is_generator, register_decoders
+from ragmoe.generation.generator import Generator, is_generator, register_decoders
 from ragmoe.generation.prompts import PromptStyle
 from ragmoe.index import Index
 from ragmoe.models.saving import BundleMixin
@@ -20,7 +20,7 @@ from ragmoe.training.adapters import adapt_decoder, added_parameters
 from ragmoe.training.callbacks import load_record
 from ragmoe.training.clusters import check_start
 from ragmoe.training.config import DataConfig, TrainingConfig
-from ragmoe.training.folder import HISTORY_NAME
+from ragmoe.training.folder import HISTORY_NAME, forget_model
 from ragmoe.training.trainer import freeze
 
 _WHOLE = "all"
@@ -73,6 +73,10 @@ def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -
             model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
     if config.train.what in _PARTS and not getattr(model, "sparse_layers", None):
         raise ConfigError(f"train.what is {config.train.what!r}, but the base {config.base} has no sparse layer")
+    if config.train.balance_bias_rate and not getattr(model, "sparse_layers", None):
+        raise ConfigError(
+            f"train.balance_bias_rate is given, but the base {config.base} has no sparse layer to balance"
+        )
     check_start(model, config)
     adapted = adapt_decoder(model, config.train.lora) if config.train.what == _LORA else None
     freeze(model, config.train.what)
@@ -119,8 +123,7 @@ def save_checked(
     again = Generator.load(folder).model.float()
     difference = (model(**inputs).logits - again(**inputs).logits).abs().max().item()
     if difference != 0.0:
-        # Without its style nobody takes it for a finished run.
-        (folder / STYLE_NAME).unlink()
+        forget_model(folder)
         raise BundleError(f"{folder} was saved, but its logits differ from the trained model's by {difference:.2e}")
 
 

@@ -9,8 +9,10 @@ the bundle        when it is done
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +24,12 @@ from pydantic import ValidationError
 from ragmoe._differences import differences
 from ragmoe._errors import ConfigError, UsageError
 from ragmoe._folders import expect_folder
-from ragmoe.bundle import is_bundle
+from ragmoe.bundle import MAP_NAME, is_bundle
 from ragmoe.generation.generator import STYLE_NAME
 from ragmoe.training.config import TrainingConfig, explain, read_yaml
 
 CONFIG_NAME, STARTED_NAME, HISTORY_NAME, CHECKPOINTS = "training.yaml", "started.json", "history.jsonl", "checkpoints"
+_GONE = ".checkpoints.gone"
 
 
 def is_started(folder: Path) -> bool:
@@ -35,8 +38,31 @@ def is_started(folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has left a model here: a bundle, or a generator, which writes its prompt style last."""
-    return is_bundle(folder) or (folder / STYLE_NAME).is_file()
+    """Whether a run has left a model here that was saved whole and checked: only then do its checkpoints go.
+
+    A bundle is known by its map, and any other model by its prompt style, either of which is written last.
+    """
+    return not (folder / CHECKPOINTS).is_dir() and _holds_model(folder)
+
+
+def _holds_model(folder: Path) -> bool:
+    weights = (folder / MAP_NAME, folder / "model.safetensors")
+    return is_bundle(folder) or ((folder / STYLE_NAME).is_file() and any(path.is_file() for path in weights))
+
+
+def forget_model(folder: Path) -> None:
+    """Take from a folder what makes it a finished run's: the map of a bundle, the prompt style of any other model."""
+    for name in (MAP_NAME, STYLE_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run whose model was saved and checked, which thereby is finished: at once or not."""
+    gone = folder / _GONE
+    shutil.rmtree(gone, ignore_errors=True)
+    if (folder / CHECKPOINTS).is_dir():
+        os.replace(folder / CHECKPOINTS, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: bool) -> None:
@@ -50,6 +76,12 @@ def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: 
         raise UsageError("--resume and --overwrite exclude each other")
     expect_folder(folder)
     started, finished = is_started(folder), is_finished(folder)
+    for name, needed in _needed(config, material=overwrite):
+        if any(_lies_in(path, folder) for path in (needed, *glob.glob(needed, recursive=True))):
+            raise ConfigError(
+                f"{name} is {needed}, which lies in {folder}, where the run's own model would be written",
+                hint="name another folder; to add an expert to a bundle in its place: ragmoe experts add",
+            )
     others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if others and not (started or finished):
         raise ConfigError(
@@ -71,6 +103,30 @@ def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: 
             f"cannot resume {folder}: the configuration differs from its {CONFIG_NAME} in {', '.join(differing)}",
             hint=f"ragmoe train {folder / CONFIG_NAME} --out {folder} --resume" if can_go_on else f"pass {again}",
         )
+
+
+def _needed(config: TrainingConfig, *, material: bool) -> list[tuple[str, str]]:
+    """The files and folders that a run reads, by the setting that names them.
+
+    Args:
+        material: what it learns from too, which only goes where a folder is overwritten.
+    """
+    data, expert = config.data, config.new_expert
+    named = [("base", config.base), ("start", config.start)]
+    if material:
+        named.append(("data.index", data.index))
+        lists = {"data.questions": data.questions, "data.documents": data.documents, "data.replay": data.replay}
+        if expert is not None:
+            lists |= {"new_expert.corpus": expert.corpus, "new_expert.others": expert.others}
+            lists |= {"new_expert.unseen": expert.unseen}
+        named += [(name, source) for name, sources in lists.items() for source in sources]
+    return [(name, str(value)) for name, value in named if value]
+
+
+def _lies_in(source: str, folder: Path) -> bool:
+    """Whether a source is there, and in a folder or that folder itself."""
+    path = Path(source)
+    return path.exists() and path.resolve().is_relative_to(folder.resolve())
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
@@ -105,6 +161,8 @@ def start(
                 f"cannot resume {folder}: the {' and the '.join(changed)} changed since it began",
                 hint="pass --overwrite to start again",
             )
+        # A kill while the model was saved has left it unchecked; it is made again from the last checkpoint.
+        forget_model(folder)
         return bool(before["bf16"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from ragmoe._errors import BundleError, ConfigError, DataError, ModelError
-from ragmoe.bundle import MAP_NAME
 from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering
 from ragmoe.training.adapters import added_parameters, merge
@@ -38,7 +36,16 @@ from ragmoe.training.data import (
 )
 from ragmoe.training.documents import made_questions
 from ragmoe.training.fitting import fit_gates
-from ragmoe.training.folder import CHECKPOINTS, HISTORY_NAME, check_out, is_started, last_checkpoint, start
+from ragmoe.training.folder import (
+    CHECKPOINTS,
+    HISTORY_NAME,
+    check_out,
+    drop_checkpoints,
+    forget_model,
+    is_started,
+    last_checkpoint,
+    start,
+)
 from ragmoe.training.generator import GeneratorRun, prepare_generator, trains_generator
 from ragmoe.training.language_run import LanguageRun, prepare_language
 from ragmoe.training.new_expert import NewExpert, begin_new_expert
@@ -238,7 +245,7 @@ def train(
     # Trainer leaves its autocast around forward; what is saved and compared is the model itself.
     run.model = trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     adapter = run.save(folder)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    drop_checkpoints(folder)
     return TrainResult(
         folder,
         adapter,
@@ -335,8 +342,7 @@ def _save(run: Run, folder: Path) -> Path | None:
     batch = run.collator([run.dataset[at] for at in range(min(2, len(run.dataset)))])
     difference = largest_difference(model, type(model).from_pretrained(folder), batch)
     if difference != 0.0:
-        # Without its map it is no bundle, and nobody takes it for a finished run.
-        (folder / MAP_NAME).unlink()
+        forget_model(folder)
         raise BundleError(f"{folder} was saved, but its logits differ from the trained model's by {difference:.2e}")
     return adapter
 

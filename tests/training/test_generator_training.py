@@ -18,6 +18,7 @@ from ragmoe.generation import Generator
 from ragmoe.training import load_config, prepare, train
 from ragmoe.training import run as run_module
 from ragmoe.training.describe import describe
+from ragmoe.training.folder import is_finished
 from ragmoe.training.generator import GeneratorRun, GeneratorTrainer
 
 Config = Callable[..., dict[str, Any]]
@@ -195,3 +196,28 @@ def test_what_only_a_reader_has_is_refused(content: Config, changes: dict[str, A
 def test_a_reader_generates_nothing(config: Config) -> None:
     with pytest.raises(ConfigError, match=r"generate is given, but the base .* is no causal language model"):
         prepare(load_config(config(generate={})))
+
+
+def test_what_makes_it_a_model_is_written_last(
+    content: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill in between leaves a run that goes on, for a sparse decoder and for a plain one."""
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    sparse = {"gate": "token", "experts": 2, "expert_kind": "lora", "expert_rank": 8}
+    for name, model, last in (("sparse", sparse, "_save_model"), ("plain", {}, "_save_words")):
+        run = content(**{"model": model, "train.steps": 2, "checkpoint_every": 1})
+        with monkeypatch.context() as patch:
+            patch.setattr(Generator, last, killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(run, out=tmp_path / name)
+        assert not is_finished(tmp_path / name)
+        train(run, out=tmp_path / name, resume=True)
+        assert is_finished(tmp_path / name) and Generator.load(tmp_path / name).style.max_answer_tokens == 24
+
+
+def test_a_dense_base_has_nothing_to_balance(content: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no sparse layer to balance"):
+        train(content(**{"train.balance_bias_rate": 0.01}), out=tmp_path / "run")

@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ragmoe import BundleError, ConfigError, ModelError, RagmoeError, load
+from ragmoe.bundle import is_bundle, read_bundle
 from ragmoe.training import RagmoeTrainer, TrainingConfig, load_config, prepare, train
 from ragmoe.training import run as run_module
+from ragmoe.training.folder import is_finished
 from ragmoe.training.trainer import part_of
 
 Config = Callable[..., dict[str, Any]]
@@ -336,3 +338,35 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
         train(config(**changes), out=tmp_path / "run")
     assert said in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_in_its_own_folder_is_refused_and_stays(config: Config, tmp_path: Path) -> None:
+    train(config(**{"train.steps": 1}), out=tmp_path / "run")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"base is .*run, which lies in .*run") as caught:
+            train(config(base=str(tmp_path / "run"), model={}), out=tmp_path / "run", overwrite=overwrite)
+        assert "name another folder" in caught.value.hint
+    assert is_bundle(tmp_path / "run")
+
+
+def test_a_kill_while_the_model_is_saved_loses_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The map is there, but nobody has checked the model yet, and the checkpoints are not gone."""
+
+    def killed(*_: Any) -> float:
+        raise KeyboardInterrupt
+
+    content = config(**{"train.steps": 2, "checkpoint_every": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "largest_difference", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(content, out=tmp_path / "run")
+    assert is_bundle(tmp_path / "run") and not is_finished(tmp_path / "run")
+    with pytest.raises(ConfigError, match="did not finish"):
+        train(content, out=tmp_path / "run")
+    train(content, out=tmp_path / "run", resume=True)
+    train(content, out=tmp_path / "whole")
+    assert is_finished(tmp_path / "run")
+    got, want = (read_bundle(tmp_path / name)[0] for name in ("run", "whole"))
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
