@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,7 +66,7 @@ def run(
 ) -> None:
     """Evaluate a model on tasks; a run that was stopped goes on where it was."""
     set_data(data)
-    base = out or Path("runs") / "eval" / "-".join(model.resolve().parts[-2:]).strip("/")
+    base = out or Path("runs") / "eval" / name_of(model)
     expect_folder(base)
     loaded = _load_tasks(tasks, limit)
     # What is another evaluation of the same model must not replace the whole one.
@@ -88,6 +89,14 @@ def run(
         thrift.tell()
         typer.echo(f"samples and results: {base}", err=True)
     complain(results, base)
+
+
+def name_of(model: Path) -> str:
+    """A name for a model by the whole of where it lies: what an experiment leaves is all called bundle."""
+    path = model.resolve()
+    if path.is_relative_to(Path.cwd()) and path != Path.cwd():
+        return "-".join(path.relative_to(Path.cwd()).parts)
+    return "-".join([*path.parts[-2:], sha256(str(path).encode()).hexdigest()[:8]]).strip("/")
 
 
 @app.command()

@@ -101,6 +101,8 @@ def report(
     from ragmoe.evaluation.language_report import report_language_experiment
 
     loaded = load_experiment(file, overrides=overrides or (), seeds=_seeds(seeds))
+    if plots and isinstance(loaded, LanguageExperiment):
+        raise UsageError("--plots is given, but an experiment with documents in the place of tasks has no pictures")
     with progress() as show:
         if isinstance(loaded, LanguageExperiment):
             outcome = report_language_experiment(loaded, out=out)

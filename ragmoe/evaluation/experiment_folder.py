@@ -90,10 +90,10 @@ class ExperimentFolder:
             )
 
     def trained(self, arm: str, seed: int) -> bool:
-        """Whether an arm has its bundle; an untrained one needs none."""
-        from ragmoe.bundle import is_bundle
+        """Whether an arm has its model, saved whole; an untrained one needs none."""
+        from ragmoe.training.folder import is_finished
 
-        return arm in self.experiment.untrained_arms or is_bundle(self.bundle(arm, seed))
+        return arm in self.experiment.untrained_arms or is_finished(self.bundle(arm, seed))
 
     def evaluated(self, arm: str, seed: int, task: Task) -> bool:
         """Whether an arm's evaluation on a task is whole, and of this task and index."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ragmoe._errors import DataError
-from ragmoe.evaluation.experiment import Experiment
+from ragmoe.evaluation.experiment import Experiment, LanguageExperiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_tables import added_table, parameter_table, progress_table
 from ragmoe.evaluation.goals import compare_arms, goal_table
@@ -220,10 +220,11 @@ def head(folder: ExperimentFolder, result: Result, missing: Sequence[str]) -> li
     experiment, where = folder.experiment, result.machine
     lines = [experiment.description.strip(), ""] if experiment.description else []
     trained = folder.commits()
+    written = "report" if isinstance(experiment, LanguageExperiment) else "report and pictures"
     return [
         *lines,
         f"- command: `{result.command}`",
-        f"- report and pictures: `{command_of(experiment, verb='report')}`",
+        f"- {written}: `{command_of(experiment, verb='report')}`",
         f"- commit: {result.commit or 'none'}",
         *([f"- trained at commit: {_said(trained)}"] if [*trained] not in ([], [result.commit]) else []),
         f"- machine: {', '.join(f'{key} {where[key]}' for key in ('cpu', 'gpu', 'cores', 'threads') if where[key])}",

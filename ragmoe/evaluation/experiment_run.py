@@ -117,12 +117,18 @@ def trained_bundle(
 def _model(
     folder: ExperimentFolder, arm: str, seed: int, index: Index, say: Callable[[str], None], show: Shows | None
 ) -> Reader:
-    """An arm's model, trained first where it is not yet."""
+    """An arm's reader or generator, trained first where it is not yet."""
+    from ragmoe.generation import Generator
     from ragmoe.models import load
     from ragmoe.models.xlora import XLoraReader
     from ragmoe.training.build import build_model
+    from ragmoe.training.generator import open_generator, trains_generator
 
     config = folder.experiment.training(arm, seed, index.folder)
+    if trains_generator(config):
+        if arm in folder.experiment.untrained_arms:
+            return open_generator(config, index)
+        return Generator.load(trained_bundle(folder, arm, seed, config, say, show))
     if arm in folder.experiment.untrained_arms:
         import torch
 

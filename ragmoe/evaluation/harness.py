@@ -79,7 +79,14 @@ class HarnessModel:
         size = min(_CHUNK_TOKENS, self.max_length // 2)
         config = LanguageConfig(chunk_tokens=size, context_tokens=self.max_length - size, neighbours=self._seen() or 1)
         with tempfile.TemporaryDirectory() as cache:
-            data = LanguageDataset(texts, self.index, self.tokenizer, config, cache=Path(cache))
+            data = LanguageDataset(
+                texts,
+                self.index,
+                self.tokenizer,
+                config,
+                cache=Path(cache),
+                recall=lambda found, _: self._recall(found),
+            )
             batch = max(1, self.batch_tokens // self.max_length)
             losses = document_losses(self.generator.model, data, batch_chunks=batch)
         nats = {loss.document: -loss.nats for loss in losses}
@@ -132,6 +139,10 @@ class HarnessModel:
     def _seen(self) -> int:
         return int(self.generator.config.neighbours) if self.index is not None else 0
 
+    def _recall(self, found: Neighbours) -> Neighbours:
+        """Neighbours with what the gates want beside their embeddings."""
+        return self.generator.recall(found, self.index) if self.index is not None else found
+
     def _neighbours(self, contexts: Sequence[str]) -> Neighbours | None:
         """A row for each context; None without an index."""
         from ragmoe.neighbours import Neighbours
@@ -145,7 +156,7 @@ class HarnessModel:
         none = Neighbours.empty(1, index.width, seen)
         if not asked:
             return Neighbours.stack([none] * len(queries))
-        found = self.generator.recall(index.neighbours(asked, seen), index)
+        found = self._recall(index.neighbours(asked, seen))
         rows = {query: found.rows([at]) for at, query in enumerate(asked)}
         # Without neighbours a row has nothing else either: it is one of the others with all of them hidden.
         hidden = found.rows([0]).masked(torch.zeros_like(found.mask_BN[:1]))

@@ -21,6 +21,7 @@ from ragmoe.evaluation.language_results import LanguageResults, documents_digest
 from ragmoe.evaluation.opening import Progress, index_of_recipe
 from ragmoe.evaluation.perplexity import document_losses
 from ragmoe.evaluation.perturbation import REAL
+from ragmoe.evaluation.samples import digest_of
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Passage
@@ -48,12 +49,12 @@ def run_language_experiment(
     Raises:
         RagmoeError: a file or an index is wrong, or an arm in ``out`` was trained with another configuration.
     """
-    from ragmoe.corpus import read_passages
+    from ragmoe.corpus import read_documents
 
     root = begin(experiment, out, only)
     say = say or (lambda line: None)
     documents = {
-        setting: list(read_passages([str(experiment.resolve(source)) for source in sources]))
+        setting: list(read_documents([str(experiment.resolve(source)) for source in sources]))
         for setting, sources in experiment.settings.items()
     }
     index = index_of_recipe(experiment.resolve(experiment.index), progress=index_progress)
@@ -63,15 +64,17 @@ def run_language_experiment(
         for arm in only or experiment.arm_names:
             model, tokenizer, config = _model(folder, arm, seed, index, say, show_training)
             wanted = {REAL, *(experiment.perturbations if _is_shown(model) else ())}
+            of_model = _digest(model, config)
             for setting, found in documents.items():
                 place = results_place(folder, arm, seed, setting)
                 known = LanguageResults.load(place)
-                if known is not None and known.documents == digests[setting] and known.losses.keys() == wanted:
+                if known is not None and known.is_of(digests[setting], of_model) and known.losses.keys() == wanted:
                     continue
                 named = "" if setting == VALID else f" of the setting {setting}"
                 say(f"{arm}, seed {seed}: predicting {len(found)} documents{named}")
                 data = _dataset(model, tokenizer, config, found, index, root / "cache", index_progress)
-                _measure(model, data, index, sorted(wanted), digests[setting], index_progress).save(place)
+                of_both = (digests[setting], of_model)
+                _measure(model, data, index, sorted(wanted), of_both, index_progress).save(place)
     outcome = gather_language(folder, digests, command or command_of(experiment, only))
     outcome.written = write(outcome)
     return outcome
@@ -81,16 +84,28 @@ def _model(
     folder: ExperimentFolder, arm: str, seed: int, index: Index, say: Callable[[str], None], show: Shows | None
 ) -> tuple[Any, Any, TrainingConfig]:
     """An arm's model, trained first where it is not yet; its tokenizer; and its configuration."""
+    from transformers import set_seed
+
     from ragmoe.generation import Generator
     from ragmoe.training.config import LanguageConfig
     from ragmoe.training.decoders import open_decoder
 
     config = folder.experiment.training(arm, seed, index.folder)
     if arm in folder.experiment.untrained_arms:
+        # What is drawn at the start is drawn as in training.
+        set_seed(config.seed)
         opened = open_decoder(config, index, (config.language or LanguageConfig()).neighbours)
         return opened.model, opened.tokenizer, config
     generator = Generator.load(trained_bundle(folder, arm, seed, config, say, show))
     return generator.model, generator.tokenizer, config
+
+
+def _digest(model: Any, config: TrainingConfig) -> str:
+    """Of a model's weights and of how documents are cut for it."""
+    from ragmoe.models.digest import weights_digest
+    from ragmoe.training.config import LanguageConfig
+
+    return digest_of(weights_digest(model), (config.language or LanguageConfig()).model_dump(mode="json"))
 
 
 def _is_shown(model: Any) -> bool:
@@ -132,7 +147,7 @@ def _measure(
     data: LanguageDataset,
     index: Index,
     conditions: Sequence[str],
-    digest: str,
+    digests: tuple[str, str],
     progress: Progress | None,
 ) -> LanguageResults:
     from ragmoe.moe import RoutingStatistics
@@ -157,7 +172,7 @@ def _measure(
     }
     counts = decoder_parameters(model)
     sizes = {name: counts[name] for name in ("active", "total")}
-    return LanguageResults(digest, sizes, losses, routed.summary() if routed is not None else None)
+    return LanguageResults(*digests, sizes, losses, routed.summary() if routed is not None else None)
 
 
 def _none(data: LanguageDataset, index: Index, place: int) -> Neighbours:

@@ -10,7 +10,7 @@ from ragmoe._errors import DataError
 from ragmoe.evaluation.experiment import DENSE, VALID, Experiment, LanguageExperiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, head, write
-from ragmoe.evaluation.language_results import LanguageResults, results_place
+from ragmoe.evaluation.language_results import FILE, LanguageResults, results_place
 from ragmoe.evaluation.machine import commit
 from ragmoe.evaluation.perplexity import DocumentLoss, Perplexity, compare_perplexity, perplexity
 from ragmoe.evaluation.perturbation import REAL
@@ -33,25 +33,36 @@ def report_language_experiment(experiment: LanguageExperiment, *, out: str | Pat
 
     Raises:
         DataError: nothing of it was run there.
+        ConfigError: an arm there was trained with another configuration, or over another index than the others.
     """
     root = Path(out) if out else default_folder(experiment)
     folder = ExperimentFolder(experiment, root)
-    # What was measured last is what counts: an arm of other documents has to be measured again.
-    digests = {
-        setting: results.documents
-        for setting in experiment.settings
-        for arm in experiment.arm_names
-        for seed in experiment.seeds
-        if (results := LanguageResults.load(results_place(folder, arm, seed, setting))) is not None
-    }
+    digests = {setting: _measured_last(folder, setting) for setting in experiment.settings}
+    digests = {setting: digest for setting, digest in digests.items() if digest}
     if not digests:
         raise DataError(
             f"{root} holds nothing of the experiment {experiment.name}: no arm has predicted a document there",
             hint=command_of(experiment),
         )
+    folder.index = folder.used_index([])
+    for arm in experiment.arm_names:
+        for seed in experiment.seeds:
+            folder.check(arm, seed, experiment.training(arm, seed, root), moved=True)
     outcome = gather_language(folder, digests, command_of(experiment))
     outcome.written = write(outcome)
     return outcome
+
+
+def _measured_last(folder: ExperimentFolder, setting: str) -> str:
+    """The digest of the documents of the newest results; an arm of others has to be measured again. Empty: no results.
+
+    Written a second ago or a day: by the clock of the disk, whatever order the arms have in the file.
+    """
+    experiment = folder.experiment
+    places = [results_place(folder, arm, seed, setting) for arm in experiment.arm_names for seed in experiment.seeds]
+    found = [(file.stat().st_mtime_ns, place) for place in places if (file := place / FILE).is_file()]
+    newest = [results for _, place in sorted(found, reverse=True) if (results := LanguageResults.load(place))]
+    return newest[0].documents if newest else ""
 
 
 def gather_language(folder: ExperimentFolder, digests: Mapping[str, str], command: str) -> Outcome:

@@ -25,12 +25,14 @@ class LanguageResults:
 
     Attributes:
         documents: digest of the documents and of the index, by which runs know that they are of the same.
+        model: digest of the model and of how it reads; empty in files that are older than it.
         parameters: ``active`` and ``total``.
         losses: by what the gates were shown (``real`` and perturbations), of each document.
         routing: ``RoutingStatistics.summary`` under the real neighbours; None for a model without a choice.
     """
 
     documents: str
+    model: str
     parameters: dict[str, int]
     losses: dict[str, list[DocumentLoss]]
     routing: dict[str, Any] | None
@@ -38,8 +40,12 @@ class LanguageResults:
     def save(self, folder: Path) -> None:
         """Write it, whole or not at all."""
         losses = {name: [astuple(loss) for loss in found] for name, found in self.losses.items()}
-        content = {"documents": self.documents, "parameters": self.parameters, "losses": losses}
+        content = {"documents": self.documents, "model": self.model, "parameters": self.parameters, "losses": losses}
         write_text(folder / FILE, json.dumps({**content, "routing": self.routing}) + "\n")
+
+    def is_of(self, documents: str, model: str) -> bool:
+        """Whether it was measured on these documents with this model."""
+        return self.documents == documents and self.model in ("", model)
 
     @classmethod
     def load(cls, folder: Path) -> LanguageResults | None:
@@ -47,7 +53,7 @@ class LanguageResults:
         try:
             content = json.loads((folder / FILE).read_text(encoding="utf-8"))
             losses = {name: [DocumentLoss(*row) for row in rows] for name, rows in content.pop("losses").items()}
-            return cls(losses=losses, **content)
+            return cls(losses=losses, **{"model": "", **content})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ragmoe._errors import UsageError
+from ragmoe._errors import IndexFolderError, UsageError
 from ragmoe.evaluation.samples import digest_of
 from ragmoe.evaluation.task import Task
 
@@ -35,7 +35,8 @@ def index_of_task(task: Task, *, given: str | Path | None = None, progress: Prog
     if task.corpus:
         sources = tuple(source if source.startswith("hub:") else str(task.resolve(source)) for source in task.corpus)
         out = BUILT / f"corpus-{digest_of(sorted(sources))[:8]}"
-        return _build(BuildOptions(sources=sources, out=out, resume=True), progress)
+        # The folder is ours alone; vectors of texts that stayed are taken over.
+        return _build(BuildOptions(sources=sources, out=out, resume=True, overwrite=True), progress)
     raise UsageError(f"the task {task.name} names no index and no corpus", hint="give the index with --index DIR")
 
 
@@ -49,7 +50,15 @@ def index_of_recipe(path: Path, *, progress: Progress | None = None) -> Index:
         return Index.open(path)
     recipe = read_recipe(path).model_dump()
     recipe |= {"sources": tuple(recipe["sources"]), "out": Path(recipe["out"]), "resume": True}
-    return _build(BuildOptions(**recipe), progress)
+    try:
+        return _build(BuildOptions(**recipe), progress)
+    except IndexFolderError as error:
+        if "holds an index already" not in error.message:
+            raise
+        raise IndexFolderError(
+            f"{error.message}: what the recipe {path} reads has changed since",
+            hint=f"ragmoe index build --recipe {path} --overwrite",
+        ) from None
 
 
 def _build(options: BuildOptions, progress: Progress | None) -> Index:

@@ -37,6 +37,10 @@ def report(arms: Arms, *, seconds: Mapping[str, float | None] | None = None) -> 
     return [table for table in tables if table is not None]
 
 
+# Said where it makes a difference.
+_PAST = " Past the threshold, unanswerable questions count too: to answer none is right there."
+
+
 def quality(arms: Arms, metrics: Sequence[str] = ("f1", "em")) -> Table:
     """Metrics by domain and macro with their spread over seeds, the interval of the first, and coverage."""
     first = next(iter(arms.values()))[0]
@@ -64,6 +68,7 @@ def quality(arms: Arms, metrics: Sequence[str] = ("f1", "em")) -> Table:
         rows,
         note="Best guess on answerable questions, 0 to 100; macro is the mean over domains; the interval resamples "
         f"{real['macro']['documents']} documents within domains."
+        + (_PAST if real["macro"]["answerable"] < real["macro"]["total"] else "")
         + (" ± is the standard deviation over seeds." if several else "")
         + few_documents(*(span.per_domain_documents for span in spans if span)),
     )

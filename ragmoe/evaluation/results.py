@@ -19,7 +19,7 @@ from ragmoe._version import __version__
 from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.samples import Sample, read_samples, write_text
 
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 _FILE = "results.json"
 _WRITES = "ragmoe eval run TASK --model BUNDLE --out DIR writes one, or finishes one that was stopped"
 _UNITS = {

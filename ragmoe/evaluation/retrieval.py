@@ -55,7 +55,8 @@ def score_retrieval(
     """Recall at 1, 5 and 20, mean reciprocal rank and nDCG@10, each 0 to 1, by domain and as the mean over domains.
 
     Args:
-        gold: the gold passages of each question id; questions without are left out.
+        gold: the gold passages of each question id; questions without are left out. Where a search found nothing at
+            all, as bm25 may, every figure of that question is 0.
         folder: where the TREC files ``run.trec`` and ``qrels.trec`` are written.
 
     Returns:
@@ -64,8 +65,8 @@ def score_retrieval(
     import ir_measures
     from ir_measures import RR, Qrel, R, ScoredDoc, nDCG
 
-    asked = [sample for sample in samples if gold.get(sample.id) and sample.retrieved]
-    left_out = sum(bool(gold.get(sample.id)) and not sample.retrieved for sample in samples)
+    asked = [sample for sample in samples if gold.get(sample.id)]
+    in_vain = [sample for sample in asked if not sample.retrieved]
     if not asked:
         return None
     qrels = [Qrel(_token(s.id), _token(name), 1) for s in asked for name in gold[s.id]]
@@ -80,14 +81,19 @@ def score_retrieval(
     measures = dict(zip([R @ 1, R @ 5, R @ 20, RR, nDCG @ 10], METRICS, strict=True))
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: {name: [] for name in METRICS})
     domains = {_token(sample.id): sample.domain for sample in asked}
-    for metric in ir_measures.iter_calc(list(measures), qrels, run):
+    found = {_token(sample.id) for sample in asked if sample.retrieved}
+    judged = [qrel for qrel in qrels if qrel.query_id in found]
+    for metric in ir_measures.iter_calc(list(measures), judged, run) if found else ():
         values[domains[metric.query_id]][measures[metric.measure]].append(metric.value)
+    for sample in in_vain:
+        for name in METRICS:
+            values[sample.domain][name].append(0.0)
     order = dict.fromkeys(sample.domain for sample in asked)
     per_domain: dict[str, Any] = {
         d: {name: fmean(values[d][name]) for name in METRICS} | {"n": len(values[d]["R@1"])} for d in order
     }
     mean = {name: fmean(block[name] for block in per_domain.values()) for name in METRICS}
-    return {"mean": mean, "per_domain": per_domain, "n": len(asked), "without_retrieval": left_out}
+    return {"mean": mean, "per_domain": per_domain, "n": len(asked), "without_retrieval": len(in_vain)}
 
 
 def _write_trec(folder: Path, qrels: Sequence[Any], run: Sequence[Any]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ragmoe._errors import ModelError, RagmoeError
+from ragmoe._errors import DataError, ModelError, RagmoeError
 from ragmoe.evaluation.items import Item, prepare
 from ragmoe.evaluation.perturbation import REAL, partners
 from ragmoe.evaluation.protocols import AnswerLike, Reader, Searchable
@@ -150,7 +150,7 @@ class _Run:
         found = self.retrieval.fetch([item.asked for item in items], retriever=self.task.retriever, depth=self.depth)
         blank = [self._blank(item, plan, ids, condition) for item, ids in zip(items, found.passage_ids, strict=True)]
         neighbours = self._shown(found, chunk, condition, plan)
-        able = [row for row, sample in enumerate(blank) if sample.status == "ok"]
+        able = [row for row, sample in enumerate(blank) if sample.status == "ok" and sample.read]
         passages = {row: list(self.index.passages(blank[row].read)) for row in able}
         made = self._read_rows(able, blank, passages, neighbours)
         return [made.get(row, sample) for row, sample in enumerate(blank)]
@@ -159,26 +159,25 @@ class _Run:
         """A sample with everything that is known before the model reads."""
         question, is_open = item.question, self.task.setting == "open"
         read = tuple(retrieved[: self.task.passages]) if is_open else item.read
-        problem, status = item.problem, item.status
-        if not read and problem is None:
-            problem, status = "nothing was retrieved to read", "error"
         ranks = [rank for rank, name in enumerate(retrieved, start=1) if name in question.gold_ids]
-        return Sample(
+        blank = Sample(
             id=question.id,
             digest=plan.digests[question.id],
             example=item.example,
             domain=question.domain,
             doc_id=item.doc_id,
-            status=status,
+            status=item.status,
             question=item.asked,
             answer_type=question.answer_type,
             answers=question.answers,
-            error=problem,
+            error=item.problem,
             read=read,
             retrieved=tuple(retrieved) if condition == REAL else (),
             gold_rank=ranks[0] if ranks else None,
             gold_read=tuple(name for name in read if name in question.gold_ids),
         )
+        # Where a search finds nothing, as bm25 may, there is no answer: that is the search's fault, and it counts.
+        return replace(blank, **_outcome(blank, _Silence())) if is_open and not read and not item.problem else blank
 
     def _shown(self, found: Neighbours, chunk: Sequence[int], condition: str, plan: _Plan) -> Neighbours | None:
         """What the gate is shown: N neighbours of each question, or what the condition puts in their place."""
@@ -207,11 +206,13 @@ class _Run:
         shown = neighbours.rows(rows) if neighbours is not None else None
         try:
             return dict(zip(rows, self._read(samples, [passages[row] for row in rows], shown), strict=True))
-        except RagmoeError:
-            raise
         except Exception as error:
+            # What is wrong with one question, such as its length, is no reason to read no other.
+            if isinstance(error, RagmoeError) and not isinstance(error, DataError):
+                raise
             if len(rows) == 1:
-                return {rows[0]: replace(samples[0], status="error", error=f"{type(error).__name__}: {error}")}
+                told = error.message if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+                return {rows[0]: replace(samples[0], status="error", error=told)}
         made: dict[int, Sample] = {}
         for row in rows:
             made |= self._read_rows([row], blank, passages, neighbours)
@@ -234,6 +235,18 @@ class _Run:
             replace(sample, **_outcome(sample, answer), **_routed(counted.get(sample.id)))
             for sample, answer in zip(samples, answers, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class _Silence:
+    """The answer of nobody, who had nothing to read."""
+
+    text: str = ""
+    passage_id: str | None = None
+    start: int | None = None
+    score: float = -_BOUND
+    no_answer_score: float = _BOUND
+    answered: bool = False
 
 
 def _routed(counted: SequenceRouting | None) -> dict[str, Any]:

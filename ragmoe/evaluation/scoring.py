@@ -70,16 +70,18 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
     none such).
 
     Means are over answerable questions that were read without error; ``coverage`` is their share of the answerable.
+    Those past the threshold (``f1_thresholded``, ``em_thresholded``) are over the unanswerable ones too, as SQuAD 2.0's
+    are and as ``compare`` has them: of these it is right to answer none.
     ``macro`` has None instead of a mean where a domain that has answerable questions got not one of them scored.
     """
     by_domain: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_domain[sample.domain].append(sample)
     per_domain = {domain: _block(rows) for domain, rows in by_domain.items()}
-    wanted = [block for block in per_domain.values() if block["answerable"]]
     macro: dict[str, Any] = _counts(samples)
     for name in SCORES:
-        means = [block[name] for block in wanted]
+        # Past the threshold a domain without an answerable question counts too, where its questions have scores.
+        means = [block[name] for block in per_domain.values() if block["answerable"] or block[name] is not None]
         macro[name] = None if not means or None in means else fmean(means)
     return {
         "macro": macro,
@@ -107,7 +109,7 @@ def _counts(samples: Sequence[Sample]) -> dict[str, Any]:
 def _block(samples: Sequence[Sample]) -> dict[str, Any]:
     block = _counts(samples)
     for name in SCORES:
-        values = [getattr(sample, name) for sample in samples if sample.status == "ok" and sample.answerable]
+        values = [value for sample in samples if sample.status == "ok" and (value := getattr(sample, name)) is not None]
         block[name] = 100 * fmean(values) if values else None
     return block
 

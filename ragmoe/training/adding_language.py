@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragmoe._errors import ConfigError, ModelError
-from ragmoe.corpus import read_passages
+from ragmoe.corpus import read_documents
 from ragmoe.corpus.types import Passage
 from ragmoe.evaluation.perplexity import DocumentLoss, compare_perplexity, document_losses, perplexity
 from ragmoe.generation.batches import sees_neighbours
@@ -73,8 +73,8 @@ def certify_language(
         )
         return _certify(models, data, index, progress, old=old)
 
-    known = list(read_passages([str(source) for source in judges.known]))
-    new = list(read_passages([str(source) for source in judges.dev])) or learned_documents(config)[1]
+    known = list(read_documents([str(source) for source in judges.known]))
+    new = list(read_documents([str(source) for source in judges.dev])) or learned_documents(config)[1]
     return {
         "index": index.digest if index is not None else None,
         "old": judged(known, old=True) if known else [],

@@ -15,9 +15,11 @@ import numpy as np
 
 from ragmoe._errors import DataError, ModelError
 from ragmoe._words import many
+from ragmoe.bundle import read_map
 from ragmoe.evaluation import Results, Retrieval, Sample, Task, compare, evaluate
 from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.statistics import macro
+from ragmoe.generation.generator import Generator, is_generator
 from ragmoe.models import RagmoeBertForQuestionAnswering, load
 
 Progress = Callable[[str, int, int], None]
@@ -77,13 +79,21 @@ def measure_prune(
         ``task``, ``setting``, ``n``; macro F1 ``before`` and ``after`` (0 to 100); their ``difference`` with its 95 %
         interval ``low`` and ``high``; and ``load``, the share of the task's choices that the others carried.
     """
-    whole, pruned = load(bundle), load(bundle, experts=kept)
+    whole, pruned = _opened(Path(bundle)), _opened(Path(bundle), kept)
     before = _read(whole, "before", task, retrieval, progress)
     after = _read(pruned, "pruned", task, retrieval, progress)
     gone = [at for at, id in enumerate(whole.config.expert_ids or range(whole.config.experts)) if id not in kept]
     counts_LE = np.sum([np.asarray(sample.routing, dtype=float) for sample in before if sample.routing], axis=0)
     share = float((counts_LE[:, gone].sum(axis=1) / counts_LE.sum(axis=1)).mean())
     return {**_change(task, before, after, "after"), "load": share}
+
+
+def _opened(bundle: Path, kept: Sequence[int] | None = None) -> Any:
+    """The reader or generator in a bundle, with all of its experts or as it would be with some alone."""
+    if not is_generator(bundle):
+        return load(bundle, experts=kept)
+    gone = [id for id in read_map(bundle).expert_ids if kept is not None and id not in kept]
+    return Generator.load(bundle, without=gone)
 
 
 def routed(samples: Sequence[Sample], model: RagmoeBertForQuestionAnswering) -> dict[str, float]:

@@ -37,6 +37,22 @@ def trains_generator(config: TrainingConfig) -> bool:
     return is_decoder(config.base) if Path(config.base).is_dir() else config.generate is not None
 
 
+def style_of(config: TrainingConfig) -> PromptStyle:
+    """How a generator is asked that is trained so."""
+    generate = config.generate or GenerateConfig()
+    return PromptStyle(generate.without_gold, config.raft.max_length, generate.max_answer_tokens)
+
+
+def open_generator(config: TrainingConfig, index: Index) -> Generator:
+    """A generator as it is before its first step.
+
+    Raises:
+        RagmoeError: as ``open_decoder``.
+    """
+    model, tokenizer, _ = open_decoder(config, index, config.raft.neighbours)
+    return Generator(model.eval(), tokenizer, style_of(config))
+
+
 class GeneratorTrainer(RagmoeTrainer):
     """``RagmoeTrainer`` for causal language models, those without sparse layers too.
 
@@ -137,7 +153,7 @@ def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show
     generate = config.generate or GenerateConfig()
     index = Index.open(config.data.required_index)
     questions = training_questions(config.data)
-    style = PromptStyle(generate.without_gold, config.raft.max_length, generate.max_answer_tokens)
+    style = style_of(config)
     model, tokenizer, adapted = open_decoder(config, index, config.raft.neighbours)
     generator = Generator(model, tokenizer, style)
     known = [question for question in questions if answerable_from(question)]

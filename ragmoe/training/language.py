@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ragmoe._errors import DataError
-from ragmoe.corpus import read_passages
+from ragmoe.corpus import read_documents
 from ragmoe.corpus.leaks import LeakGuard, document_of
 from ragmoe.corpus.types import Passage
 from ragmoe.generation.batches import decode_batch, labelled_batch, pad_token
@@ -65,7 +65,7 @@ def learned_documents(config: TrainingConfig) -> tuple[list[Passage], list[Passa
         DataError: a domain that is to be left out is not there, or nothing is left.
     """
     data = config.data
-    found = list(read_passages(data.documents))
+    found = list(read_documents(data.documents))
     if unknown := sorted({*data.without} - {document.domain for document in found}):
         there = ", ".join(sorted({document.domain for document in found if document.domain}))
         raise DataError(f"data.without names the domain {unknown[0]!r}; the documents are of {there or 'none'}")
@@ -80,7 +80,7 @@ def learned_documents(config: TrainingConfig) -> tuple[list[Passage], list[Passa
         raise DataError(f"none of the {len(found)} documents is left to learn from")
     if data.replay:
         wanted = sum(len(document.text) for document in fit) * data.replay_share / (1 - data.replay_share)
-        for document in _drawn(list(read_passages(data.replay))):
+        for document in _drawn(list(read_documents(data.replay))):
             if wanted <= 0:
                 break
             fit.append(document)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ragmoe._errors import ConfigError, DataError
-from ragmoe.corpus import read_passages
-from ragmoe.corpus.leaks import document_of
+from ragmoe.corpus import read_documents
+from ragmoe.corpus.leaks import LeakGuard, document_of
 from ragmoe.corpus.types import Passage
 from ragmoe.index import Index
 from ragmoe.models.growth import grow
@@ -173,12 +173,16 @@ def _other_chunks(
     """Chunks of documents that the expert is not for."""
     language = config.language or LanguageConfig()
     # Not only what it learns from: an index also holds what is kept aside to judge it by, or left out by a limit.
-    own = [document for document in read_passages(config.data.documents) if document.domain not in config.data.without]
-    hidden = {document_of(document) for document in [*data.documents, *own, *read_passages(wanted.unseen)]}
+    own = [document for document in read_documents(config.data.documents) if document.domain not in config.data.without]
+    unseen = list(read_documents(wanted.unseen))
+    hidden = {document_of(document) for document in [*data.documents, *own, *unseen]}
     if wanted.others:
-        found = list(read_passages(wanted.others))
+        found = list(read_documents(wanted.others))
     else:
         found = indexed_documents(index) if index is not None else []
+    found = [document for document in found if document_of(document) not in hidden]
+    # The same text may be there under another name: ids of files depend on the folder that was named.
+    hidden = set().union(*LeakGuard([*own, *unseen], found).banned)
     found = [document for document in found if document_of(document) not in hidden]
     if not found:
         raise DataError(

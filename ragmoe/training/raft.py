@@ -58,7 +58,8 @@ def sample(
     if read is not None and draw.random() >= config.gold_probability:
         read = None
     if read is None and gold:
-        neighbours = neighbours.without([[passage.id for passage in gold]])
+        # All gold passages are left out, also those from which the answer cannot be learned.
+        neighbours = neighbours.without([[*(passage.id for passage in gold), *question.gold_ids]])
     passages = hard_distractors(question, gold, retrieved)[: config.passages - (read is not None)]
     if read is not None:
         passages.append(read)
@@ -80,7 +81,7 @@ def sample(
 
 def hard_distractors(question: Question, gold: Sequence[Passage], retrieved: Sequence[Passage]) -> list[Passage]:
     """Retrieved passages that do not answer the question, best first: neither gold nor holding an answer's text."""
-    taken = {passage.id for passage in gold}
+    taken = {*(passage.id for passage in gold), *question.gold_ids}
     texts = [answer.lower() for answer in question.answers] if question.answer_type != "yesno" else []
     return [
         passage

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ragmoe.cli.eval import name_of
 from ragmoe.evaluation.result import Result
 
 
@@ -232,14 +234,20 @@ def test_a_corpus_is_indexed_once(
     ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = {"name": "t", "questions": [f"{small_city}/questions.jsonl"], "corpus": [f"{small_city}/corpus.jsonl"]}
+    shutil.copyfile(small_city / "corpus.jsonl", "corpus.jsonl")
+    settings = {"name": "t", "questions": [f"{small_city}/questions.jsonl"], "corpus": ["corpus.jsonl"]}
     Path("t.yaml").write_text(yaml.safe_dump(settings))
     assert ragmoe("eval", "run", "t.yaml", "--model", bundle)[0] == 0
     built = list(Path("runs/indexes").glob("corpus-*/manifest.json"))
     stamp = built[0].stat().st_mtime_ns
     assert ragmoe("eval", "run", "t.yaml", "--model", bundle)[0] == 0
     assert built[0].stat().st_mtime_ns == stamp
-    assert len(list(Path("runs/eval").glob("*-retrieval/t/results.json"))) == 1
+    assert len(list(Path("runs/eval").glob("*retrieval*/t/results.json"))) == 1
+    # A corpus that has changed is indexed again.
+    with Path("corpus.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "late", "text": "The late ferry leaves at ten."}) + "\n")
+    assert ragmoe("eval", "run", "t.yaml", "--model", bundle)[0] == 0
+    assert built[0].stat().st_mtime_ns != stamp
 
 
 def test_ls_says_what_there_is_and_how_to_name_it(ragmoe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,3 +373,12 @@ def test_the_commands_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_bundles_of_an_experiment_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are called seed-0/bundle."""
+    monkeypatch.chdir(tmp_path)
+    assert name_of(Path("runs/demo/dense/seed-0/bundle")) == "runs-demo-dense-seed-0-bundle"
+    assert name_of(Path("runs/halvern")) == "runs-halvern"
+    one, two = (name_of(tmp_path.parent / other / "seed-0" / "bundle") for other in ("a", "b"))
+    assert one != two and one.startswith("seed-0-bundle-")

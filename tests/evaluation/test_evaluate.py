@@ -190,7 +190,7 @@ def test_an_index_of_another_corpus_is_refused(make_reader: MakeReader, make_tas
         evaluate(make_reader(), make_task(questions, setting="open"), index)
 
 
-def test_a_question_for_which_nothing_is_found_is_an_error(
+def test_a_question_for_which_nothing_is_found_has_no_answer_and_counts(
     make_reader: MakeReader, make_task: MakeTask, index: Any
 ) -> None:
     found = index.neighbours
@@ -203,7 +203,26 @@ def test_a_question_for_which_nothing_is_found_is_an_error(
 
     index.neighbours = blind
     results = evaluate(make_reader(), make_task(setting="open"), index)
-    assert by_id(results)["q3"].error == "nothing was retrieved to read"
+    silent = by_id(results)["q3"]
+    assert (silent.status, silent.prediction, silent.answered, silent.f1) == ("ok", "", False, 0.0)
+    assert silent.read == silent.routing == () and results.real["macro"]["coverage"] == 1.0
+
+
+def test_what_is_wrong_with_one_question_leaves_the_others(
+    make_reader: MakeReader, make_task: MakeTask, index: Any
+) -> None:
+    reader = make_reader()
+    read = reader.read
+
+    def picky(questions: list[str], *args: Any, **named: Any) -> Any:
+        if any("ferry" in question for question in questions):
+            raise DataError("a question of 300 tokens does not fit into 192")
+        return read(questions, *args, **named)
+
+    reader.read = picky
+    results = evaluate(reader, make_task(), index)
+    assert by_id(results)["q3"].error == "a question of 300 tokens does not fit into 192"
+    assert {sample.status for sample in results.samples["real"] if sample.id != "q3"} == {"ok"}
 
 
 def test_the_limit_is_by_domain(make_reader: MakeReader, make_task: MakeTask, index: Any) -> None:

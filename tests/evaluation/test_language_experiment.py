@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import yaml
 from stub_encoder import StubEncoder
 from tiny_decoder import byte_tokenizer, tiny_llama
 
-from ragmoe import ConfigError, DataError
+from ragmoe import ConfigError, DataError, Index
 from ragmoe.evaluation.experiment import LanguageExperiment, load_experiment
+from ragmoe.evaluation.experiment_run import run_experiment
 from ragmoe.evaluation.language_experiment import run_language_experiment
 from ragmoe.evaluation.language_report import report_language_experiment
 from ragmoe.evaluation.language_results import FILE, LanguageResults
@@ -221,3 +223,67 @@ def test_the_command_line_knows_it_by_its_documents(
     assert made.exit_code == 0 and "Perplexity" in made.output
     again = runner(app, ["eval", "report", file, "--out", "out", "--json"])
     assert again.exit_code == 0 and '"perplexity":' in again.output
+
+
+def test_an_arm_of_a_plain_model_is_not_trained_twice(folder: Path, tmp_path: Path) -> None:
+    spec = yaml.safe_load((folder / "experiment.yaml").read_text())
+    del spec["train"]["model"], spec["untrained"], spec["result"]
+    spec |= {"name": "plain", "arms": {"dense": {}}, "comparisons": []}
+    (folder / "plain.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    experiment = load_experiment(folder / "plain.yaml")
+    assert isinstance(experiment, LanguageExperiment)
+    run_language_experiment(experiment, out=tmp_path)
+    said: list[str] = []
+    assert not run_language_experiment(experiment, out=tmp_path, say=said.append).missing
+    assert said == ["dense, seed 0: trained already"]
+
+
+def test_figures_of_another_model_do_not_count(folder: Path, tmp_path: Path) -> None:
+    run_language_experiment(load(folder), out=tmp_path, only=["dense"])
+    shutil.rmtree(tmp_path / "dense" / "seed-0" / "bundle")
+    file = tmp_path / "dense" / "seed-0" / FILE
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps({**before, "model": "of another"}))
+    said: list[str] = []
+    run_language_experiment(load(folder), out=tmp_path, only=["dense"], say=said.append)
+    assert "dense, seed 0: predicting 6 documents" in said
+    assert json.loads(file.read_text()) == before
+    # A file from before models were recorded is of the model that is there.
+    file.write_text(json.dumps({key: value for key, value in before.items() if key != "model"}))
+    said.clear()
+    run_language_experiment(load(folder), out=tmp_path, only=["dense"], say=said.append)
+    assert said == ["dense, seed 0: trained already"]
+
+
+def test_a_report_of_what_was_trained_otherwise_is_refused(folder: Path, tmp_path: Path) -> None:
+    run_language_experiment(load(folder), out=tmp_path, only=["dense"])
+    changed = load_experiment(folder / "experiment.yaml", overrides=["train.steps=9"])
+    assert isinstance(changed, LanguageExperiment)
+    with pytest.raises(ConfigError, match=r"was trained with another configuration; it differs in train\.steps"):
+        report_language_experiment(changed, out=tmp_path)
+
+
+def test_an_experiment_with_tasks_may_train_generators(folder: Path, tmp_path: Path) -> None:
+    index = Index.open(folder / "index", encoder=StubEncoder())
+    passage = next(iter(index.iterate()))
+    row = {"id": "q", "question": "where?", "answers": ["here"], "gold_ids": [passage.id], "domain": passage.domain}
+    (folder / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    spec = {
+        "name": "asked",
+        "index": "index",
+        "train": {
+            "base": "base",
+            "data": {"questions": ["questions.jsonl"], "index": "index", "calibration_share": 0.0},
+            "raft": {"max_length": 480, "passages": 1, "neighbours": 3},
+            "generate": {"max_answer_tokens": 4},
+            "train": {"steps": 1, "batch_size": 1},
+            "checkpoint_every": 0,
+        },
+        "arms": {"plain": {}, "token": {"model.gate": "token", **{f"model.{key}": x for key, x in SPARSE.items()}}},
+        "untrained": {"before": "plain"},
+        "tasks": [{"name": "here", "setting": "gold", "questions": ["questions.jsonl"]}],
+    }
+    (folder / "asked.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    outcome = run_experiment(load_experiment(folder / "asked.yaml"), out=tmp_path)
+    assert not outcome.missing and outcome.runs.keys() == {"before", "plain", "token"}
+    assert {runs["here"][0].samples["real"][0].status for runs in outcome.runs.values()} == {"ok"}

@@ -65,3 +65,14 @@ def test_the_oldest_go_first(index: Any) -> None:
     assert index.searched == ["a", "b"]
     retrieval.fetch(["a"], retriever=None, depth=1)
     assert index.searched == ["a", "b", "a"]
+
+
+def test_a_search_in_vain_counts_nothing_found(sample: Make, tmp_path: Path) -> None:
+    rows = [sample("1", 1.0, retrieved=("p",)), sample("2", 0.0, retrieved=())]
+    found = score_retrieval(rows, {"1": ["p"], "2": ["q"]}, tmp_path)
+    assert found is not None
+    assert (found["n"], found["without_retrieval"]) == (2, 1)
+    assert found["per_domain"]["a"] == {**dict.fromkeys(("R@1", "R@5", "R@20", "MRR", "nDCG@10"), 0.5), "n": 2}
+    assert "2 0 q 1" in (tmp_path / "qrels.trec").read_text()
+    alone = score_retrieval(rows[1:], {"2": ["q"]})
+    assert alone is not None and alone["mean"]["R@20"] == 0.0

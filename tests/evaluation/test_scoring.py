@@ -7,6 +7,7 @@ import pytest
 
 from ragmoe.evaluation.samples import Sample
 from ragmoe.evaluation.scoring import score, summarise
+from ragmoe.evaluation.statistics import macro
 
 Make = Callable[..., Sample]
 
@@ -58,6 +59,8 @@ def test_unanswerable_questions_stay_out_of_the_headline(sample: Make) -> None:
     nothing = sample("2", None, answered=False, f1_thresholded=1.0, no_answer_score=2.0)
     found = summarise([sample("1", 0.5), nothing])
     assert found["macro"]["f1"] == 50.0
+    # Past the threshold they count, as SQuAD 2.0 has it, and as a comparison has it.
+    assert found["macro"]["f1_thresholded"] == 75.0 == macro([sample("1", 0.5), nothing], "f1_thresholded")
     assert found["no_answer"] == {
         "auroc": 1.0,
         "accuracy": 100.0,
@@ -78,3 +81,9 @@ def test_yes_no_block(sample: Make) -> None:
     assert block["accuracy"] == 50.0
     assert block["macro_f1"] == pytest.approx(100 / 3)
     assert summarise([sample("1", 1.0)])["yesno"] is None
+
+
+def test_a_domain_of_unanswerable_questions_without_a_score_leaves_the_others(sample: Make) -> None:
+    lost = sample("2", None, domain="b", status="unscored", f1_thresholded=None, em_thresholded=None)
+    found = summarise([sample("1", 0.5), lost])
+    assert found["macro"]["f1_thresholded"] == 50.0

@@ -272,3 +272,27 @@ def test_what_cannot_be_added(
 ) -> None:
     with pytest.raises(error, match=said):
         prepare(market(bundle(), *overrides, **settings))
+
+
+def test_the_same_text_under_another_name_is_no_other_document(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], land: Path, tmp_path: Path
+) -> None:
+    """Files without ids are named by their place in the folder that was named."""
+    draw, folder = random.Random(5), tmp_path / "docs" / "shop"
+    folder.mkdir(parents=True)
+    names = ["own.md", "unseen.md", "other.md"]
+    for name in names:
+        (folder / name).write_text(
+            " ".join(draw.choice(("bread", "salt", "coin", "cart", "bell", "door")) for _ in range(60))
+        )
+    build_index(
+        BuildOptions(
+            (str(tmp_path / "docs"),), tmp_path / "index", encoder=StubEncoder(), chunk_words=30, chunk_overlap=0
+        )
+    )
+    own, unseen = (str(folder / name) for name in names[:2])
+    config = market(bundle(), index=tmp_path / "index", corpus=[own], judges=Judges(dev=[Path(unseen)]))
+    run = prepare(config)
+    assert run.new_expert is not None and run.new_expert.lesson is not None
+    _, others = run.new_expert.lesson.batches.sides
+    assert {document.doc_id for document in others.data.documents} == {"shop/other.md"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,15 @@ def test_without_gold_it_leaves_the_neighbours_too() -> None:
     assert not example.neighbours.mask_BN[0, place]
     assert not example.neighbours.embeddings_BNR[0, place].any()
     assert len(example.passages) == 3
+
+
+def test_without_gold_all_of_them_leave() -> None:
+    """Also one that has no span, from which the answer could not be learned."""
+    other = OTHERS[0]
+    question = replace(QUESTION, gold_ids=("gold", other.id))
+    example = draw(gold_probability=0.0, question=question)
+    assert not {"gold", other.id} & {*example.neighbours.passage_ids[0]}
+    assert other not in example.passages
 
 
 def test_the_gold_passage_is_never_put_among_the_neighbours() -> None:
