@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ragmoe.models import Answer
 
 
+_SAID = ("cited", "said", "shortened", "left_out")
 ASK_EXAMPLES = """Examples:
 
   ragmoe ask runs/halvern 'How long do I keep biting on the gauze?' --index indexes/demo
@@ -72,6 +73,8 @@ def _record(question: str, answer: Answer | GeneratedAnswer, passage: Passage | 
             "start": span and span[0],
             "end": span and span[1],
         },
+        # What a generator says besides.
+        **{name: getattr(answer, name) for name in _SAID if hasattr(answer, name)},
     }
 
 
@@ -104,3 +107,5 @@ def print_answer(answer: Answer | GeneratedAnswer, passage: Passage | None) -> N
     if span := _span(answer, passage):
         text.stylize("bold reverse" if answer.answered else "underline", *span)
     console.print(text)
+    if further := list(getattr(answer, "cited", ()))[1:]:
+        console.print(Text(f"also cited: {', '.join(further)}", style="cyan"))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from ragmoe.generation.citations import cited_numbers, without_citations
 from ragmoe.generation.prompts import REFUSAL, Prompt
+
+# What a model thinks aloud before it answers, also where it came to no end.
+_THOUGHT = re.compile(r"^\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,12 @@ def read_answer(prompt: Prompt, said: str, nats: float, refusal_nats: float) -> 
     Args:
         nats: log-probability of what was said; ``refusal_nats`` of a refusal in its place.
     """
-    text = without_citations(said)
+    spoken = _THOUGHT.sub("", said)
+    text = without_citations(spoken)
     if text.strip("\"'.! ").casefold().startswith(REFUSAL):
         text = ""
     ids = [passage.id for passage in prompt.passages]
-    cited = [ids[number - 1] for number in cited_numbers(said) if 1 <= number <= len(ids)]
+    cited = [ids[number - 1] for number in cited_numbers(spoken) if 1 <= number <= len(ids)]
     return GeneratedAnswer(
         text=text,
         cited=tuple(dict.fromkeys(cited)) if text else (),

@@ -5,6 +5,7 @@ B sequences, T positions, V words of the vocabulary, A tokens that are judged.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,19 +64,24 @@ def log_likelihoods(
     lengths = [len(before) + len(after) for before, after in pairs]
     order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
     found: dict[int, Likelihood] = {}
+    # Of a large vocabulary the logits of a batch are gigabytes: they are made where something is judged.
+    slices = "logits_to_keep" in inspect.signature(model.forward).parameters
     while order:
         size = max(1, batch_tokens // max(1, lengths[order[0]]))
         at, order = order[:size], order[size:]
         batch = labelled_batch([pairs[i] for i in at], padding, seen.rows(at) if seen is not None else None)
         labels_BT = batch.pop("labels")[:, 1:].to(device)
+        judged_BT = labels_BT != IGNORED
+        kept_K = judged_BT.any(dim=0).nonzero().flatten()
         # No loss is wanted, and so no routing losses either.
-        wanted = {"output_routings": True} if count is not None else {}
+        wanted: dict[str, Any] = {"output_routings": True} if count is not None else {}
+        if slices:
+            wanted["logits_to_keep"] = kept_K
         output = model(**{name: x.to(device) for name, x in batch.items()}, **wanted)
         if count is not None:
             count(output.routings, batch["attention_mask"].reshape(-1).bool().to(device), at)
-        logits_BTV = output.logits[:, :-1]
-        judged_BT = labels_BT != IGNORED
-        logits_AV, labels_A = logits_BTV[judged_BT].float(), labels_BT[judged_BT]
+        logits_BKV = output.logits if slices else output.logits[:, kept_K]
+        logits_AV, labels_A = logits_BKV[judged_BT[:, kept_K]].float(), labels_BT[judged_BT]
         nats_A = logits_AV.log_softmax(dim=-1).gather(1, labels_A.unsqueeze(1)).squeeze(1)
         right_A = logits_AV.argmax(dim=-1) == labels_A
         counts = judged_BT.sum(dim=1).tolist()

@@ -177,7 +177,10 @@ class PromptMaker:
 
     def _rendered(self, turns: list[dict[str, str]], *, opened: bool = False) -> str:
         # The instruction stands in the user's turn: some templates know no system role.
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened))
+        # An answer is short and cites: models that think aloud (Qwen3) are told not to; other templates ask for no such
+        # thing.
+        how = {"add_generation_prompt": opened, "enable_thinking": False}
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **how))
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -236,3 +236,25 @@ def test_an_expert_is_added_without_an_index(world: Path, capsys: pytest.Capture
     assert "Certificate of market" in capsys.readouterr().out
     assert main([*words[:5], "stall", *words[6:], "--task", str(world / "task.yaml")]) == 1
     assert "--corpus FILE to learn from, --dev and --known FILE to judge by" in capsys.readouterr().err
+
+
+def test_ask_names_all_that_is_cited(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = GeneratedAnswer("Anna, at nine", ("quay", "lock"), 0.5, -1.0, "Anna [1], at nine [2]")
+    monkeypatch.setattr(Generator, "answer", lambda *_, **__: [said])
+    words = ["ask", str(world / "model"), "who, and when?", "--index", str(world / "index")]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["cited"], found["said"], found["passage"]["id"]) == (["quay", "lock"], said.said, "quay")
+    assert main(words) == 0
+    assert "also cited: lock" in capsys.readouterr().out
+
+
+def test_pruning_is_measured_on_a_language_model(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"experts": 3, "top_k": 1, "gate": "token", "expert_kind": "lora", "expert_rank": 8}
+    init(world / "model", out=world / "sparse", expert_names=["a", "b", "c"], **settings)
+    words = ["experts", "prune", str(world / "sparse"), "b", "--task", str(world / "task.yaml")]
+    assert main([*words, "--index", str(world / "index"), "--dry-run", "--json"]) == 0
+    (measured,) = json.loads(capsys.readouterr().out)["measured"]
+    assert measured["task"] == "port" and 0 < measured["load"] < 1

@@ -106,6 +106,9 @@ def test_passages_without_room_are_told() -> None:
         ("so [7] [0]", "so", ()),
         ("Not in the documents. [1]", "", ()),
         (" [2]", "", ()),
+        ("<think>\n\n</think>\n\nParis [1]", "Paris", ("a",)),
+        ("<think>Says [1] so?</think> Not in the documents", "", ()),
+        ("<think>It could be [2]", "", ()),
     ],
 )
 def test_words_are_read(said: str, text: str, cited: tuple[str, ...]) -> None:
@@ -235,3 +238,19 @@ def test_the_routing_of_prompts_is_counted_whatever_the_batch(index: Index, tmp_
     dense = RoutingStatistics([], 1)
     Generator.load(tmp_path / "dense").read(QUESTIONS, read, statistics=dense)
     assert not dense.of_domain
+
+
+def test_a_bases_own_way_of_generating_changes_no_answer(index: Index) -> None:
+    """A penalty of repetition is one of quoting what was read."""
+    made = generator()
+    plain = made.answer(QUESTIONS, index)
+    config = made.model.generation_config
+    config.repetition_penalty, config.num_return_sequences, config.no_repeat_ngram_size = 1.5, 2, 2
+    config.do_sample, config.min_new_tokens = True, 9
+    assert made.answer(QUESTIONS, index) == plain
+
+
+@pytest.mark.parametrize(("name", "is_one"), [("GPT2LMHeadModel", True), ("BertModel", False)])
+def test_models_that_are_called_after_their_head(name: str, is_one: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"architectures": ["{name}"]}}')
+    assert is_generator(tmp_path) is is_one

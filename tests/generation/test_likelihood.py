@@ -62,3 +62,14 @@ def test_neighbours_go_with_their_pair_and_only_where_they_are_seen() -> None:
     for number, (before, after) in enumerate(given):
         whole = [*before, *after]
         assert [value for ids, value in seen.items() if list(ids[: len(whole)]) == whole] == [number]
+
+
+def test_logits_are_made_where_something_is_judged() -> None:
+    model = tiny_llama()
+    made: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, __, y: made.append(y.shape[1]))
+    long = [([*range(3, 60)], [7, 8, 9]), ([*range(3, 58)], [7])]
+    found = log_likelihoods(model, long)
+    # Of 60 positions those that predict the answers: one before 55, three before 57 and on.
+    assert made == [4] and [likelihood.tokens for likelihood in found] == [3, 1]
+    assert log_likelihoods(model, [([3, 4], [])])[0].tokens == 0

@@ -122,3 +122,16 @@ def test_an_answer_ends_with_the_end_of_text() -> None:
 def test_citations_are_read_back(said: str, numbers: list[int], alone: str) -> None:
     assert cited_numbers(said) == numbers and without_citations(said) == alone
     assert cited_numbers(cite(alone, 7))[-1] == 7
+
+
+def test_a_model_that_thinks_aloud_is_told_not_to() -> None:
+    """By the template of Qwen3, as far as it matters: a turn that is left open thinks only where it may."""
+    made = maker(chat=True)
+    made.tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    prompt = made.make(QUESTION, [GOLD], gold=0, answer="Anna")
+    assert text(made, prompt.ids).endswith("<think>\n\n</think>\n\n")
+    assert text(made, prompt.answer_ids) == "Anna [1]</s>"
