@@ -113,5 +113,6 @@ def _scores(map_: BundleMap) -> str:
 
     config = map_.extra.get("config", {})
     kind = config.get("model_type")
-    family = dict(CONFIG_MAPPING).get(kind)
+    # Its own ``get`` imports every family there is.
+    family = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401
     return str(config.get("scores") or getattr(family, "scores", "softmax"))

@@ -42,7 +42,7 @@ RecordReader = Callable[[Path, str], Iterator[Record]]
 # As CommonMark has it: "#tag" and "#!" are no headings.
 _HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)
 # A comment in code is no heading.
-_FENCED = re.compile(r"^[ ]{0,3}(`{3,}|~{3,}).*?(?:^[ ]{0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^[ ]{0,3}(`{3,}(?![^\n]*`)|~{3,}).*?(?:^[ ]{0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 READERS: dict[str, RecordReader] = {}
 
 

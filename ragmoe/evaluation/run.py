@@ -177,7 +177,10 @@ class _Run:
             gold_read=tuple(name for name in read if name in question.gold_ids),
         )
         # Where a search finds nothing, as bm25 may, there is no answer: that is the search's fault, and it counts.
-        return replace(blank, **_outcome(blank, _Silence())) if is_open and not read and not item.problem else blank
+        if not is_open or read or item.problem:
+            return blank
+        cites = () if getattr(self.model, "style", None) is not None else None
+        return replace(blank, **_outcome(blank, _Silence(cites)))
 
     def _shown(self, found: Neighbours, chunk: Sequence[int], condition: str, plan: _Plan) -> Neighbours | None:
         """What the gate is shown: N neighbours of each question, or what the condition puts in their place."""
@@ -241,6 +244,7 @@ class _Run:
 class _Silence:
     """The answer of nobody, who had nothing to read."""
 
+    cited: tuple[str, ...] | None
     text: str = ""
     passage_id: str | None = None
     start: int | None = None

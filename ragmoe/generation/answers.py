@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ragmoe.generation.citations import cited_numbers, without_citations
 from ragmoe.generation.prompts import REFUSAL, Prompt
 
-# What a model thinks aloud before it answers, also where it came to no end.
-_THOUGHT = re.compile(r"^\s*<think>.*?(?:</think>\s*|\Z)", re.DOTALL)
+# What a model thinks aloud before it answers: also where it came to no end, or its prompt had opened the thought.
+_THOUGHT = re.compile(r"^(?:\s*<think>.*?(?:</think>\s*|\Z)|.*?</think>\s*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

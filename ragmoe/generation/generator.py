@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from ragmoe.moe import RoutingStatistics
 
 STYLE_NAME = "prompt.json"
-# Whatever a base's own generation_config says: a penalty of repetition, say, would be one of quoting the passages.
+# Whatever of it a base's own generation_config says: a penalty of repetition, say, would be one of quoting the
+# passages.
 _GREEDILY: dict[str, Any] = {
     "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0, "min_new_tokens": 0,
 }  # fmt: skip
 # What is the model's own, and what stands for it where a model has nothing of the kind.
 _OWN: dict[str, Any] = {

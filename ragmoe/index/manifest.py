@@ -184,6 +184,15 @@ def file_record(path: Path) -> FileRecord:
         return FileRecord(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
+def is_one(path: Path) -> bool:
+    """Whether a file is the manifest of an index, of whatever format: other tools have a ``manifest.json`` too."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"format", "generation", "files"} <= content.keys()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of an index folder.
 

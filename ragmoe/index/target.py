@@ -188,8 +188,8 @@ def next_generation(folder: Path) -> int:
 
 def _has_begun(folder: Path) -> bool:
     """Whether an index was built in a folder, or begun to be."""
-    left = (manifests.NAME, f"{manifests.NAME}.part", _LOCK, "partial/state.json")
-    return any((folder / name).exists() for name in left)
+    left = (f"{manifests.NAME}.part", _LOCK, "partial/state.json")
+    return manifests.is_one(folder / manifests.NAME) or any((folder / name).exists() for name in left)
 
 
 def clean(folder: Path, manifest: Manifest) -> None:

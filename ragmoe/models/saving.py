@@ -203,8 +203,11 @@ class BundleMixin(PreTrainedModel):
             )
         whole = read_map(path, version=bundle.version) if experts is not None else bundle
         gate = bundle.extra["config"].get("gate")
-        if len(bundle.experts) < len(whole.experts) and gate and (why := gate_class(gate).fixed_experts):
-            raise BundleError(f"some of the experts of {path} were asked for, but its gate {gate!r} needs all: {why}")
+        if bundle.expert_ids != whole.expert_ids and gate and (why := gate_class(gate).fixed_experts):
+            raise BundleError(
+                f"some of the experts of {path} were asked for, or in another order, but its gate {gate!r} needs all "
+                f"as they are: {why}"
+            )
         config = kwargs.pop("config", None)
         if config is None:
             # Fields given by name win, as in transformers.

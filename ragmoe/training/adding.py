@@ -322,7 +322,9 @@ def _copied(bundle: Path, out: Path, parent: BundleMap, *, again: bool) -> Path:
     part = out.with_name(f".{out.name}.copying")
     if part.exists():
         shutil.rmtree(part)
-    shutil.copytree(bundle, part, ignore=shutil.ignore_patterns(".bundle.lock", "adding", "checkpoints"))
+    shutil.copytree(
+        bundle, part, ignore=shutil.ignore_patterns(".bundle.lock", "adding", "checkpoints", ".checkpoints.gone")
+    )
     os.replace(part, out)
     return out
 

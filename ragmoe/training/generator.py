@@ -49,7 +49,9 @@ def open_generator(config: TrainingConfig, index: Index) -> Generator:
     Raises:
         RagmoeError: as ``open_decoder``.
     """
-    model, tokenizer, _ = open_decoder(config, index, config.raft.neighbours)
+    # Adapters say nothing yet, and would be counted.
+    whole = config.model_copy(update={"train": config.train.model_copy(update={"what": "all"})})
+    model, tokenizer, _ = open_decoder(whole, index, config.raft.neighbours)
     return Generator(model.eval(), tokenizer, style_of(config))
 
 

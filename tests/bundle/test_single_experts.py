@@ -285,8 +285,9 @@ def test_gates_that_were_fitted_to_their_experts_keep_them(made: dict[str, Path]
     bundle = Path(shutil.copytree(made["lora"], tmp_path / "fitted"))
     file = bundle / MAP_NAME
     file.write_text(file.read_text().replace('"retrieval"', '"centroid"'))
-    with pytest.raises(BundleError, match="its gate 'centroid' needs all: it was fitted"):
-        load(bundle, experts=[0, 1])
+    for asked in ([0, 1], [2, 0, 1]):
+        with pytest.raises(BundleError, match="its gate 'centroid' needs all as they are: it was fitted"):
+            load(bundle, experts=asked)
     for act in (lambda: prune_experts(bundle, [0]), lambda: merge_experts(bundle, 0, 1, "both")):
         with pytest.raises(BundleError, match="fitted to the domains"):
             act()

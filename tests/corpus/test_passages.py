@@ -337,4 +337,5 @@ def test_pictures_have_titles_too(tmp_path: Path) -> None:
 def test_a_comment_in_code_is_no_heading(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("```sh\n# install it\nrun\n```\n\n# Heading\n")
     (tmp_path / "b.md").write_text("~~~\n# never closed\n")
-    assert [passage.title for passage in read_passages([tmp_path])] == ["Heading", "b"]
+    (tmp_path / "c.md").write_text("```x``` is code in a line\n\n# Real\n")
+    assert [passage.title for passage in read_passages([tmp_path])] == ["Heading", "b", "Real"]

@@ -109,6 +109,7 @@ def test_passages_without_room_are_told() -> None:
         ("<think>\n\n</think>\n\nParis [1]", "Paris", ("a",)),
         ("<think>Says [1] so?</think> Not in the documents", "", ()),
         ("<think>It could be [2]", "", ()),
+        ("It could be [2], or not.</think>\n\nParis [1]", "Paris", ("a",)),
     ],
 )
 def test_words_are_read(said: str, text: str, cited: tuple[str, ...]) -> None:

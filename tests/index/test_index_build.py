@@ -302,6 +302,10 @@ def test_files_that_are_named_like_an_indexs_are_somebodys(build: Build, tmp_pat
         with pytest.raises(IndexFolderError, match=r"holds other things than an index: embeddings-1\.npy, index-1"):
             build(out=home, overwrite=overwrite)
     assert sorted(str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()) == kept
+    # Another tool's manifest makes it no index.
+    (home / "manifest.json").write_text('{"name": "mine"}')
+    with pytest.raises(IndexFolderError, match=r"holds other things than an index: embeddings-1\.npy, index-1"):
+        build(out=home, resume=True)
     build()
     (tmp_path / "index" / "texts-2024.txt").write_text("mine")
     with pytest.raises(IndexFolderError, match=r"holds other things than an index: texts-2024\.txt"):
