@@ -146,7 +146,9 @@ class OptimiserConfig(Section):
             the neighbours' embeddings (``pooled``, ``retrieval``, ``retrieval+memory``) and have not done so yet. None
             starts them as the token gate, and while experts are still alike they learn next to nothing of neighbours. A
             small ``gate_learning_rate`` (1e-4) keeps the start until they differ: optimisers like Adam take steps of
-            full size however little a gradient says.
+            full size however little a gradient says. The lead weighs, too: 4 leaves the second of a token's experts a
+            fiftieth, until the z-loss (``model.z_loss``) has evened that out within some hundred steps; without that
+            loss take 1.
         warmup: share of the steps; afterwards the rate falls linearly to zero.
         dropout: None means none on a CPU and the base's own on a GPU.
         attention_dropout: of the attention's weights; None means as ``dropout``. Zero keeps attention on a CPU on its
