@@ -54,10 +54,7 @@ def report_language_experiment(experiment: LanguageExperiment, *, out: str | Pat
 
 
 def _measured_last(folder: ExperimentFolder, setting: str) -> str:
-    """The digest of the documents of the newest results; an arm of others has to be measured again. Empty: no results.
-
-    Written a second ago or a day: by the clock of the disk, whatever order the arms have in the file.
-    """
+    """The digest of the documents of the newest results, empty without any; an arm of others is not measured yet."""
     experiment = folder.experiment
     places = [results_place(folder, arm, seed, setting) for arm in experiment.arm_names for seed in experiment.seeds]
     found = [(file.stat().st_mtime_ns, place) for place in places if (file := place / FILE).is_file()]

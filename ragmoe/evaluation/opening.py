@@ -45,6 +45,7 @@ def index_of_recipe(path: Path, *, progress: Progress | None = None) -> Index:
     from ragmoe.index import Index
     from ragmoe.index.build import BuildOptions
     from ragmoe.index.recipe import read_recipe
+    from ragmoe.index.target import OtherIndexError
 
     if path.suffix not in {".yaml", ".yml"}:
         return Index.open(path)
@@ -52,9 +53,7 @@ def index_of_recipe(path: Path, *, progress: Progress | None = None) -> Index:
     recipe |= {"sources": tuple(recipe["sources"]), "out": Path(recipe["out"]), "resume": True}
     try:
         return _build(BuildOptions(**recipe), progress)
-    except IndexFolderError as error:
-        if "holds an index already" not in error.message:
-            raise
+    except OtherIndexError as error:
         raise IndexFolderError(
             f"{error.message}: what the recipe {path} reads has changed since",
             hint=f"ragmoe index build --recipe {path} --overwrite",

@@ -66,7 +66,6 @@ def score_retrieval(
     from ir_measures import RR, Qrel, R, ScoredDoc, nDCG
 
     asked = [sample for sample in samples if gold.get(sample.id)]
-    in_vain = [sample for sample in asked if not sample.retrieved]
     if not asked:
         return None
     qrels = [Qrel(_token(s.id), _token(name), 1) for s in asked for name in gold[s.id]]
@@ -81,19 +80,16 @@ def score_retrieval(
     measures = dict(zip([R @ 1, R @ 5, R @ 20, RR, nDCG @ 10], METRICS, strict=True))
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: {name: [] for name in METRICS})
     domains = {_token(sample.id): sample.domain for sample in asked}
-    found = {_token(sample.id) for sample in asked if sample.retrieved}
-    judged = [qrel for qrel in qrels if qrel.query_id in found]
-    for metric in ir_measures.iter_calc(list(measures), judged, run) if found else ():
+    # What the run lacks it gives 0.
+    for metric in ir_measures.iter_calc(list(measures), qrels, run):
         values[domains[metric.query_id]][measures[metric.measure]].append(metric.value)
-    for sample in in_vain:
-        for name in METRICS:
-            values[sample.domain][name].append(0.0)
     order = dict.fromkeys(sample.domain for sample in asked)
     per_domain: dict[str, Any] = {
         d: {name: fmean(values[d][name]) for name in METRICS} | {"n": len(values[d]["R@1"])} for d in order
     }
+    in_vain = sum(not sample.retrieved for sample in asked)
     mean = {name: fmean(block[name] for block in per_domain.values()) for name in METRICS}
-    return {"mean": mean, "per_domain": per_domain, "n": len(asked), "without_retrieval": len(in_vain)}
+    return {"mean": mean, "per_domain": per_domain, "n": len(asked), "without_retrieval": in_vain}
 
 
 def _write_trec(folder: Path, qrels: Sequence[Any], run: Sequence[Any]) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,9 +147,12 @@ class Generator:
         Args:
             how: what the model's own ``save_pretrained`` takes.
         """
-        steps = [partial(self._save_model, folder, how), partial(self._save_words, Path(folder))]
-        for step in reversed(steps) if isinstance(self.model, BundleMixin) else steps:
-            step()
+        if isinstance(self.model, BundleMixin):
+            self._save_words(Path(folder))
+            self._save_model(folder, how)
+        else:
+            self._save_model(folder, how)
+            self._save_words(Path(folder))
 
     def _save_model(self, folder: str | os.PathLike[str], how: Mapping[str, Any]) -> None:
         with quiet_loading():

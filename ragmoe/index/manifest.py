@@ -184,7 +184,16 @@ def file_record(path: Path) -> FileRecord:
         return FileRecord(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def is_one(path: Path) -> bool:
+def generation_of(name: str) -> int | None:
+    """The generation, from 1, of a file or folder by its name in an index's folder; None for what is no index's."""
+    number = re.search(r"-([1-9]\d*)(?:\.|$)", name)
+    # What lies in the one folder is listed by its path.
+    if number and re.fullmatch(_FILE.format(number[1]), name if "." in name else f"{name}/x"):
+        return int(number[1])
+    return None
+
+
+def is_manifest(path: Path) -> bool:
     """Whether a file is the manifest of an index, of whatever format: other tools have a ``manifest.json`` too."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -19,10 +18,6 @@ from ragmoe.index import card, memory
 from ragmoe.index import manifest as manifests
 from ragmoe.index.manifest import EncoderRecord, EncodingRecord, Manifest
 
-_DATA_FILE = re.compile(
-    r"^(?:passages-(?=\d+\.parquet$)|texts-(?=\d+\.bin$)|(?:offsets|embeddings|digests)-(?=\d+\.npy$)"
-    r"|index-(?=\d+\.faiss$)|bm25-(?=\d+$))(\d+)"
-)
 _LOCK = "build.lock"
 _WRITTEN = {
     manifests.NAME,
@@ -36,6 +31,10 @@ _WRITTEN = {
 # ``.neighbours`` is where training keeps what it retrieved; it is keyed by the index's digest.
 _OURS = (_WRITTEN | {".neighbours"}) - {card.NAME}
 _REPLACE = "replace it with --overwrite, or name another folder with --out"
+
+
+class OtherIndexError(IndexFolderError):
+    """The folder holds an index already, of something else than what is to be built."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class NewIndex(Target):
         others = sorted(
             path.name
             for path in self.folder.iterdir()
-            if not (ours and (path.name in _OURS or _DATA_FILE.match(path.name) or card.is_ours(path)))
+            if not (ours and (path.name in _OURS or manifests.generation_of(path.name) or card.is_ours(path)))
         )
         if others:
             raise IndexFolderError(
@@ -99,7 +98,7 @@ class NewIndex(Target):
         if (now.corpus_digest, encoding_of(now)) == (corpus_digest, encoding):
             return now
         if not (self.overwrite or begun):
-            raise IndexFolderError(
+            raise OtherIndexError(
                 f"{self.folder} holds an index already, and no stopped build of these sources", hint=_REPLACE
             )
         return None
@@ -151,7 +150,7 @@ def refuse_links(folder: Path) -> None:
     the Hub's cache is made of links.
     """
     for path in folder.iterdir():
-        if path.name not in _WRITTEN and not _DATA_FILE.match(path.name):
+        if path.name not in _WRITTEN and not manifests.generation_of(path.name):
             continue
         refuse_link(path, IndexFolderError)
         # Into these is written again what lies there; others are removed whole, which follows no link.
@@ -189,7 +188,7 @@ def next_generation(folder: Path) -> int:
 def _has_begun(folder: Path) -> bool:
     """Whether an index was built in a folder, or begun to be."""
     left = (f"{manifests.NAME}.part", _LOCK, "partial/state.json")
-    return manifests.is_one(folder / manifests.NAME) or any((folder / name).exists() for name in left)
+    return manifests.is_manifest(folder / manifests.NAME) or any((folder / name).exists() for name in left)
 
 
 def clean(folder: Path, manifest: Manifest) -> None:
@@ -215,5 +214,4 @@ def sweep(folder: Path) -> None:
 
 
 def _data_files(folder: Path) -> list[tuple[Path, int]]:
-    matches = ((path, _DATA_FILE.match(path.name)) for path in folder.iterdir())
-    return [(path, int(match.group(1))) for path, match in matches if match]
+    return [(path, number) for path in folder.iterdir() if (number := manifests.generation_of(path.name))]

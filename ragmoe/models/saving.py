@@ -208,7 +208,7 @@ class BundleMixin(PreTrainedModel):
                 f"some of the experts of {path} were asked for, or in another order, but its gate {gate!r} needs all "
                 f"as they are: {why}"
             )
-        config = kwargs.pop("config", None)
+        config, threshold = kwargs.pop("config", None), None
         if config is None:
             # Fields given by name win, as in transformers.
             held = dict(bundle.extra["config"])
@@ -217,9 +217,9 @@ class BundleMixin(PreTrainedModel):
             threshold = kwargs.get(_CALIBRATED)
             config, kwargs = cls.config_class.from_dict(held, return_unused_kwargs=True, **kwargs)
             kwargs |= precision
-            if threshold is not None:
-                bundle.extra["config"][_CALIBRATED] = threshold
         _apply_map(config, bundle)
+        if threshold is not None:
+            config.no_answer_threshold = threshold
         slots = None if resident_experts is None else Slots(path, bundle, resident_experts)
         if slots is not None:
             config, empty = slots.reserve(config)
@@ -303,11 +303,9 @@ def _at_hand(path: Any, kwargs: dict[str, Any], version: int | None) -> Any:
     if found is None or not is_bundle(Path(found).parent):
         return path
     kwargs.pop("subfolder", None)
-    names = (
-        ["*"]
-        if version is not None
-        else ["*.json", "*.jinja", "*.txt", "*.model", *read_map(Path(found).parent).files()]
-    )
+    names = ["*.json", "*.jinja", "*.txt", "*.model", *read_map(Path(found).parent).files()]
+    if version is not None:
+        names = ["*"]
     allowed = [f"{subfolder}/{name}" if subfolder else name for name in names]
     return str(Path(snapshot_download(str(path), allow_patterns=allowed, **where)) / subfolder)
 

@@ -321,3 +321,5 @@ def test_precision_may_be_left_to_what_was_saved(make: Make, tmp_path: Path) -> 
     assert RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
     opened = RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, no_answer_threshold=3.0)
     assert opened.config.no_answer_threshold == 3.0
+    # It is still that bundle, by which expert memory and publishing go.
+    assert opened.bundle_digests == RagmoeBertForQuestionAnswering.from_pretrained(tmp_path).bundle_digests
