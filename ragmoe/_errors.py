@@ -58,7 +58,7 @@ class EncoderMismatchError(IndexFolderError):
 
 
 class IndexLockedError(IndexFolderError):
-    """Somebody else is building this index."""
+    """Somebody else is writing to this index."""
 
 
 class BundleError(RagmoeError):

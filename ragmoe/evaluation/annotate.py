@@ -42,9 +42,10 @@ def annotate(
     Raises:
         ModelError: the model has no experts, or comes from no bundle.
         DataError: none of the questions has a gold passage in the index.
+        IndexLockedError: the index is being changed, or annotated by somebody else.
+        IndexFolderError: it was changed since it was opened.
     """
-    from ragmoe.index.memory import ExpertMemory
-    from ragmoe.moe import RoutingStatistics
+    from ragmoe.index.target import SameIndex, locked
 
     if not model.sparse_layers:
         raise ModelError("the model is dense: it has no experts that passages could speak for")
@@ -54,6 +55,24 @@ def annotate(
     about = [(q, names) for q in questions if (names := gold_in(index, q))]
     if not about:
         raise DataError(f"none of the {len(questions)} questions has a gold passage in {index.folder}")
+    # Held all the while: what is recorded with an index that changes meanwhile would be cleared away with it.
+    with locked(index.folder):
+        SameIndex(index.folder, base=index.manifest).check()
+        memory = _route(model, index, about, progress)
+        memory.save(index)
+    return memory
+
+
+def _route(
+    model: Any,
+    index: Index,
+    about: Sequence[tuple[Question, list[str]]],
+    progress: Callable[[str, int, int], None] | None,
+) -> ExpertMemory:
+    """The memory of questions, each with its gold passages that the index holds."""
+    from ragmoe.index.memory import ExpertMemory
+    from ragmoe.moe import RoutingStatistics
+
     counts: dict[int, np.ndarray] = {}
     asked: Counter[int] = Counter()
     for begin in range(0, len(about), CHUNK):
@@ -72,9 +91,7 @@ def annotate(
             progress("questions", begin + len(chunk), len(about))
     ids = model.config.expert_ids or list(range(model.config.experts))
     initial = ExpertMemory.of_domains(index, model.expert_names, ids, model.sparse_layers)
-    memory = initial.recorded(counts, asked, model.bundle_digests[0])
-    memory.save(index)
-    return memory
+    return initial.recorded(counts, asked, model.bundle_digests[0])
 
 
 def gold_in(index: Index, question: Question) -> list[str]:

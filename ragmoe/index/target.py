@@ -134,7 +134,7 @@ def locked(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise IndexLockedError(
-            f"{folder} is locked: another process is building this index", hint="wait until it has finished"
+            f"{folder} is locked: another process is writing to it", hint="wait until it has finished"
         ) from None
     except OSError as error:
         raise IndexFolderError(

@@ -43,6 +43,28 @@ def test_routing_is_recorded_and_used(ragmoe: Any, small_city: Path, city: Path,
     assert code == 0 and out.startswith("4 of 6 passages speak for the experts that served them, 2 for their domain's")
 
 
+def test_an_index_that_changes_meanwhile_is_refused_before_anything_is_routed(
+    ragmoe: Any, small_city: Path, city: Path, make_bundle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ragmoe import Index, IndexFolderError
+    from ragmoe.evaluation import annotate
+    from ragmoe.index.target import locked
+    from ragmoe.models import load
+    from ragmoe.training.data import load_questions
+
+    folder, bundle = city / "index", make_bundle("memory", gate="memory", sparse_layers=[0, 1], expert_names=NAMES)
+    model, index = load(bundle), Index.open(folder)
+    questions = load_questions([str(small_city / "questions.jsonl")])
+    monkeypatch.setattr(model, "read", None)
+    with locked(folder):
+        done = ragmoe("index", "annotate", folder, "--model", bundle, "--questions", small_city / "questions.jsonl")
+    assert done[0] == 1 and "is locked: another process is writing to it\nhint: wait" in done[2]
+    assert ragmoe("index", "remove", folder, "--domain", "coins")[0] == 0
+    with pytest.raises(IndexFolderError, match="was changed meanwhile"):
+        annotate.annotate(model, index, questions)
+    assert not (folder / "memory").exists()
+
+
 def test_a_look_takes_some_questions_of_each_domain(
     ragmoe: Any, small_city: Path, city: Path, make_bundle: Any, tmp_path: Path
 ) -> None:

@@ -221,7 +221,7 @@ def test_build_errors(name: str, run: Run, corpus: Path, tmp_path: Path) -> None
 def test_a_locked_index(run: Run, corpus: Path, folder: Path) -> None:
     with FileLock(folder / "build.lock"):
         done = run("index", "build", corpus, "--out", folder, "--overwrite")
-    assert done.code == 1 and "is locked: another process is building this index\nhint: wait" in done.err
+    assert done.code == 1 and "is locked: another process is writing to it\nhint: wait" in done.err
 
 
 def test_recipes(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

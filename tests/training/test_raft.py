@@ -75,6 +75,25 @@ def test_distractors_are_hard_and_hold_no_answer() -> None:
     assert hard_distractors(yes, [GOLD], RETRIEVED) == [LEAK, *OTHERS]
 
 
+@pytest.mark.parametrize(
+    ("answer", "text", "says"),
+    [
+        ("5", "Founded in 2015.", False),
+        ("5", "In 2015 they were 5.", True),
+        ("$5", "It costs $5.20, they say.", True),
+        ("Ada", "Nevada", False),
+        ("Ada", "ADA's bridge", True),
+        ("the  old\nmill", "At The old mill.", True),
+        ("東京", "彼は東京に住む", True),
+        ("Ada", "彼はAdaに会う", True),
+        (" ", "Anything.", False),
+    ],
+)
+def test_a_distractor_says_the_answer_as_words_of_its_own(answer: str, text: str, says: bool) -> None:
+    passage = Passage("p", text)
+    assert hard_distractors(replace(QUESTION, answers=(answer,)), [GOLD], [passage]) == ([] if says else [passage])
+
+
 def test_the_seed_alone_decides() -> None:
     assert draw(3, drop_each=0.5).passages == draw(3, drop_each=0.5).passages
     assert torch.equal(draw(3, drop_each=0.5).neighbours.mask_BN, draw(3, drop_each=0.5).neighbours.mask_BN)
