@@ -38,6 +38,7 @@ def test_vectors_lie_around_those_of_passages_where_texts_differ(tmp_path: Path)
     assert len(np.unique((queries @ real.T).argmax(axis=1))) > 10
 
 
+@pytest.mark.slow
 def test_rows_of_each_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, out = tmp_path / "corpus.jsonl", tmp_path / "result.json"
     texts = [" ".join(WORDS[(i * j + j) % 6] + str(i % (j + 2)) for j in range(5)) for i in range(60)]
