@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def expect_the_same_peaks(kind: str, steps: tuple[str, ...], sizes: tuple[int, int], folder: Path) -> None:
     """Each step holds no more at the larger size than at the smaller, in a process of its own."""
@@ -29,5 +31,6 @@ def expect_the_same_peaks(kind: str, steps: tuple[str, ...], sizes: tuple[int, i
     assert large["pyarrow"] < 1, large
 
 
+@pytest.mark.slow
 def test_the_peak_is_the_same_at_two_sizes(tmp_path: Path) -> None:
     expect_the_same_peaks("change", ("build", "add", "remove"), (560, 1200), tmp_path)
