@@ -86,7 +86,7 @@ def add(
             resume=resume,
         )
 
-    run_command(folder, plan, "nothing to add: all of it is there already", dry_run, as_json)
+    run_command(folder, plan, "nothing to add: all of it is there already", dry_run, as_json, resume=resume)
 
 
 def remove(
@@ -111,7 +111,7 @@ def remove(
 
         return plan_remove(folder, ids=names, domain=domain, resume=resume)
 
-    run_command(folder, plan, "nothing to remove: all of it is gone already", dry_run, as_json)
+    run_command(folder, plan, "nothing to remove: all of it is gone already", dry_run, as_json, resume=resume)
 
 
 def merge(
@@ -136,8 +136,17 @@ def merge(
     run_command(out, plan, "", dry_run, as_json)
 
 
-def run_command(folder: Path, make: Callable[[], BuildPlan | None], nothing: str, dry_run: bool, as_json: bool) -> None:
-    """Plan, show the plan, and do it."""
+def run_command(
+    folder: Path,
+    make: Callable[[], BuildPlan | None],
+    nothing: str,
+    dry_run: bool,
+    as_json: bool,
+    *,
+    resume: bool = False,
+) -> None:
+    """Plan, show the plan, and do it; where there is no plan, clear away what a stopped run of it has left."""
+    from ragmoe.index.change import clear_up
     from ragmoe.index.manifest import read_manifest
 
     with on_stop(lambda: kept(folder)):
@@ -145,6 +154,8 @@ def run_command(folder: Path, make: Callable[[], BuildPlan | None], nothing: str
         summary: dict[str, Any] = {"out": str(folder), "duplicates": plan.rows.duplicates if plan else None}
         if plan is None:
             typer.echo(f"{folder}: {nothing}", err=True)
+            if resume and not dry_run:
+                clear_up(folder)
             manifest = read_manifest(folder)
         else:
             print_plan(plan)

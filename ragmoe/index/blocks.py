@@ -41,13 +41,19 @@ class Blocks:
         state = _read_json(self._folder / "state.json")
         return isinstance(state, dict) and {key: state.get(key) for key in self._state} == self._state
 
-    def start(self, *, resume: bool) -> None:
-        """Make the folder; what is in it is kept only if it belongs to the same build and ``resume`` is set."""
-        if resume and self.begun:
-            return
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
-        (self._folder / "state.json").write_text(json.dumps(self._state | self._encoding), encoding="utf-8")
+    def start(self, generation: int, *, resume: bool) -> None:
+        """Make the folder; what is in it is kept only if it belongs to the same build and ``resume`` is set.
+
+        Args:
+            generation: which the build is to become.
+        """
+        if not (resume and self.begun):
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+        state = self._state | self._encoding | {"generation": generation}
+        part = self._folder / "state.part"
+        part.write_text(json.dumps(state), encoding="utf-8")
+        os.replace(part, self._folder / "state.json")
 
     def __contains__(self, number: int) -> bool:
         """Whether a block is kept."""
@@ -80,6 +86,12 @@ def kept_encoding(folder: Path) -> EncodingRecord | None:
         return EncodingRecord.model_validate(state["encoding"]) if isinstance(state, dict) else None
     except (KeyError, ValueError):
         return None
+
+
+def is_wanted(folder: Path, generation: int) -> bool:
+    """Whether a folder of blocks is a stopped build's that has not become the generation in force, and still can."""
+    state = _read_json(folder / "state.json")
+    return isinstance(state, dict) and state.get("generation", generation) != generation
 
 
 def _read_json(path: Path) -> object:

@@ -67,7 +67,6 @@ def plan_add(
             lines = rows.skipped
             bad = f"; {len(lines)} bad lines were skipped, the first: {lines[0]}" if lines else ""
             raise DataError(f"no passages in {', '.join(sources)}{bad}")
-        _finish(path, base)
         return None
     made = _encoder_of(base, encoder, path)
     return make_plan(target, rows, How.of(base), made, contents)
@@ -96,7 +95,6 @@ def plan_remove(
     rows = KeptRows(OldIndex(path, base), ids=frozenset(ids), domain=domain)
     missing, wanted = rows.missing(), len(frozenset(ids)) or 1
     if missing and resume and len(missing) == wanted:
-        _finish(path, base)
         return None
     if missing:
         has = ", ".join(name or "(no domain)" for name in base.domains)
@@ -133,11 +131,18 @@ def plan_merge(
     return make_plan(target, rows, how, None, read_contents(rows))
 
 
-def _finish(folder: Path, base: Manifest) -> None:
-    """Clear away what a run left that was stopped after its commit."""
-    with locked(folder):
-        SameIndex(folder, base=base).check()
-        clean(folder, base)
+def clear_up(folder: Folder) -> None:
+    """Remove what a run left that was stopped after its commit: what to do where a plan with ``resume`` is None.
+
+    Raises:
+        IndexFolderError: there is no index.
+        IndexLockedError: somebody else is writing to it.
+    """
+    path = Path(folder)
+    base = read_manifest(path)
+    with locked(path):
+        SameIndex(path, base=base).check()
+        clean(path, base)
 
 
 def _encoder_of(manifest: Manifest, encoder: str | Encoder | None, folder: Path) -> Encoder:

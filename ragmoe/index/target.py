@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from ragmoe._errors import IndexFolderError, IndexLockedError
 from ragmoe._folders import expect_folder, refuse_link
-from ragmoe.index import card, memory
+from ragmoe.index import blocks, card, memory
 from ragmoe.index import manifest as manifests
 from ragmoe.index.manifest import EncoderRecord, EncodingRecord, Manifest
 
@@ -192,10 +192,14 @@ def _has_begun(folder: Path) -> bool:
 
 
 def clean(folder: Path, manifest: Manifest) -> None:
-    """Remove the files of all generations but the manifest's and what an unfinished build left; write the card."""
+    """Remove the files of all generations but the manifest's, and the blocks that it was made of; write the card.
+
+    Blocks of another run that was stopped stay: it can go on.
+    """
     sweep(folder)
     card.write_card(folder, manifest)
-    shutil.rmtree(folder / "partial", ignore_errors=True)
+    if not blocks.is_wanted(folder / "partial", manifest.generation):
+        shutil.rmtree(folder / "partial", ignore_errors=True)
     (folder / f"{manifests.NAME}.part").unlink(missing_ok=True)
     memory.forget(folder, manifest.digest)
 

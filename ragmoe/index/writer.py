@@ -132,7 +132,7 @@ class Writer:
 
     def _embed(self, generation: int) -> list[str]:
         """Write passages and embeddings, a block in memory at a time; returns the names of the files."""
-        self.blocks.start(resume=self.plan.target.resume)
+        self.blocks.start(generation, resume=self.plan.target.resume)
         self.meeting.hear(True)
         if self.ranks.count > 1:
             self._encode_share()

@@ -108,7 +108,13 @@ def test_stopped_by_the_user_it_says_how_to_go_on(
         130, f"stopped; what is encoded so far is kept; go on with: {again}"
     )  # fmt: skip
     monkeypatch.setattr(_crash, "hook", None)
+    # Nor does it lose that where meanwhile something is given again that is there already.
+    kept, known = sorted((folder / "partial").iterdir()), tmp_path / "two.jsonl"
+    for words in ([], ["--dry-run"], ["--resume"]):
+        assert "nothing to add" in run("index", "add", folder, known, *words).err
+        assert sorted((folder / "partial").iterdir()) == kept and any(path.suffix == ".npz" for path in kept)
     assert run("index", "add", folder, source, "--resume").out.startswith(f"{folder}: 3 passages, ")
+    assert not (folder / "partial").exists()
 
 
 @pytest.mark.parametrize(("kind", "have"), [("disk", "free_disk"), ("memory", "free_memory")])

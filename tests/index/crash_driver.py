@@ -32,6 +32,7 @@ from ragmoe.index import (
     _crash,
     blocks,
     build_index,
+    clear_up,
     plan_add,
     plan_merge,
     plan_remove,
@@ -71,8 +72,12 @@ def go(store: Path, command: str, folder: Path, *, resume: bool = False) -> None
     elif command == "add":
         if plan := plan_add(folder, [everything], encoder=StubEncoder(), resume=resume):
             plan.run()
+        else:
+            clear_up(folder)
     elif plan := plan_remove(folder, domain="market", resume=resume):
         plan.run()
+    else:
+        clear_up(folder)
 
 
 def check(store: Path, command: str, folder: Path) -> str:
