@@ -15,8 +15,15 @@ from torch.nn import functional as F
 
 def low_rank(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor, offsets_E: Tensor) -> Tensor:
     """``x A_e B_e`` of each row by its expert, (P, H)."""
-    inner_Pr = F.grouped_mm(x_PD, a_EDr.to(x_PD.dtype), offs=offsets_E)
-    return F.grouped_mm(inner_Pr, b_ErH.to(x_PD.dtype), offs=offsets_E)
+    inner_Pr = _grouped(x_PD, a_EDr.to(x_PD.dtype), offsets_E)
+    return _grouped(inner_Pr, b_ErH.to(x_PD.dtype), offsets_E)
+
+
+def _grouped(x_PD: Tensor, weight_EDH: Tensor, offsets_E: Tensor) -> Tensor:
+    """torch's grouped product; while compiling, which that can in bfloat16 alone, the way around it of transformers."""
+    if torch.compiler.is_compiling() and x_PD.dtype != torch.bfloat16:
+        return torch.ops.transformers.grouped_mm_fallback(x_PD, weight_EDH, offs=offsets_E)
+    return F.grouped_mm(x_PD, weight_EDH, offs=offsets_E)
 
 
 class Product(NamedTuple):
