@@ -31,7 +31,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Ten
 
 def pad_token(tokenizer: Any) -> int:
     """What padding is filled with; the mask says that it is padding, so any token will do."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    return int(next((x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0))
 
 
 def read_batch(

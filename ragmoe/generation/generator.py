@@ -28,6 +28,7 @@ from ragmoe.generation.answers import GeneratedAnswer, read_answer
 from ragmoe.generation.batches import pad_token, read_batch, sees_neighbours
 from ragmoe.generation.likelihood import Count, Likelihood, log_likelihoods
 from ragmoe.generation.prompts import REFUSAL, Prompt, PromptMaker, PromptStyle
+from ragmoe.generation.tokenizer import open_tokenizer
 from ragmoe.models.saving import BundleMixin
 from ragmoe.neighbours import Neighbours
 
@@ -113,7 +114,7 @@ class Generator:
         Raises:
             ModelError: the folder holds none, its prompt.json is damaged, or experts are spoken of and it is no bundle.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         path = Path(folder)
         if not is_generator(path):
@@ -137,7 +138,7 @@ class Generator:
                 model: Any = load_decoder(path, without=without, resident_experts=resident_experts)
             else:
                 model = AutoModelForCausalLM.from_pretrained(path).eval()
-        return cls(model, AutoTokenizer.from_pretrained(path), style)
+        return cls(model, open_tokenizer(path, model), style)
 
     def save(self, folder: str | os.PathLike[str], **how: Any) -> None:
         """Write model, tokenizer and prompt style into a folder; ``load`` gives them back.

@@ -110,6 +110,7 @@ class RagmoeBertConfig(BertConfig):
 
     def check(self) -> None:
         """Raise ModelError where settings contradict each other; called when a model is built."""
+        check_sizes(self)
         self.resolved_sparse_layers()
         if self.shared_expert and experts_class(self.expert_kind).needs_dense:
             raise ModelError(
@@ -165,6 +166,13 @@ class RagmoeBertConfig(BertConfig):
                 f"overflow is {self.overflow!r}, but the shared expert answers every token, those turned away too",
                 hint="model.overflow=shared, which says so, or model.overflow=next",
             )
+
+
+def check_sizes(config: Any) -> None:
+    """Raise ModelError where there is nothing of what a sparse layer is made of."""
+    for name in ("experts", "gate_width", "neighbour_width"):
+        if (value := getattr(config, name)) < 1:
+            raise ModelError(f"{name} is {value}: expected 1 or more")
 
 
 def check_gate(config: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ragmoe._errors import BundleError, ModelError
+from ragmoe._folders import expect_folder
 from ragmoe._quiet import quiet_loading
 from ragmoe.models.bert import RagmoeBertForQuestionAnswering
 from ragmoe.models.families import FAMILIES
@@ -54,6 +55,7 @@ def init(
         ModelError: there is no such checkpoint, no layer of it can be changed, or a setting means nothing to it.
         BundleError: ``out`` holds a bundle already.
     """
+    expect_folder(out, BundleError)
     if Path(out).is_dir() and any(Path(out).iterdir()):
         raise BundleError(f"{out} is not empty", hint="--out names a folder that is not there yet")
     made = make(base, layers=layers, init=init, amount=amount, seed=seed, **settings)

@@ -16,7 +16,8 @@ from ragmoe.neighbours import Neighbours
 
 def experts_a_token(config: Any) -> int:
     """K. Readers call it ``top_k``, which in a decoder's configuration would be taken for sampling's."""
-    return int(getattr(config, "num_experts_per_tok", None) or config.top_k)
+    own = getattr(config, "num_experts_per_tok", None)
+    return int(config.top_k if own is None else own)
 
 
 def gate_settings(config: Any, layer: int = 0) -> GateSettings:

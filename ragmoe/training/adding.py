@@ -20,7 +20,6 @@ from typing import Any
 
 import yaml
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from ragmoe._differences import differences
 from ragmoe._errors import BundleError, ConfigError, UsageError
@@ -30,6 +29,7 @@ from ragmoe.corpus import write_questions
 from ragmoe.evaluation import Retrieval, Task
 from ragmoe.evaluation.task import parse_task
 from ragmoe.experts import experts_class
+from ragmoe.generation.tokenizer import open_tokenizer
 from ragmoe.index import Index
 from ragmoe.models import load
 from ragmoe.models.families import load_decoder
@@ -257,7 +257,7 @@ def _certify(
     if config.data.documents:
         models = _models(work, parent, load_decoder(target, version=parent.version))
         index = None if config.data.index is None else Index.open(config.data.index)
-        return certify_language(models, AutoTokenizer.from_pretrained(target), config, index, judges, progress)
+        return certify_language(models, open_tokenizer(target, models.before), config, index, judges, progress)
     models = _models(work, parent, load(target, version=parent.version))
     return _certify_reader(models, config, judges, progress)
 

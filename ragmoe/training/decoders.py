@@ -14,6 +14,7 @@ from ragmoe._quiet import quiet_loading
 from ragmoe.generation.batches import sees_neighbours
 from ragmoe.generation.generator import Generator, is_generator, register_decoders
 from ragmoe.generation.prompts import PromptStyle
+from ragmoe.generation.tokenizer import open_tokenizer
 from ragmoe.index import Index
 from ragmoe.models.saving import BundleMixin
 from ragmoe.training.adapters import adapt_decoder, added_parameters
@@ -57,7 +58,7 @@ def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -
             from clusters.
         ModelError: the base cannot be what ``model`` says, or its gate has learned from another encoder.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from ragmoe.models.initialising import make
 
@@ -92,7 +93,7 @@ def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -
         model.config.neighbours = neighbours
         model.config.encoder = {"id": encoder.id, "digest": encoder.digest}
         model.config.index_digest = index.digest
-    return Decoder(model, AutoTokenizer.from_pretrained(config.base), adapted)
+    return Decoder(model, open_tokenizer(config.base, model), adapted)
 
 
 def decoder_parameters(model: Any) -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ragmoe._errors import DataError
+from ragmoe._errors import DataError, ModelError
 from ragmoe.corpus import read_documents
 from ragmoe.corpus.leaks import LeakGuard, document_of
 from ragmoe.corpus.types import Passage
@@ -98,8 +98,11 @@ def cut_documents(documents: Sequence[Passage], tokenizer: Any, config: Language
 
     Raises:
         DataError: there is nothing to predict.
+        ModelError: the tokenizer has no token that a document could begin with.
     """
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise ModelError("the tokenizer has neither bos_token nor eos_token for a document to begin with: expected one")
     chunks: list[TextChunk] = []
     for place, document in enumerate(documents):
         ids = [first, *tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]]

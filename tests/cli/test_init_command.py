@@ -86,6 +86,11 @@ def test_a_bert_becomes_a_reader(ragmoe: Any, tmp_path: Path) -> None:
         (["--layers", "7"], 1, "sparse_layers has [7], but the layers are 0 to 2"),
         (["--gate", "router"], 1, "there is no gate 'router'; there are: centroid,"),
         (["--expert-kind", "glu"], 1, "there is no expert kind of decoders 'glu'; there are: ffn, lora"),
+        (["--experts", "0"], 1, "experts is 0: expected 1 or more"),
+        (["--experts", "-1"], 1, "experts is -1: expected 1 or more"),
+        (["--top-k", "0"], 1, "top_k is 0: expected 1 to 8"),
+        (["--gate-width", "0"], 1, "gate_width is 0: expected 1 or more"),
+        (["--neighbour-width", "-3"], 1, "neighbour_width is -3: expected 1 or more"),
         (["--init", "noise"], 1, "LoRA experts differ from the start"),
     ],
 )
@@ -93,6 +98,13 @@ def test_errors(ragmoe: Any, llama: Path, tmp_path: Path, words: list[str], code
     found, out, err = ragmoe("init", "--base", llama, "--out", tmp_path / "out", *words)
     assert (found, out) == (code, "") and said in err.replace("\n", " ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_bundle_is_seen_first(ragmoe: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    code, _, err = ragmoe("init", "--base", tmp_path / "none", "--out", tmp_path / "out")
+    assert code == 1 and "out is a file; expected a folder" in err.replace("\n", " ")
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_what_is_no_checkpoint(ragmoe: Any, tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def anna(index: Index) -> Generator:
     return made
 
 
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no tokenizer that could be opened"):
+        Generator.load(tmp_path)
+
+
 def test_a_batch_changes_nothing_and_scores_are_probabilities(index: Index) -> None:
     made = generator()
     read = [index.passages(ids[:n]) for n, ids in zip((2, 3, 0), index.neighbours(QUESTIONS, 3).passage_ids)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_decoder import byte_tokenizer, tiny_llama
 
-from ragmoe import ConfigError, DataError, load_decoder
+from ragmoe import ConfigError, DataError, ModelError, load_decoder
 from ragmoe.bundle import list_experts
 from ragmoe.generation import Generator
 from ragmoe.training import load_config, prepare, train
@@ -50,6 +50,24 @@ def content(config: Config, world: Path, base: Path) -> Config:
 
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_tokenizer_that_is_missing_or_does_not_fit_is_told(content: Config, base: Path, tmp_path: Path) -> None:
+    def refused(said: str, tokenizer: Any = None) -> None:
+        folder = tmp_path / said[:9]
+        tiny_llama(num_hidden_layers=1).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        with pytest.raises(ModelError, match=said):
+            train(content(base=str(folder)), out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refused(r"has no tokenizer that could be opened: .*\nin Python: AutoTokenizer")
+    larger, bare = byte_tokenizer(), byte_tokenizer()
+    larger.add_tokens(["<cite>"])
+    refused(r"has 260 tokens, but the model has embeddings for 259\nin Python: model.resize", larger)
+    bare.bos_token = bare.eos_token = bare.pad_token = None
+    refused("neither bos_token nor eos_token", bare)
 
 
 def test_a_dense_model_learns_without_an_index_being_searched(content: Config, tmp_path: Path) -> None:

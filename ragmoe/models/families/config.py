@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from ragmoe._errors import ModelError
 from ragmoe.gates import gate_class, selection_class
-from ragmoe.models.config import OWN_WEIGHTS, check_gate, check_names
+from ragmoe.models.config import OWN_WEIGHTS, check_gate, check_names, check_sizes
 from ragmoe.moe import RoutingLoss, routing_loss
 from ragmoe.moe.block import block_class
 
@@ -108,6 +108,7 @@ class RoutingConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise ModelError where settings contradict each other; called when a model is built."""
+        check_sizes(self)
         self.resolved_sparse_layers()
         for kind, name, causal in (
             ("gate", self.gate, gate_class(self.gate).is_causal),
