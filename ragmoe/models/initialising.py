@@ -20,7 +20,14 @@ from ragmoe._folders import expect_folder
 from ragmoe._quiet import quiet_loading
 from ragmoe.models.bert import RagmoeBertForQuestionAnswering
 from ragmoe.models.families import FAMILIES
-from ragmoe.models.families.upcycling import UPCYCLED, Made, exchange_base_gates, upcycle_base
+from ragmoe.models.families.upcycling import (
+    UPCYCLED,
+    Made,
+    exchange_base_gates,
+    exchanged_config,
+    upcycle_base,
+    upcycled_decoder,
+)
 from ragmoe.models.upcycling import base_path
 
 _UPCYCLING_DEFAULTS = {"experts": 8, "top_k": 2}
@@ -87,6 +94,29 @@ def make(
     if not made.layers:
         raise ModelError(f"no layer was changed: {path} has no sparse layer; it has {', '.join(_modules(config))}")
     return made
+
+
+def decoder_config(
+    base: str,
+    *,
+    layers: Sequence[int] | None = None,
+    init: str | None = None,
+    amount: float | None = None,
+    **settings: Any,
+) -> Any:
+    """The configuration of what `make` would make of a causal language model; no weight is read.
+
+    Raises:
+        ModelError: as ``make``, as far as no weights are needed to tell.
+    """
+    path = base_path(base)
+    config = _config(path)
+    if config.model_type in UPCYCLED:
+        return upcycled_decoder(path, config, {**_UPCYCLING_DEFAULTS, **settings}, layers)
+    if config.model_type in FAMILIES:
+        return exchanged_config(path, config, settings)
+    known = ", ".join(sorted({*UPCYCLED, *FAMILIES}))
+    raise ModelError(f"{path} is a {config.model_type!r} model, which is given no gates; known are {known}")
 
 
 def _exchange(path: str, config: Any, settings: dict[str, Any], *, seed: int, **start: Any) -> Made:

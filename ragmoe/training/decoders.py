@@ -65,10 +65,8 @@ def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -
     _check(config)
     register_decoders()
     with quiet_loading():
-        if config.model:
-            # An arm of an experiment takes back with null what all arms were given.
-            given = {name: value for name, value in config.model.items() if value is not None}
-            given = {**({"neighbour_width": index.width} if index is not None else {}), **given}
+        given = given_settings(config, None if index is None else index.width)
+        if given is not None:
             model = make(config.base, seed=config.seed, **given).model.float()
         else:
             model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32)
@@ -94,6 +92,19 @@ def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -
         model.config.encoder = {"id": encoder.id, "digest": encoder.digest}
         model.config.index_digest = index.digest
     return Decoder(model, open_tokenizer(config.base, model), adapted)
+
+
+def given_settings(config: TrainingConfig, width: int | None) -> dict[str, Any] | None:
+    """What ``model`` gives the base; None for one that is trained as it is.
+
+    Args:
+        width: of the index's embeddings, None without one.
+    """
+    if not config.model:
+        return None
+    # An arm of an experiment takes back with null what all arms were given.
+    given = {name: value for name, value in config.model.items() if value is not None}
+    return {**({"neighbour_width": width} if width is not None else {}), **given}
 
 
 def decoder_parameters(model: Any) -> dict[str, int]:

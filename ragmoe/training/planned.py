@@ -16,12 +16,17 @@ from ragmoe.bundle import is_bundle
 from ragmoe.index.manifest import NAME as MANIFEST
 from ragmoe.index.manifest import read_manifest
 from ragmoe.models.config import RagmoeBertConfig
-from ragmoe.models.plan.source import Planned
+from ragmoe.models.initialising import decoder_config
+from ragmoe.models.plan.source import Planned, read_source
 from ragmoe.models.upcycling import base_path, dense_config, upcycled_config
+from ragmoe.training.adapters import adapt_decoder
 from ragmoe.training.build import check_length, make_trainable, model_settings, opened_config, trained_parameters
-from ragmoe.training.config import TrainingConfig, load_config
+from ragmoe.training.config import LanguageConfig, TrainingConfig, load_config
+from ragmoe.training.decoders import given_settings, is_decoder
 from ragmoe.training.new_expert import wanted_expert
-from ragmoe.training.trainer import part_of
+from ragmoe.training.trainer import freeze, part_of
+
+_FP32 = "Ragmoe train keeps weights in fp32, also where it computes in bf16: then activations are smaller."
 
 
 def planned_training(name: str, source: Path | Mapping[str, Any], overrides: Sequence[str]) -> Planned:
@@ -31,13 +36,9 @@ def planned_training(name: str, source: Path | Mapping[str, Any], overrides: Seq
         ConfigError, ModelError, UsageError: as ``ragmoe train`` would, as far as no weights are needed to tell.
     """
     training = load_config(source, overrides)
-    notes = ["Ragmoe train keeps weights in fp32, also where it computes in bf16: then activations are smaller."]
-    width = RagmoeBertConfig.neighbour_width
-    index = Path(training.data.required_index)
-    if (index / MANIFEST).is_file():
-        width = read_manifest(index).encoder.width
-    else:
-        notes.append(f"There is no index at {index} yet; its embeddings are taken to be {width} wide.")
+    if is_decoder(training.base):
+        return _planned_decoder(name, training)
+    width, notes = _width(training.data.required_index)
     settings = model_settings(training, width, on_cpu=True)
     if is_bundle(training.base):
         config, exchanged = opened_config(training, settings)
@@ -57,6 +58,44 @@ def planned_training(name: str, source: Path | Mapping[str, Any], overrides: Seq
         counts=partial(_counts, training),
         notes=notes,
     )
+
+
+def _planned_decoder(name: str, training: TrainingConfig) -> Planned:
+    """A causal language model, as it is or with the gates and experts that ``model`` gives it."""
+    width, notes = (None, [_FP32]) if training.data.index is None else _width(training.data.index)
+    given = given_settings(training, width)
+    config = read_source(training.base).config if given is None else decoder_config(training.base, **given)
+    if wanted_expert(training) is not None:
+        config.experts += 1
+        config.expert_ids = config.expert_names = None
+    language = training.language or LanguageConfig()
+    length = language.context_tokens + language.chunk_tokens if training.data.documents else training.raft.max_length
+    return Planned(
+        name,
+        config,
+        batch=training.train.batch_size,
+        length=length,
+        counts=partial(_decoder_counts, training),
+        notes=notes,
+    )
+
+
+def _width(index: str) -> tuple[int, list[str]]:
+    """The width of an index's embeddings, or the usual one, and what is to be said of it."""
+    if (Path(index) / MANIFEST).is_file():
+        return read_manifest(Path(index)).encoder.width, [_FP32]
+    width = RagmoeBertConfig.neighbour_width
+    return width, [_FP32, f"There is no index at {index} yet; its embeddings are taken to be {width} wide."]
+
+
+def _decoder_counts(training: TrainingConfig, model: Any) -> tuple[int, int]:
+    """As `_counts`, of a causal language model."""
+    if training.new_expert is not None:
+        return _counts(training, model)
+    with torch.device("meta"):
+        adapted = adapt_decoder(model, training.train.lora) if training.train.what == "lora" else None
+    freeze(model, training.train.what)
+    return sum(p.numel() for p in (adapted or model).parameters()), trained_parameters(model)
 
 
 def _counts(training: TrainingConfig, model: Any) -> tuple[int, int]:

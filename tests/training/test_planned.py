@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_decoder import byte_tokenizer, tiny_llama
 
 from ragmoe import ConfigError, ModelError, UsageError
+from ragmoe.models.initialising import init
 from ragmoe.models.plan import activation_bytes, plan, read_layout
 from ragmoe.training import load_config, prepare, train
 from ragmoe.training.describe import describe
@@ -42,6 +44,46 @@ def test_a_dry_run_counts_activations_as_the_plan_does(config: Config, change: d
     assert report["memory_gib"]["activations"] * 2**30 == pytest.approx(expected, abs=0.01 * 2**30)
     tokens = longest["sequences"] * longest["tokens"]
     assert activation_bytes(read_layout(run.model), tokens) == pytest.approx(planned.activations, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer(chat=True).save_pretrained(folder)
+    return folder
+
+
+SPARSE = {"gate": "retrieval", "experts": 4, "expert_rank": 8, "gate_width": 8}
+
+
+@pytest.mark.parametrize("what", ["all", "gate", "gate+experts", "lora"])
+@pytest.mark.parametrize("documents", [True, False])
+def test_of_a_language_model_too(config: Config, llama: Path, world: Path, what: str, documents: bool) -> None:
+    given: dict[str, Any] = {"base": str(llama), "model": SPARSE, "train.what": what, "data.calibration_share": 0.0}
+    if documents:
+        given |= {"data.questions": [], "data.documents": [str(world / "corpus.jsonl")]}
+        given["language"] = {"chunk_tokens": 24, "context_tokens": 8, "neighbours": 4}
+    else:
+        given |= {"raft.max_length": 900, "data.unanswerable_share": 0.0}
+    content = config(**given)
+    found, run = plan(content), prepare(load_config(content))
+    assert found.parameters == run.parameters and found.experts == 4
+    assert (found.batch, found.length, found.dtype) == (4, 32 if documents else 900, "fp32")
+    held = sum(p.numel() for p in (run.adapted or run.model).parameters())
+    assert (found.memory.weights, found.memory.gradients) == (4 * held, 4 * found.parameters["trained"])
+
+
+def test_of_a_language_model_as_it_is(config: Config, llama: Path, tmp_path: Path) -> None:
+    content = config(**{
+        "base": str(llama), "model": {}, "raft.max_length": 900, "data.calibration_share": 0.0,
+        "data.unanswerable_share": 0.0,
+    })  # fmt: skip
+    assert plan(content).parameters == prepare(load_config(content)).parameters
+    init(llama, out=tmp_path / "bundle", experts=4, expert_rank=8, neighbour_width=16)
+    assert plan({**content, "base": str(tmp_path / "bundle")}).experts == 4
+    with pytest.raises(ConfigError, match="top_k is 9"):
+        plan({**content, "model": {**SPARSE, "top_k": 9}})
 
 
 def test_an_index_that_is_not_built_yet(config: Config, tmp_path: Path) -> None:

@@ -77,13 +77,8 @@ def exchange_base_gates(path: str, base: Any, settings: dict[str, Any]) -> Made:
     Raises:
         ModelError: the settings concern the experts or do not exist, or the checkpoint lacks weights.
     """
-    if kept := sorted(_OF_EXPERTS & settings.keys()):
-        raise ModelError(
-            f"{path} is a mixture of experts already, which keeps its experts: {', '.join(kept)} cannot be chosen",
-            hint="leave it out: only gates are exchanged",
-        )
+    config = exchanged_config(path, base, settings)
     family = FAMILIES[base.model_type]
-    config = _config(family, base.to_dict(), settings)
     with quiet_loading():
         model, info = family.from_pretrained(path, config=config, output_loading_info=True)
     named = [
@@ -97,6 +92,16 @@ def exchange_base_gates(path: str, base: Any, settings: dict[str, Any]) -> Made:
     if not issubclass(gate_class(config.gate), TokenGate):
         notes.append(f"the gate {config.gate!r} has no place for the one that was there, and starts untrained")
     return Made(model, "gate exchange", base.model_type, model.sparse_layers, notes=notes)
+
+
+def exchanged_config(path: str, base: Any, settings: dict[str, Any]) -> Any:
+    """The configuration of `exchange_base_gates`; no weight is read."""
+    if kept := sorted(_OF_EXPERTS & settings.keys()):
+        raise ModelError(
+            f"{path} is a mixture of experts already, which keeps its experts: {', '.join(kept)} cannot be chosen",
+            hint="leave it out: only gates are exchanged",
+        )
+    return _config(FAMILIES[base.model_type], base.to_dict(), settings)
 
 
 def upcycle_base(
@@ -124,17 +129,8 @@ def upcycle_base(
         ModelError: the checkpoint has something that the sparse family has no place for, or a setting does not exist.
         ConfigError: there is no such way to start, or LoRA experts are to start differently.
     """
-    target = UPCYCLED[base.model_type]
-    if foreign := [name for name in target.unknown if getattr(base, name, False)]:
-        raise ModelError(f"{path} has {', '.join(foreign)}, which {target.family} has no place for")
-    family = FAMILIES[target.family]
-    known = {f.name for f in dataclasses.fields(family.config_class)} | {"head_dim"}
-    inherited = {name: value for name, value in base.to_dict().items() if name in known}
-    config = _config(family, {**inherited, **target.fields(base)}, {"expert_kind": "lora", **settings})
-    if config.expert_kind == "ffn" and "expert_rank" in settings:
-        raise ModelError("expert_rank is given, but 'ffn' experts have no rank", hint="leave it out")
-    config.sparse_layers = None if layers is None else sorted(set(layers))
-    config.sparse_layers = config.resolved_sparse_layers()
+    config = upcycled_decoder(path, base, settings, layers)
+    family = FAMILIES[UPCYCLED[base.model_type].family]
     start = start_class(init)(amount, torch.Generator().manual_seed(seed))
     with quiet_loading():
         dense = AutoModelForCausalLM.from_pretrained(path)
@@ -147,6 +143,22 @@ def upcycle_base(
     _copy_rest(path, model, dense)
     model.generation_config = dense.generation_config
     return Made(model.eval(), "upcycling", base.model_type, model.sparse_layers, deviation)
+
+
+def upcycled_decoder(path: str, base: Any, settings: dict[str, Any], layers: Sequence[int] | None = None) -> Any:
+    """The configuration of `upcycle_base`; no weight is read."""
+    target = UPCYCLED[base.model_type]
+    if foreign := [name for name in target.unknown if getattr(base, name, False)]:
+        raise ModelError(f"{path} has {', '.join(foreign)}, which {target.family} has no place for")
+    family = FAMILIES[target.family]
+    known = {f.name for f in dataclasses.fields(family.config_class)} | {"head_dim"}
+    inherited = {name: value for name, value in base.to_dict().items() if name in known}
+    config = _config(family, {**inherited, **target.fields(base)}, {"expert_kind": "lora", **settings})
+    if config.expert_kind == "ffn" and "expert_rank" in settings:
+        raise ModelError("expert_rank is given, but 'ffn' experts have no rank", hint="leave it out")
+    config.sparse_layers = None if layers is None else sorted(set(layers))
+    config.sparse_layers = config.resolved_sparse_layers()
+    return config
 
 
 def _copy(model: Any, dense: Any, layer: int, start: Any) -> float:
