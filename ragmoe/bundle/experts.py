@@ -123,6 +123,7 @@ def check_prune(map_: BundleMap, gone: Sequence[ExpertEntry]) -> list[ExpertEntr
     require_unlocked(gone, "pruned")
     kept = [expert for expert in map_.experts if expert not in gone]
     require_enough(map_, len(kept))
+    require_common(map_, gone)
     return kept
 
 
@@ -150,7 +151,7 @@ def publish(
         if key in recorded:
             recorded[key] = {id: value for id, value in recorded[key].items() if int(id) in ids}
     if config := dict(recorded.get("config", {})):
-        common = parent.expert_ids[len(parent.experts) - config.get("common_experts", 0) :]
+        common = [expert.id for expert in common_experts(parent)]
         config |= {**_counted(config, len(ids)), "common_experts": sum(id in common for id in ids)}
         recorded["config"] = config
     map_ = write_bundle(
@@ -228,6 +229,25 @@ def require_enough(map_: BundleMap, left: int) -> None:
         raise BundleError(
             f"{left} of {len(map_.experts)} experts would be left, but each token chooses {top_k}; "
             f"the experts are {', '.join(map_.expert_names)}"
+        )
+
+
+def common_experts(map_: BundleMap) -> list[ExpertEntry]:
+    """The experts that all domains share: the last ones, as many as the configuration says."""
+    count = map_.extra.get("config", {}).get("common_experts", 0)
+    return list(map_.experts[len(map_.experts) - count :])
+
+
+def require_common(map_: BundleMap, gone: Sequence[ExpertEntry]) -> None:
+    """Raise BundleError where a domain's expert and those in common would be fewer than a token chooses."""
+    common = common_experts(map_)
+    left = sum(expert not in gone for expert in common)
+    config = map_.extra.get("config", {})
+    top_k = config.get("num_experts_per_tok") or config.get("top_k", 1)
+    if left < len(common) and top_k > 1 + left:
+        raise BundleError(
+            f"each token chooses {top_k} experts, its domain's and of those that all domains share, of which {left} "
+            f"would be left; they are {', '.join(expert.name for expert in common)}"
         )
 
 

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ragmoe._errors import BundleError
 from ragmoe.bundle._map import BundleMap, ExpertEntry
-from ragmoe.bundle.experts import LOAD, check_name, publish, recorded_load, require_enough, require_unlocked
+from ragmoe.bundle.experts import (
+    LOAD,
+    check_name,
+    common_experts,
+    publish,
+    recorded_load,
+    require_enough,
+    require_unlocked,
+)
 from ragmoe.bundle.read import read_bundle, read_map
 
 
@@ -47,6 +55,8 @@ def merge_experts(bundle: str | Path, a: int | str, b: int | str, name: str, *, 
     if name not in (pair[0].name, pair[1].name):
         check_name(parent, name)
     require_enough(parent, len(parent.experts) - 1)
+    if shared := [expert.name for expert in pair if expert in common_experts(parent)]:
+        raise BundleError(f"{' and '.join(shared)}: all domains share it; expected two experts of domains")
     weights = _weights(parent, pair)
     rows, kept = _merge(folder, parent, pair, weights)
     new = parent.next_expert_id

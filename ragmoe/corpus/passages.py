@@ -69,7 +69,7 @@ class PassageReader:
 
     def _is_new(self, places: KeyTable, id: str, place: str) -> bool:
         """Whether an id was not seen before; where it was, the record is bad."""
-        first = places.put(id, place)
+        first = places.put(id, _printable(place))
         if first is not None:
             self._bad(place, f"id {id!r} stands already at {first}")
         return first is None
@@ -97,6 +97,9 @@ class PassageReader:
         fields = record.fields
         own = next((str(fields[key]) for key in ("id", "_id") if fields.get(key) not in (None, "")), "")
         identity = own or name
+        if identity != _printable(identity):
+            self._bad(record.place, "the file's name is not UTF-8, and no id stands in its place")
+            return None, False
         passage = Passage(
             id=identity,
             text=fields["text"],
@@ -108,12 +111,18 @@ class PassageReader:
         return passage, bool(own)
 
     def _bad(self, place: str, reason: str) -> None:
+        place = _printable(place)
         if self._on_error == "fail":
             hint = "mend it, or pass over what is bad with --on-error skip"
             if reason.startswith("not UTF-8"):
                 hint = "if the file is Latin-1, read it with --encoding latin-1; else " + hint
             raise DataError(f"{place}: {reason}", hint=hint)
         self.skipped.append(f"{place}: {reason}")
+
+
+def _printable(name: str) -> str:
+    """A name as it can be written: what is not UTF-8 in a file's name becomes question marks."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def read_passages(

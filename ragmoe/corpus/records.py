@@ -88,6 +88,8 @@ def _json_line(place: str, line: str, encoding: str) -> Record:
         return Record(place, None, f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return Record(place, None, "not JSON that can be read: nested too deeply")
+    except ValueError as error:  # a number of more digits than Python converts
+        return Record(place, None, f"not JSON that can be read: {error}")
     if not isinstance(fields, dict):
         return Record(place, None, f"expected a JSON object, got {type(fields).__name__}")
     return Record(place, fields)

@@ -307,3 +307,21 @@ def test_what_was_measured_is_what_is_pruned(bundle: Path) -> None:
     with pytest.raises(BundleError, match="changed"):
         prune_experts(bundle, [0], parent=measured)
     assert len(read_map(bundle).experts) == 3
+
+
+def test_experts_that_all_domains_share_stay_as_many_as_a_token_needs(tmp_path: Path) -> None:
+    dense, bundle = save_tiny_bert(tmp_path / "dense"), tmp_path / "bundle"
+    names = ["bank", "clinic", "all", "both"]
+    model = RagmoeBertForQuestionAnswering.from_dense(
+        dense, experts=4, top_k=2, gate="oracle", common_experts=2, expert_names=names, neighbour_width=16, gate_width=8
+    )
+    model.save_pretrained(bundle)
+    with pytest.raises(BundleError, match="all: all domains share it; expected two"):
+        merge_experts(bundle, "bank", "all", "one")
+    prune_experts(bundle, ["all"])
+    assert load(bundle).config.common_experts == 1
+    before = (bundle / MAP_NAME).read_bytes()
+    with pytest.raises(BundleError, match="of which 0 would be left; they are both"):
+        prune_experts(bundle, ["both"])
+    assert (bundle / MAP_NAME).read_bytes() == before
+    assert load(bundle).expert_names == ["bank", "clinic", "both"]

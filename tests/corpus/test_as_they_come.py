@@ -6,6 +6,7 @@ import codecs
 import gzip
 import io
 import json
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -189,3 +190,18 @@ def test_a_bomb_is_refused_before_it_has_burst(name: str, tmp_path: Path, monkey
 def test_an_encoding_that_is_none(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"encoding '{name}' is unknown\nknown are utf-8, latin-1"):
         read_passages([tmp_path], encoding=name)
+
+
+def test_a_files_name_that_is_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "good.md").write_text("# Good\n\nA text.\n")
+    strange = os.path.join(os.fsencode(folder), b"caf\xe9.md")
+    Path(os.fsdecode(strange)).write_text("# Bad\n\nA text.\n")
+    with pytest.raises(DataError, match=r"caf\?\.md.*: the file's name is not UTF-8, and no id stands in its place"):
+        list(read_passages([folder]))
+    reader = read_passages([folder], on_error="skip")
+    assert len(list(reader)) == 1 and len(reader.skipped) == 1 and "caf?.md" in reader.skipped[0]
+    # With ids of their own its records are read.
+    Path(os.fsdecode(os.path.join(os.fsencode(folder), b"\xe9.jsonl"))).write_bytes(TWO)
+    assert len(list(read_passages([folder], on_error="skip"))) == 3

@@ -154,6 +154,7 @@ BAD = {
     ),
     "half a surrogate": ('{"id": "x", "text": "\\ud800"}', "half of a surrogate pair"),
     "seen before": ({"id": "a", "text": "t"}, "id 'a' stands already at "),
+    "endless number": ('{"text": "a", "n": ' + "9" * 5000 + "}", "not JSON that can be read: Exceeds"),
     "nested too deeply": ("[" * 100_000, "not JSON that can be read"),
 }
 
