@@ -110,6 +110,7 @@ class BundleMixin(PreTrainedModel):
         tensors = self.state_dict() if state_dict is None else dict(state_dict)
         config = self.config
         sparse = bool(self.expert_modules())
+        config.architectures = [type(self).__name__]
         # What from_pretrained loads as: a stale one would round the weights in silence.
         config.dtype = next((x.dtype for x in tensors.values() if x.is_floating_point()), self.dtype)
         self.bundle_digests = _digests(

@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArgum
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from ragmoe import BundleError, ModelError
+from ragmoe.generation import is_generator
 from ragmoe.models.families import FAMILIES, load_decoder
 
 CASES = [*NATIVE, "mixtral-lora"]
@@ -318,3 +319,11 @@ def test_parameters_are_counted() -> None:
     routed = sum(p.numel() for block in model.moe_layers for p in block.experts.parameters())
     total = sum(p.numel() for p in model.parameters())
     assert model.parameter_counts() == {"total": total, "active": total - routed * (E - K) // E}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_made_in_python_is_known_by_its_class_once_it_is_saved(name: str, tmp_path: Path) -> None:
+    model = case(name)
+    model.config.architectures = None
+    model.save_pretrained(tmp_path)
+    assert is_generator(tmp_path) and type(load_decoder(tmp_path)) is type(model)
