@@ -55,6 +55,7 @@ def test_freed_memory_can_be_given_back_all_the_same() -> None:
     assert int(given) > 50_000_000
 
 
+@pytest.mark.slow
 @on_glibc
 def test_freed_tensors_are_used_again() -> None:
     faults = {

@@ -12,6 +12,7 @@ from ragmoe.cli._checks import FAIL, OK, WARN, Check
 from ragmoe.cli.main import main
 
 
+@pytest.mark.slow
 def test_all_checks_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["doctor", "--json"])
     answer = json.loads(capsys.readouterr().out)

@@ -57,6 +57,7 @@ def test_the_same_results_give_the_same_bytes(runs: Any, tmp_path: Path) -> None
         assert set(chunks(content)) == {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
 
 
+@pytest.mark.slow
 def test_pictures_of_many_arms_stay_small(runs: Any, tmp_path: Path) -> None:
     many = {f"arm_number_{i}": runs["retrieval"] for i in range(13)} | {"dense": runs["dense"]}
     drawn = draw(many, {arm: [CURVE] for arm in many}, "dense", tmp_path)

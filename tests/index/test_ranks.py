@@ -36,6 +36,7 @@ def torchrun(folder: Path, *words: str, **environment: str) -> subprocess.Comple
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_rank_is_killed_and_the_next_command_encodes_what_is_missing(
     build: Callable[..., Manifest], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_the_arm_runs_from_training_to_the_result(
     assert run_experiment(load_experiment(tmp_path / "small.yaml"), out=tmp_path / "out").result == first.result
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_reader(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
