@@ -20,8 +20,9 @@ from ragmoe.bundle._map import BundleMap, ExpertEntry, expert_file
 from ragmoe.bundle.read import read_bundle, read_map
 from ragmoe.bundle.write import write_bundle
 
-# What the map's ``extra`` records of single experts, by id: shares of the choices, and what adding one has cost.
-LOAD, CERTIFICATES = "load", "certificates"
+# What the map's ``extra`` records of single experts, by id: shares of the choices, what adding one has cost, and the
+# no-answer thresholds of those that have their own.
+LOAD, CERTIFICATES, THRESHOLDS = "load", "certificates", "no_answer_thresholds"
 # What families of decoders call the number of experts in their configurations.
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
@@ -34,6 +35,7 @@ class ExpertInfo:
         load: for each sparse layer the share of all choices that fell on it while the bundle was trained; None where
             that was not recorded.
         certificate: what adding it has cost and brought, where it was added later.
+        no_answer_threshold: a reader's for what most tokens take to this expert; None where that is the bundle's.
         history: the steps of the bundle's lineage that changed it.
     """
 
@@ -47,6 +49,7 @@ class ExpertInfo:
     parameters: int
     load: list[float] | None
     certificate: dict[str, Any] | None
+    no_answer_threshold: float | None
     history: list[dict[str, Any]]
 
     @property
@@ -147,7 +150,7 @@ def publish(
     """
     ids = [id for id, _ in experts]
     recorded = {**parent.extra, **(extra or {})}
-    for key in (LOAD, CERTIFICATES):
+    for key in (LOAD, CERTIFICATES, THRESHOLDS):
         if key in recorded:
             recorded[key] = {id: value for id, value in recorded[key].items() if int(id) in ids}
     if config := dict(recorded.get("config", {})):
@@ -195,6 +198,7 @@ def _info(folder: Path, map_: BundleMap, expert: ExpertEntry, files: Mapping[str
         parameters=sum(x.numel() for x in tensors.values()),
         load=recorded_load(map_).get(str(expert.id)),
         certificate=map_.extra.get(CERTIFICATES, {}).get(str(expert.id)),
+        no_answer_threshold=recorded_thresholds(map_).get(str(expert.id)),
         history=[
             step.model_dump(exclude={"parent"})
             for step in map_.lineage
@@ -206,6 +210,17 @@ def _info(folder: Path, map_: BundleMap, expert: ExpertEntry, files: Mapping[str
 def recorded_load(map_: BundleMap) -> dict[str, list[float]]:
     """By id, the share of the choices that fell on an expert in each sparse layer while the bundle was trained."""
     return dict(map_.extra.get(LOAD, {}))
+
+
+def recorded_thresholds(map_: BundleMap) -> dict[str, float]:
+    """By id, the no-answer thresholds of a reader's experts that have their own."""
+    return dict(map_.extra.get(THRESHOLDS, {}))
+
+
+def own_thresholds(map_: BundleMap) -> list[float | None] | None:
+    """The same as a configuration has them: one for each expert, or None where no expert has its own."""
+    own = recorded_thresholds(map_)
+    return [own.get(str(id)) for id in map_.expert_ids] if own else None
 
 
 def require_unlocked(experts: Sequence[ExpertEntry], what: str) -> None:
@@ -258,4 +273,6 @@ def _refresh_config(folder: Path, map_: BundleMap) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         config |= {**_counted(config, len(map_.experts)), "expert_ids": map_.expert_ids}
         config["expert_names"] = map_.expert_names
+        if "expert_thresholds" in config:
+            config["expert_thresholds"] = own_thresholds(map_)
         write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -13,10 +13,12 @@ from ragmoe._errors import BundleError
 from ragmoe.bundle._map import BundleMap, ExpertEntry
 from ragmoe.bundle.experts import (
     LOAD,
+    THRESHOLDS,
     check_name,
     common_experts,
     publish,
     recorded_load,
+    recorded_thresholds,
     require_enough,
     require_unlocked,
 )
@@ -40,7 +42,8 @@ def merge_experts(bundle: str | Path, a: int | str, b: int | str, name: str, *, 
     experts it is the mean of the weights; of LoRA experts the mean of the products, cut back to their rank. In the
     gate its logit is ``sum_i w_i l_i + H(w)`` with the entropy H in nats, the tightest bound from below of
     ``log sum_i exp(l_i)`` that is linear in the two (Gibbs' inequality): rows are averaged, and H joins the balance
-    bias, which moves the choice and not the weights. Sigmoid scores are no logits, and stay averaged.
+    bias, which moves the choice and not the weights. Sigmoid scores are no logits, and stay averaged. So are no-answer
+    thresholds, where both have one of their own; else the bundle's holds.
 
     Raises:
         BundleError: there is no such expert, both are the same, one is locked, the name is taken, or too few would be
@@ -70,8 +73,12 @@ def merge_experts(bundle: str | Path, a: int | str, b: int | str, name: str, *, 
     load = recorded_load(parent)
     if all(str(e.id) in load for e in pair):
         load[str(new)] = [x + y for x, y in zip(*(load[str(e.id)] for e in pair), strict=True)]
+    thresholds = recorded_thresholds(parent)
+    if all(str(e.id) in thresholds for e in pair):
+        thresholds[str(new)] = sum(w * thresholds[str(e.id)] for w, e in zip(weights, pair, strict=True))
     said = message or f"merge {pair[0].name} and {pair[1].name} into {name}"
-    map_ = publish(folder, parent, state, experts, said, extra={LOAD: load})
+    recorded = {LOAD: load, **({THRESHOLDS: thresholds} if thresholds else {})}
+    map_ = publish(folder, parent, state, experts, said, extra=recorded)
     return Merge(map_, map_.find(new), weights, kept)
 
 

@@ -203,17 +203,19 @@ def _difference(change: dict[str, Any]) -> str:
 
 
 def _print_expert(expert: ExpertInfo) -> None:
+    own = expert.no_answer_threshold
     lines = {
         "expert": f"{expert.id} ({expert.name}){', locked' if expert.locked else ''}",
         "version": str(expert.version),
         "file": f"{expert.file}, {expert.bytes:,} bytes, {expert.parameters:,} parameters",
         "sha256": expert.digest,
+        **({"threshold": f"{own:.3f}, for what most tokens take to it"} if own is not None else {}),
         "load": ", ".join(f"{100 * share:.1f} %" for share in expert.load) + " by layer" if expert.load else "unknown",
     }
     for name, text in lines.items():
-        typer.echo(f"{name:<9}{text}")
+        typer.echo(f"{name:<10}{text}")
     for step in expert.history:
-        typer.echo(f"{'history':<9}{step['time'][:10]}, version {step['version']} of the bundle: {step['message']}")
+        typer.echo(f"{'history':<10}{step['time'][:10]}, version {step['version']} of the bundle: {step['message']}")
     if expert.certificate:
         print_tables([certificate_table(expert.certificate)])
 
@@ -221,7 +223,8 @@ def _print_expert(expert: ExpertInfo) -> None:
 # What is masked, what the shares are of, and what judges the cost.
 _ABOUT_QUESTIONS = (
     "answers and scores",
-    "Routed to it, in per cent: tokens, questions of which most tokens are, questions of which any is",
+    "Past threshold: F1 with none for what is withheld, before and live. Routed to it, in per cent: tokens, questions "
+    "of which most tokens are, questions of which any is",
     "--task TASK",
 )
 _ABOUT_LANGUAGE = ("the losses of documents", "Routed to it: the share of tokens", "--known FILE")
@@ -244,6 +247,9 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
         shares = [number(100 * change["routed"][key]) for key in keys]
         masked = "identical" if change.get("identical") else NONE
         scores = [number(change["before"], 2), masked, number(change["live"], 2), _difference(change)]
+        if not language:
+            past = change.get("past_threshold")
+            scores.append(f"{number(past['before'])} to {number(past['live'])}" if past else NONE)
         judge = [change["domain"] or NONE, f"{change['tokens']:,}"] if language else _judge(change)
         rows.append([what, *judge, *scores, *shares])
     minutes = certificate["minutes"]
@@ -259,5 +265,6 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
     if not rows:
         note = f"Judged by nothing: --dev FILE judges what it brings, {cost} what it costs. {note}"
     judged_by = ["domain", "tokens", "perplexity before"] if language else ["task", "n", "F1 before"]
-    columns = ["", *judged_by, "masked", "live", *(["change, %", "routed, %"] if language else ["change", *keys])]
+    measured = ["change, %", "routed, %"] if language else ["change", "past threshold", *keys]
+    columns = ["", *judged_by, "masked", "live", *measured]
     return Table(f"Certificate of {certificate['name']}", columns, rows, note=note, labels=2)

@@ -55,6 +55,8 @@ class RagmoeBertConfig(BertConfig):
         max_answer_tokens: longest answer read.
         no_answer_threshold: a question is left unanswered where "no answer here" beats the best answer by more
             than this; calibrated by training.
+        expert_thresholds: one for each expert: the threshold for what most tokens take to it, where it has one of its
+            own, as an expert that was added later has; None means the model's.
         expert_ids, expert_names: one for each expert; None means that they count from 0 and are unnamed.
         encoder, index_digest: of the index the model was trained with.
     """
@@ -94,6 +96,7 @@ class RagmoeBertConfig(BertConfig):
     stride: int = 96
     max_answer_tokens: int = 128
     no_answer_threshold: float = 0.0
+    expert_thresholds: list[float | None] | None = None
     expert_ids: list[int] | None = None
     expert_names: list[str] | None = None
     encoder: dict[str, Any] | None = None
@@ -121,6 +124,9 @@ class RagmoeBertConfig(BertConfig):
         check_gate(self)
         self._check_losses()
         check_names(self)
+        own = self.expert_thresholds
+        if own is not None and len(own) != self.experts:
+            raise ModelError(f"expert_thresholds has {len(own)} entries: expected {self.experts}, one for each expert")
 
     @property
     def loss_weights(self) -> dict[str, float]:

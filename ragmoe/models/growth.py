@@ -50,6 +50,8 @@ def grow(model: Model, rows: Mapping[str, Tensor], *, id: int, name: str) -> Mod
     config.experts = E + 1
     config.expert_ids = [*(range(E) if config.expert_ids is None else config.expert_ids), id]
     config.expert_names = [*model.expert_names, name]
+    if getattr(config, "expert_thresholds", None) is not None:
+        config.expert_thresholds = [*config.expert_thresholds, None]
     state = {
         key: torch.cat([x, rows[key].unsqueeze(0).to(x)]) if key in rows else x for key, x in model.state_dict().items()
     }

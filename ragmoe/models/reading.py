@@ -22,7 +22,7 @@ from ragmoe.models.health import broken_experts
 from ragmoe.models.memory import MemoryMixin
 from ragmoe.models.output_cache import OutputCache, sequence_keys
 from ragmoe.models.windows import Window, collate, tokenize_passages, tokenize_questions, windows
-from ragmoe.moe import RoutingStatistics, SequenceRouting, count_routing
+from ragmoe.moe import MOST, RoutingStatistics, SequenceRouting, count_routing
 from ragmoe.neighbours import Neighbours
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Answer:
         passage_id, start: where a span stands; ``passage_id`` is also set for yes, no and maybe.
         score: its probability among all answers in all passages read, 0 to 1.
         no_answer_score: by how much (log odds) "no answer here" beats it in its passage.
-        answered: whether that is within the model's calibrated threshold.
+        answered: whether that is within ``threshold``.
+        threshold: the calibrated one of the model, or of the expert that most tokens called where that has its own.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Answer:
     score: float
     no_answer_score: float
     answered: bool
+    threshold: float = 0.0
 
     @property
     def final_text(self) -> str:
@@ -162,10 +164,11 @@ class ReaderMixin(MemoryMixin, nn.Module):
             if given is not None and len(given) != len(questions):
                 raise ValueError(f"{len(questions)} questions, but {name} for {len(given)}")
         sequences = self._sequences(questions, passages)
-        found = self._outputs(sequences, neighbours, batch_tokens, counted=statistics is not None)
-        of_question: list[list[tuple[_Sequence, _Candidate]]] = [[] for _ in questions]
+        counted = statistics is not None or self.config.expert_thresholds is not None
+        found = self._outputs(sequences, neighbours, batch_tokens, counted=counted)
+        of_question: list[list[tuple[_Sequence, _Output]]] = [[] for _ in questions]
         for sequence, output in zip(sequences, found, strict=True):
-            of_question[sequence.question].append((sequence, output.candidate))
+            of_question[sequence.question].append((sequence, output))
             if statistics is not None and output.routing is not None:
                 statistics.add(output.routing, domains[sequence.question] if domains else "")
         return [self._choose(own) for own in of_question]
@@ -309,18 +312,20 @@ class ReaderMixin(MemoryMixin, nn.Module):
             )
         ]
 
-    def _choose(self, found: list[tuple[_Sequence, _Candidate]]) -> Answer:
+    def _choose(self, found: list[tuple[_Sequence, _Output]]) -> Answer:
         if not found:
-            return Answer("", "span", None, None, 0.0, math.inf, False)
-        sequence, best = max(found, key=lambda pair: pair[1].score)
-        start_mass = np.logaddexp.reduce([candidate.start_mass for _, candidate in found])
-        end_mass = np.logaddexp.reduce([candidate.end_mass for _, candidate in found])
-        none = best.none - best.score
+            return Answer("", "span", None, None, 0.0, math.inf, False, self.config.no_answer_threshold)
+        sequence, output = max(found, key=lambda pair: pair[1].candidate.score)
+        best = output.candidate
+        start_mass = np.logaddexp.reduce([output.candidate.start_mass for _, output in found])
+        end_mass = np.logaddexp.reduce([output.candidate.end_mass for _, output in found])
+        none, threshold = best.none - best.score, self._threshold(output.routing)
         common: dict[str, Any] = {
             "passage_id": sequence.passage.id,
             "score": float(np.exp(min(0.0, best.score - start_mass - end_mass))),
             "no_answer_score": none,
-            "answered": none <= self.config.no_answer_threshold,
+            "answered": none <= threshold,
+            "threshold": threshold,
         }
         if best.special:
             return Answer(SPECIAL_CANDIDATES[best.special], "yesno", start=None, **common)
@@ -328,3 +333,13 @@ class ReaderMixin(MemoryMixin, nn.Module):
         start = window.offsets[best.first - window.context_start][0]
         end = window.offsets[best.last - window.context_start][1]
         return Answer(sequence.passage.text[start:end], "span", start=start, **common)
+
+    def _threshold(self, routing: SequenceRouting | None) -> float:
+        """What an answer is held against: the own threshold of the expert that most tokens called, or the model's."""
+        own = self.config.expert_thresholds
+        if own is not None and routing is not None:
+            calls_E = routing.calls_E
+            called = [at for at, value in enumerate(own) if value is not None and calls_E[at] >= MOST]
+            if called:
+                return float(own[max(called, key=lambda at: calls_E[at])])
+        return float(self.config.no_answer_threshold)

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file, convert_file_size_to_int
 from ragmoe._errors import BundleError, ModelError
 from ragmoe._quiet import quiet_loading
 from ragmoe.bundle import MAP_NAME, BundleMap, is_bundle, read_bundle, read_map, write_bundle
+from ragmoe.bundle.experts import THRESHOLDS, own_thresholds
 from ragmoe.experts.on_demand import ExpertStore
 from ragmoe.gates import Gate, gate_class
 from ragmoe.models.on_demand import Slots, is_expert_weight
@@ -24,7 +25,7 @@ from ragmoe.moe import MoELayer
 from ragmoe.moe.block import SparseBlock
 
 # What the map says of itself, and lays over any configuration.
-_IN_MAP = ("expert_ids", "expert_names", "encoder", "index_digest")
+_IN_MAP = ("expert_ids", "expert_names", "expert_thresholds", "encoder", "index_digest")
 # What a reader's training measures, which therefore belongs to the weights; decoders have no such thing.
 _CALIBRATED = "no_answer_threshold"
 # What PEFT writes beside an adapter's weights.
@@ -127,6 +128,7 @@ class BundleMixin(PreTrainedModel):
                 index=config.index_digest,
                 extra={
                     **(extra or {}),
+                    **_record_of_thresholds(config),
                     "config": {name: value for name, value in config.to_dict().items() if name not in _IN_MAP},
                     **({"generation": self.generation_config.to_dict()} if self.can_generate() else {}),
                 },
@@ -152,7 +154,8 @@ class BundleMixin(PreTrainedModel):
         """Open a bundle, or a PEFT adapter's folder with the bundle under it; all else is for transformers' loader.
 
         The configuration, the experts and the encoder come from the bundle's map, the one thing that is replaced at
-        once; ``config.json`` is a copy of it. Of a ``config`` given, the map's own fields and the threshold give way.
+        once; ``config.json`` is a copy of it. Of a ``config`` given, the map's own fields and the thresholds give way;
+        a ``no_answer_threshold`` given by name is that of all experts.
 
         Args:
             version: of a bundle, an earlier version of its map instead of the current one.
@@ -220,7 +223,7 @@ class BundleMixin(PreTrainedModel):
             kwargs |= precision
         _apply_map(config, bundle)
         if threshold is not None:
-            config.no_answer_threshold = threshold
+            config.no_answer_threshold, config.expert_thresholds = threshold, None
         slots = None if resident_experts is None else Slots(path, bundle, resident_experts)
         if slots is not None:
             config, empty = slots.reserve(config)
@@ -329,6 +332,15 @@ def _digests(bundle: BundleMap) -> list[str]:
     return [bundle.digest, *(step.parent for step in reversed(bundle.lineage) if step.parent)]
 
 
+def _record_of_thresholds(config: Any) -> dict[str, Any]:
+    """The no-answer thresholds of single experts, as a map records them."""
+    own = getattr(config, "expert_thresholds", None)
+    if own is None:
+        return {}
+    ids = config.expert_ids or range(config.experts)
+    return {THRESHOLDS: {str(id): value for id, value in zip(ids, own, strict=True) if value is not None}}
+
+
 def _check_fit(what: str, info: Mapping[str, Any], prefix: str) -> None:
     """Raise BundleError unless the model took all tensors that begin with the prefix, and needed no others."""
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -345,6 +357,7 @@ def _apply_map(config: Any, bundle: BundleMap) -> None:
     config.index_digest = bundle.index
     if _CALIBRATED in bundle.extra["config"]:
         config.no_answer_threshold = bundle.extra["config"][_CALIBRATED]
+        config.expert_thresholds = own_thresholds(bundle)
     if bundle.experts:
         config.experts = len(bundle.experts)
         config.expert_ids = bundle.expert_ids

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ragmoe.gates.routing import Routing
 
+#: A sequence goes to an expert where at least this share of its tokens calls it, as a mean over layers.
+MOST = 0.5
+
 
 class SequenceRouting(NamedTuple):
     """What routing did with one sequence.
@@ -29,6 +32,11 @@ class SequenceRouting(NamedTuple):
     entropy_L: np.ndarray
     lost_L2: np.ndarray
     chosen_LE: np.ndarray
+
+    @property
+    def calls_E(self) -> np.ndarray:
+        """The share of tokens that call each expert, as a mean over layers."""
+        return np.asarray(self.chosen_LE.mean(axis=0) / max(self.tokens, 1.0))
 
     def plus(self, other: SequenceRouting) -> SequenceRouting:
         """What routing did with both."""

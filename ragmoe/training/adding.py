@@ -24,7 +24,7 @@ from torch import Tensor
 from ragmoe._differences import differences
 from ragmoe._errors import BundleError, ConfigError, UsageError
 from ragmoe.bundle import BundleMap, is_bundle, read_bundle, read_map
-from ragmoe.bundle.experts import CERTIFICATES, publish
+from ragmoe.bundle.experts import CERTIFICATES, THRESHOLDS, publish, recorded_thresholds
 from ragmoe.corpus import write_questions
 from ragmoe.evaluation import Retrieval, Task
 from ragmoe.evaluation.task import parse_task
@@ -43,8 +43,9 @@ from ragmoe.training.folder import CONFIG_NAME, HISTORY_NAME
 from ragmoe.training.run import train
 
 _RECORD = "trained.json"
-# Questions of so many documents are kept aside to judge the expert by where no others are given.
-_DEV_SHARE = 0.1
+# The questions of so many documents are kept aside: to judge the expert by where no others are given, or else only to
+# calibrate its no-answer threshold.
+_DEV_SHARE, _HELD_SHARE = 0.1, 0.05
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ def add_expert(
 ) -> Added:
     """Train one new expert of a bundle, certify it, and publish the bundle's next version.
 
-    Base, head, the other experts, their gate rows and what the gates share keep their files, by digest; so does the
-    no-answer threshold.
+    Base, head, the other experts, their gate rows and what the gates share keep their files, by digest, and the bundle
+    its no-answer threshold. A reader's new expert gets a threshold of its own, for what most tokens take to it, where
+    the questions that are kept aside of those it learns from are enough to calibrate one.
 
     Args:
         config: made by ``new_expert_config``.
@@ -112,15 +114,19 @@ def add_expert(
     certificate = {**trained, **_certify(target, work, parent, config, judges, show)}
     # What is to stay is compared with the files' content, and that with their digests.
     kept, _ = read_bundle(target, version=parent.version, verify=True)
-    state = _in_precision(read_bundle(work)[0], kept)
-    id = parent.next_expert_id
+    made, made_map = read_bundle(work)
+    state = _in_precision(made, kept)
+    id, thresholds = parent.next_expert_id, recorded_thresholds(made_map)
     map_ = publish(
         target,
         parent,
         state,
         [*((expert.id, expert.name) for expert in parent.experts), (id, name)],
         f"add expert {name}",
-        extra={CERTIFICATES: {**parent.extra.get(CERTIFICATES, {}), str(id): certificate}},
+        extra={
+            CERTIFICATES: {**parent.extra.get(CERTIFICATES, {}), str(id): certificate},
+            **({THRESHOLDS: thresholds} if thresholds else {}),
+        },
     )
     record = target / "experts" / str(id)
     record.mkdir(parents=True, exist_ok=True)
@@ -215,7 +221,10 @@ def _reader_material(index: str | os.PathLike[str] | None, questions: Sequence[s
         raise UsageError("a reader's expert needs the index that holds its passages", hint="--index DIR")
     if judges.known:
         raise ConfigError("--known is given, but a reader is judged by questions", hint="--task TASK")
-    return {"questions": [_absolute(file) for file in questions], "calibration_limit": 1_000_000}
+    calibrating: dict[str, Any] = {"calibration_limit": 1_000_000}
+    if judges.dev:
+        calibrating = {"calibration_share": _HELD_SHARE}
+    return {"questions": [_absolute(file) for file in questions], **calibrating}
 
 
 def _train(work: Path, config: TrainingConfig, *, resume: bool, overwrite: bool, show: Shows | None) -> dict[str, Any]:

@@ -1,7 +1,11 @@
-"""The no-answer threshold: chosen on questions kept out of training, stored in the bundle."""
+"""The no-answer threshold: chosen on questions kept out of training, stored in the bundle.
+
+A reader has one, and an expert that is added later one of its own: what is new to a reader looks unanswerable to it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +21,10 @@ from ragmoe.training.raft import hard_distractors
 
 # How many passages a question is read with when it is asked (``model.answer``, tasks in the open setting).
 READ = 5
+# From so many questions on, that go to a new expert and have an answer, it gets a threshold of its own.
+ENOUGH = 20
+# More than these are not read for it: a threshold is one number.
+PLENTY = 100
 
 
 def calibrate(
@@ -37,8 +45,54 @@ def calibrate(
     Returns:
         The threshold on ``Answer.no_answer_score`` with the best mean; 0.0 without any question.
     """
-    if not questions:
-        return 0.0
+    present, gains, absent = _asked(model, questions, texts, retrieved, index, config)
+    return best_threshold(_scores(present), np.array(gains), _scores(absent), unanswerable)
+
+
+def calibrate_expert(
+    model: RagmoeBertForQuestionAnswering,
+    questions: Sequence[Question],
+    texts: Sequence[str],
+    retrieved: Retrieved,
+    index: Index,
+    config: RaftConfig,
+    unanswerable: float,
+) -> float | None:
+    """Give the last expert, which is new, a threshold of its own, chosen as ``calibrate`` does where it is what counts.
+
+    The model's own threshold stays, and so do those of the other experts.
+
+    Returns:
+        The threshold; None, and nothing changes, where fewer than ``ENOUGH`` questions say what it should be.
+    """
+    questions = questions[:PLENTY]
+    others = model.config.expert_thresholds or [None] * model.config.experts
+    # What is held against this is what the new expert's threshold will be asked about.
+    model.config.expert_thresholds = [*others[:-1], math.inf]
+    present, gains, absent = _asked(model, questions, texts, retrieved, index, config)
+    own = [at for at, answer in enumerate(present) if answer.threshold == math.inf]
+    chosen = None
+    if len(own) >= ENOUGH:
+        chosen = best_threshold(
+            _scores([present[at] for at in own]),
+            np.array([gains[at] for at in own]),
+            _scores([answer for answer in absent if answer.threshold == math.inf]),
+            unanswerable,
+        )
+    thresholds = [*others[:-1], chosen]
+    model.config.expert_thresholds = None if all(value is None for value in thresholds) else thresholds
+    return chosen
+
+
+def _asked(
+    model: RagmoeBertForQuestionAnswering,
+    questions: Sequence[Question],
+    texts: Sequence[str],
+    retrieved: Retrieved,
+    index: Index,
+    config: RaftConfig,
+) -> tuple[list[Answer], list[float], list[Answer]]:
+    """What is answered where the answer is there, what each of these answers earns, and what where it is not."""
     present, absent = [], []
     for place, question in enumerate(questions):
         gold = index.passages(question.gold_ids)
@@ -51,7 +105,7 @@ def calibrate(
         absent.append((question, texts[place], distractors[:READ], seen.without([question.gold_ids])))
     answers = _read(model, present)
     gains = [best_over(f1, answer.text, case[0].answers) for answer, case in zip(answers, present, strict=True)]
-    return best_threshold(_scores(answers), np.array(gains), _scores(_read(model, absent)), unanswerable)
+    return answers, gains, _read(model, absent)
 
 
 def _read(

@@ -21,10 +21,9 @@ from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.statistics import macro
 from ragmoe.generation.generator import Generator, is_generator
 from ragmoe.models import RagmoeBertForQuestionAnswering, load
+from ragmoe.moe import MOST
 
 Progress = Callable[[str, int, int], None]
-# A question goes to an expert where at least this share of its tokens calls it, as a mean over layers.
-_MOST = 0.5
 _ANSWER = ("status", "prediction", "passage_id", "score", "no_answer_score", "answered", "f1", "em", "f1_thresholded")
 
 
@@ -114,7 +113,7 @@ def routed(samples: Sequence[Sample], model: RagmoeBertForQuestionAnswering) -> 
     share_Q = np.array(shares)
     return {
         "tokens": float(calls / max(tokens, 1.0)),
-        "questions": float((share_Q >= _MOST).mean()) if shares else 0.0,
+        "questions": float((share_Q >= MOST).mean()) if shares else 0.0,
         "touched": float((share_Q > 0).mean()) if shares else 0.0,
     }
 
@@ -148,6 +147,7 @@ def _change(task: Task, before: Sequence[Sample], after: Sequence[Sample], name:
         "n": change.n,
         "before": macro(before),
         name: macro(after),
+        "past_threshold": {"before": macro(before, "f1_thresholded"), name: macro(after, "f1_thresholded")},
         "difference": change.difference,
         "low": change.low,
         "high": change.high,

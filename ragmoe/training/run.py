@@ -19,7 +19,7 @@ from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering
 from ragmoe.training.adapters import added_parameters, merge
 from ragmoe.training.build import build_model, make_trainable, trained_parameters, wants_bf16
-from ragmoe.training.calibration import calibrate
+from ragmoe.training.calibration import calibrate, calibrate_expert
 from ragmoe.training.callbacks import HistoryCallback, Shows, load_record
 from ragmoe.training.clusters import start_gates
 from ragmoe.training.config import TrainingConfig, load_config
@@ -325,18 +325,14 @@ def _save(run: Run, folder: Path) -> Path | None:
         model.tokenizer = run.collator.tokenizer
     model.eval()
     if run.new_expert is not None:
-        # The threshold stays the bundle's own, as everything else that its other experts go by.
         model = run.new_expert.finish(model)
+    texts = [run.dataset.text(question) for question in run.held]
+    told = (run.held, texts, run.held_retrieved, run.index, run.config.raft, run.config.data.unanswerable_share)
+    if run.new_expert is not None:
+        # The reader's own stays, as everything else that its other experts go by.
+        calibrate_expert(model, *told)
     else:
-        model.config.no_answer_threshold = calibrate(
-            model,
-            run.held,
-            [run.dataset.text(question) for question in run.held],
-            run.held_retrieved,
-            run.index,
-            run.config.raft,
-            run.config.data.unanswerable_share,
-        )
+        model.config.no_answer_threshold = calibrate(model, *told)
     model.tokenizer.save_pretrained(folder)
     model.save_pretrained(folder, message="train", extra=load_record(folder / HISTORY_NAME, model.config))
     batch = run.collator([run.dataset[at] for at in range(min(2, len(run.dataset)))])

@@ -31,9 +31,9 @@ class DataConfig(Section):
         limit: use only so many questions, drawn by digest; None uses all.
         replay: question files, or sources of documents, of what a bundle knows already, mixed in against forgetting;
         replay_share: how many of all questions (of documents: of all characters) are such, 0 to 1, drawn by digest.
-        calibration_share: share of the questions' documents kept aside to calibrate the no-answer threshold, or to
-            judge a new expert by; ``calibration_limit`` is how many of their questions are used at most. Of documents
-            that are learned from so many are kept aside for a new expert, and only for one.
+        calibration_share: share of the questions' documents kept aside to calibrate the no-answer threshold, or that
+            of a new expert and to judge it by; ``calibration_limit`` is how many of their questions are used at most.
+            Of documents that are learned from so many are kept aside for a new expert, and only for one.
         unanswerable_share: how many of the questions that will be asked are expected to have no answer; the threshold
             is calibrated for that.
     """

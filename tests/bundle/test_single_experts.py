@@ -325,3 +325,26 @@ def test_experts_that_all_domains_share_stay_as_many_as_a_token_needs(tmp_path: 
         prune_experts(bundle, ["both"])
     assert (bundle / MAP_NAME).read_bytes() == before
     assert load(bundle).expert_names == ["bank", "clinic", "both"]
+
+
+def test_thresholds_go_with_their_experts(bundle: Path) -> None:
+    reader = load(bundle)
+    reader.config.expert_thresholds = [2.0, None, -1.0]
+    reader.save_pretrained(bundle, extra={"load": LOAD})
+    assert [e.no_answer_threshold for e in list_experts(bundle)] == [2.0, None, -1.0]
+    merge_experts(bundle, "bank", "archive", "town")
+    weight = sum(LOAD["0"]) / (sum(LOAD["0"]) + sum(LOAD["2"]))
+    assert show_expert(bundle, "town").no_answer_threshold == pytest.approx(3 * weight - 1)
+    assert load(bundle).config.expert_thresholds == [pytest.approx(3 * weight - 1), None]
+    # The copy for other tools says so too.
+    assert json.loads((bundle / "config.json").read_text())["expert_thresholds"][1] is None
+    assert len(json.loads((bundle / "config.json").read_text())["expert_thresholds"]) == 2
+    assert load(bundle, version=2).config.expert_thresholds == [2.0, None, -1.0]
+
+
+def test_one_threshold_does_not_speak_for_two(bundle: Path) -> None:
+    reader = load(bundle)
+    reader.config.expert_thresholds = [2.0, None, None]
+    reader.save_pretrained(bundle)
+    merge_experts(bundle, "bank", "clinic", "town")
+    assert load(bundle).config.expert_thresholds is None

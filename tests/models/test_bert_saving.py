@@ -323,3 +323,21 @@ def test_precision_may_be_left_to_what_was_saved(make: Make, tmp_path: Path) -> 
     assert opened.config.no_answer_threshold == 3.0
     # It is still that bundle, by which expert memory and publishing go.
     assert opened.bundle_digests == RagmoeBertForQuestionAnswering.from_pretrained(tmp_path).bundle_digests
+
+
+def test_thresholds_of_single_experts_are_saved_by_their_ids(make: Make, tmp_path: Path) -> None:
+    model = make(expert_names=["law", "bank", "clinic", "archive"], no_answer_threshold=0.5)
+    model.config.expert_thresholds = [None, -1.0, None, 2.5]
+    model.save_pretrained(tmp_path)
+    for again in (load(tmp_path), AutoModelForQuestionAnswering.from_pretrained(tmp_path)):
+        assert again.config.expert_thresholds == [None, -1.0, None, 2.5]
+    assert load(tmp_path, experts=["archive", "law"]).config.expert_thresholds == [2.5, None]
+    assert load(tmp_path, experts=["clinic", "law"]).config.expert_thresholds == [None, None]
+    # Given by name it is everybody's.
+    given = RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, no_answer_threshold=3.0).config
+    assert (given.no_answer_threshold, given.expert_thresholds) == (3.0, None)
+    again.config.expert_thresholds = None
+    again.save_pretrained(tmp_path)
+    assert load(tmp_path).config.expert_thresholds is None
+    with pytest.raises(ModelError, match="expert_thresholds has 2 entries: expected 4, one for each expert"):
+        make(expert_thresholds=[None, 1.0])

@@ -89,6 +89,15 @@ def test_ids_and_records_are_kept(bundle: Path, dense_folder: Path, tmp_path: Pa
     assert after.extra == before.extra and after.encoder == before.encoder
 
 
+def test_thresholds_of_single_experts_are_packed(
+    trained: RagmoeBertForQuestionAnswering, bundle: Path, dense_folder: Path, tmp_path: Path
+) -> None:
+    trained.config.expert_thresholds = [None, 1.5, None, None]
+    trained.save_pretrained(bundle)
+    pack(bundle, tmp_path / "packed", base=str(dense_folder), rank=RANK)
+    assert load(unpack(tmp_path / "packed", tmp_path / "again")).config.expert_thresholds == [None, 1.5, None, None]
+
+
 def test_unpacking_twice_is_bit_equal(packed: Path, tmp_path: Path) -> None:
     first, second = (read_bundle(unpack(packed, tmp_path / name))[0] for name in ("one", "two"))
     assert all(torch.equal(first[name], second[name]) for name in first)

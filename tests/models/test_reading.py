@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ import torch
 from tiny_models import Make, some_neighbours
 from torch import Tensor
 
-from ragmoe import ModelError, Neighbours, Passage, RoutingStatistics
+from ragmoe import ModelError, Neighbours, OutputCache, Passage, RoutingStatistics
 from ragmoe.models import Answer, QuestionAnsweringOutput, RagmoeBertForQuestionAnswering
 from ragmoe.models.windows import collate, tokenize_passages, tokenize_questions, windows
+from ragmoe.moe import SequenceRouting
 
 LEAST = torch.finfo(torch.float32).min
 QUESTIONS = ["who is at the clinic?", "when is the bank open?", "where is the café?", "what is law?"]
@@ -229,6 +231,36 @@ def test_no_answer_is_decided_by_the_threshold(
         assert answer.no_answer_score == pytest.approx(2.0)
         assert answer.text == "Zebra" and answer.answered is answered
         assert answer.final_text == ("Zebra" if answered else "")
+
+
+def test_an_expert_may_have_a_threshold_of_its_own(model: RagmoeBertForQuestionAnswering) -> None:
+    """It holds for what most tokens take to the expert, read or remembered, and for nothing else."""
+    model = copy.deepcopy(model)
+    model.config.no_answer_threshold, model.config.expert_thresholds = 0.25, [None, -50.0, None, 50.0]
+    for called, threshold in (([0, 2], 0.25), ([0, 1], -50.0), ([2, 3], 50.0)):
+        for layer in model.moe_layers:
+            layer.gate.balance_bias.zero_()
+            layer.gate.balance_bias[called] = 100.0
+        answers = model.read(QUESTIONS, READ)
+        assert {answer.threshold for answer in answers} == {threshold}, called
+        assert [answer.answered for answer in answers] == [a.no_answer_score <= threshold for a in answers]
+        model.output_cache = OutputCache()
+        assert model.read(QUESTIONS, READ) == model.read(QUESTIONS, READ) == answers
+        model.output_cache = None
+    model.hold_back([3])
+    assert {answer.threshold for answer in model.read(QUESTIONS, READ)} == {0.25}
+
+
+def test_most_tokens_are_half_of_them_in_the_mean_of_the_layers(model: RagmoeBertForQuestionAnswering) -> None:
+    model = copy.deepcopy(model)
+    model.config.expert_thresholds = [None, None, None, 50.0]
+    for calls, threshold in ((10.0, 50.0), (9.0, 0.0)):
+        chosen_LE = np.array([[10.0, 10.0, 10.0 - calls, calls], [10.0, 10.0, 10.0, 0.0]])
+        routing = SequenceRouting(10.0, np.zeros(2), np.zeros((2, 2)), chosen_LE)
+        assert model._threshold(routing) == threshold
+    two = SequenceRouting(10.0, np.zeros(2), np.zeros((2, 2)), np.array([[0.0, 6.0, 6.0, 8.0]] * 2))
+    model.config.expert_thresholds = [None, 1.0, 2.0, 3.0]
+    assert model._threshold(two) == 3.0 and model._threshold(None) == 0.0
 
 
 def test_the_score_is_a_share_of_all_that_was_read(

@@ -18,14 +18,14 @@ from tiny import save_tiny_bert
 from torch import Tensor
 
 from ragmoe import BundleError, ConfigError, DataError, ModelError, UsageError, load
-from ragmoe.bundle import read_bundle, read_map
+from ragmoe.bundle import read_bundle, read_map, show_expert
 from ragmoe.corpus import Question
 from ragmoe.evaluation.task import Task, parse_task
 from ragmoe.gates import Routing
 from ragmoe.index import BuildOptions, build_index
 from ragmoe.models.growth import grow, settle
 from ragmoe.models.plan import plan
-from ragmoe.training import TrainingConfig, prepare, train
+from ragmoe.training import TrainingConfig, calibration, prepare, train
 from ragmoe.training import adding as add_module
 from ragmoe.training.adding import Judges, add_expert, new_expert_config
 from ragmoe.training.lesson import calling_loss, margins
@@ -161,6 +161,29 @@ def test_the_gate_learns_to_call_it_for_its_own_documents(
     history = (folder / "experts" / "3" / "history.jsonl").read_text().splitlines()
     losses = [json.loads(line)["gate_loss"] for line in history]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_it_gets_a_threshold_of_its_own_and_the_bundle_keeps_its(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bundle()
+    judges = Judges(dev=[town / "market_dev.jsonl"], tasks=[river(town)])
+    overrides = ("train.gate_learning_rate=0.3", "data.calibration_share=0.4")
+    config = market(folder, *overrides, steps=30, judges=judges)
+    before = load(folder).config
+    assert add_expert(folder, config, judges, out=folder.parent / "few").certificate["new"]["past_threshold"]
+    assert show_expert(folder.parent / "few", "market").no_answer_threshold is None
+    monkeypatch.setattr(calibration, "ENOUGH", 2)
+    added = add_expert(folder, config, judges)
+    own = show_expert(folder, "market").no_answer_threshold
+    after = load(folder).config
+    assert after.no_answer_threshold == before.no_answer_threshold != own
+    assert after.expert_thresholds == [None, None, None, own]
+    # A second one leaves it as it is, and the old domain is answered to the bit as before without the new expert.
+    assert added.certificate["old"][0]["identical"] is True
+    given = {"index": town / "index", "questions": [str(town / "market_train.jsonl")], "steps": 30}
+    add_expert(folder, new_expert_config(folder, "fair", overrides=[*QUICK, *overrides], **given))
+    assert load(folder).config.expert_thresholds[3] == own
 
 
 def test_without_the_new_expert_all_is_as_before(
