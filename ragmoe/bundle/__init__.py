@@ -19,6 +19,7 @@ from ragmoe.bundle._map import MAP_NAME, BundleMap, EncoderRef, ExpertEntry, Lin
 from ragmoe.bundle.experts import ExpertInfo, list_experts, prune_experts, rename_expert, show_expert
 from ragmoe.bundle.merging import Merge, merge_experts
 from ragmoe.bundle.read import ExpertFiles, is_bundle, read_bundle, read_map
+from ragmoe.bundle.versions import list_versions, lock_experts, roll_back
 from ragmoe.bundle.write import write_bundle
 
 __all__ = [
@@ -32,11 +33,14 @@ __all__ = [
     "Merge",
     "is_bundle",
     "list_experts",
+    "list_versions",
+    "lock_experts",
     "merge_experts",
     "prune_experts",
     "read_bundle",
     "read_map",
     "rename_expert",
+    "roll_back",
     "show_expert",
     "write_bundle",
 ]

@@ -170,7 +170,7 @@ def publish(
         message=message,
         parent=parent,
     )
-    _refresh_config(folder, map_)
+    refresh_config(folder, map_)
     return map_
 
 
@@ -227,7 +227,10 @@ def require_unlocked(experts: Sequence[ExpertEntry], what: str) -> None:
     """Raise BundleError where one of them may not change."""
     for expert in experts:
         if expert.locked:
-            raise BundleError(f"expert {expert.id} ({expert.name}) is locked and cannot be {what}")
+            raise BundleError(
+                f"expert {expert.id} ({expert.name}) is locked and cannot be {what}",
+                hint=f"ragmoe experts unlock BUNDLE {expert.name}",
+            )
 
 
 def require_enough(map_: BundleMap, left: int) -> None:
@@ -266,11 +269,12 @@ def require_common(map_: BundleMap, gone: Sequence[ExpertEntry]) -> None:
         )
 
 
-def _refresh_config(folder: Path, map_: BundleMap) -> None:
+def refresh_config(folder: Path, map_: BundleMap) -> None:
     """Bring ``config.json``, a copy for other tools, up to the map."""
     path = folder / "config.json"
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
+        config |= map_.extra.get("config", {})
         config |= {**_counted(config, len(map_.experts)), "expert_ids": map_.expert_ids}
         config["expert_names"] = map_.expert_names
         if "expert_thresholds" in config:

@@ -83,15 +83,54 @@ def write_bundle(
         experts = _experts(old, count_experts(state_dict, expert_tensors), expert_ids, expert_names)
         parts = split_state(state_dict, expert_tensors, gate_tensors, [expert.id for expert in experts])
         saved = save_groups(folder, old, make_groups(parts, experts), max_shard_bytes, fixed)
-        return _publish(folder, old, _compose(old, experts, parts, saved, about), saved, message)
+        new = _compose(old, experts, parts, saved, about)
+        return _publish(folder, old, new, [group.change for group in saved.values() if group.change], message)
 
 
-def _publish(
-    folder: Path, old: BundleMap | None, new: BundleMap, saved: Mapping[str, Saved], message: str
-) -> BundleMap:
+def write_map(folder: str | Path, parent: BundleMap, new: BundleMap, message: str) -> BundleMap:
+    """Make a map over files that the bundle has already its next version, whatever version it says it is.
+
+    Args:
+        parent: the bundle's map, which must still be the current one.
+
+    Raises:
+        BundleError: the bundle has changed meanwhile, a file is missing, or another writer does not finish.
+    """
+    folder = Path(folder)
+    with _locked(folder):
+        old = read_map(folder)
+        _fixed(folder, old, parent)
+        if missing := sorted(file for file in new.digests if not (folder / file).is_file()):
+            raise BundleError(f"{folder} lacks {', '.join(missing)}, which version {new.version} of its map lists")
+        following = {"version": old.version, "lineage": old.lineage, "next_expert_id": old.next_expert_id}
+        return _publish(folder, old, new.model_copy(update=following), _other_files(old, new), message)
+
+
+def _other_files(old: BundleMap, new: BundleMap) -> list[str]:
+    """Which parts of a bundle have other files in another map of it, in words."""
+    found = [
+        f"{part}: version {then} in the place of {now}"
+        for part, now, then in (
+            ("base", old.base_version, new.base_version),
+            ("gate", old.gate_version, new.gate_version),
+        )
+        if now != then
+    ]
+    for expert in new.experts:
+        before = old.expert(expert.id)
+        if before is None:
+            found.append(f"expert {expert.id} ({expert.name}): back, version {expert.version}")
+        elif before.version != expert.version:
+            found.append(
+                f"expert {expert.id} ({expert.name}): version {expert.version} in the place of {before.version}"
+            )
+    return found
+
+
+def _publish(folder: Path, old: BundleMap | None, new: BundleMap, changed: list[str], message: str) -> BundleMap:
     """Put the map in force where it says anything new, and leave the folder as a reader expects it."""
     if new != old:
-        new = _with_step(folder, old, new, saved, message)
+        new = _with_step(folder, old, new, changed, message)
         _commit(folder, old, new)
     write_text(folder / SUMMARY_NAME, summary(new, folder))
     _remove_strays(folder)
@@ -205,16 +244,13 @@ def _compose(
     )
 
 
-def _with_step(
-    folder: Path, old: BundleMap | None, new: BundleMap, saved: Mapping[str, Saved], message: str
-) -> BundleMap:
+def _with_step(folder: Path, old: BundleMap | None, new: BundleMap, changed: list[str], message: str) -> BundleMap:
     """The map as the version after ``old``, with the step that led to it."""
     version = old.version + 1 if old else 1
-    changed = [group.change for group in saved.values() if group.change] + (_differences(old, new) if old else [])
     step = LineageStep(
         version=version,
         parent=file_digest(folder / MAP_NAME) if old else None,
-        changed=changed,
+        changed=changed + (_differences(old, new) if old else []),
         message=message,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -231,6 +267,8 @@ def _differences(old: BundleMap, new: BundleMap) -> list[str]:
         before = old.expert(expert.id)
         if before and before.name != expert.name:
             found.append(f"expert {expert.id}: renamed from {before.name} to {expert.name}")
+        if before and before.locked != expert.locked:
+            found.append(f"expert {expert.id} ({expert.name}): {'locked' if expert.locked else 'unlocked'}")
     beside = ("encoder", "index", "extra", "aliases")
     return found + [f"{name} changed" for name in beside if getattr(old, name) != getattr(new, name)]
 

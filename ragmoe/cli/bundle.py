@@ -1,4 +1,4 @@
-"""``ragmoe bundle``: a saved model as what it adds to its base, and back."""
+"""``ragmoe bundle``: a saved model's versions, and the model as what it adds to its base, and back."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import Annotated
 import typer
 
 from ragmoe._folders import expect_folder
-from ragmoe.cli._bundles import BundleArgument, is_starter
+from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument, is_starter
+from ragmoe.cli._output import JsonOption, print_json, print_tables
 
-app = typer.Typer(help="Pack a model as what it adds to its base, and unpack it.", no_args_is_help=True)
+app = typer.Typer(help="Show a model's versions and go back to one; pack it, and unpack it.", no_args_is_help=True)
 
+_ROLLBACK_EXAMPLES = """Example:
+
+  ragmoe experts prune runs/mine clinic
+  ragmoe bundle rollback runs/mine"""
 _PACK_EXAMPLES = """Example:
 
   ragmoe bundle pack runs/mine --out mine-packed
@@ -19,6 +24,35 @@ _PACK_EXAMPLES = """Example:
 _UNPACK_EXAMPLES = """Example:
 
   ragmoe bundle unpack starter --out my-starter"""
+
+
+@app.command()
+def versions(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+    """List a model's versions and how each came about; the last is the current one."""
+    from ragmoe.bundle import list_versions
+    from ragmoe.evaluation.tables import Table
+
+    steps = list_versions(bundle)
+    if as_json:
+        print_json([step.model_dump(exclude={"parent"}) for step in steps])
+        return
+    rows = [[str(s.version), s.time.removesuffix("+00:00").replace("T", " "), s.message] for s in steps]
+    note = f"Any of them: load({str(bundle)!r}, version=N). Back to one: ragmoe bundle rollback {bundle} --to N"
+    print_tables([Table(f"Versions of {bundle}", ["version", "time (UTC)", "what"], rows, note=note, labels=3)])
+
+
+@app.command(epilog=_ROLLBACK_EXAMPLES)
+def rollback(
+    bundle: OwnBundleArgument,
+    to: Annotated[int | None, typer.Option("--to", metavar="N", help="The version.", show_default="the last")] = None,
+) -> None:
+    """Make an earlier version the next one: its experts, gate, base and settings. Nothing is lost by it."""
+    from ragmoe.bundle import roll_back
+
+    map_ = roll_back(bundle, to)
+    typer.echo(f"{bundle}: version {map_.version}, {map_.lineage[-1].message}")
+    for said in map_.lineage[-1].changed:
+        typer.echo(f"  {said}")
 
 
 @app.command(epilog=_PACK_EXAMPLES)

@@ -25,6 +25,7 @@ VersionOption = Annotated[
     int | None, typer.Option(metavar="N", help="An earlier version of the bundle.", show_default=False)
 ]
 ExpertArgument = Annotated[str, typer.Argument(metavar="EXPERT", help="Its id or name.", show_default=False)]
+ExpertsArgument = Annotated[list[str], typer.Argument(metavar="EXPERT", help="Ids or names.", show_default=False)]
 TaskOption = Annotated[
     list[str] | None,
     typer.Option("--task", metavar="TASK", help="A task to measure on; may be repeated.", show_default=False),
@@ -158,12 +159,33 @@ def merge(
     typer.echo(f"weights {weights}; {100 * merged.kept:.1f} % of the norm of their mean is kept")
 
 
+@app.command()
+def lock(bundle: OwnBundleArgument, experts: ExpertsArgument) -> None:
+    """Let no command change, rename, merge or prune these experts; going back past them is refused too."""
+    _set_lock(bundle, experts, locked=True)
+
+
+@app.command()
+def unlock(bundle: OwnBundleArgument, experts: ExpertsArgument) -> None:
+    """Let these experts be changed again."""
+    _set_lock(bundle, experts, locked=False)
+
+
 def find_tasks(names: list[str] | None, data: Path | None, limit: int | None) -> list[Task]:
     """Tasks by file or name, as ``ragmoe eval run`` finds them."""
     from ragmoe.cli.eval import find_task
 
     set_data(data)
     return [find_task(name).limited(limit) for name in names or ()]
+
+
+def _set_lock(bundle: Path, experts: list[str], *, locked: bool) -> None:
+    from ragmoe.bundle import lock_experts, read_map
+
+    before = read_map(bundle).version
+    map_ = lock_experts(bundle, experts, locked=locked)
+    done = map_.lineage[-1].message if map_.version > before else "nothing to do"
+    typer.echo(f"{bundle}: version {map_.version}, {done}")
 
 
 def _measure(bundle: Path, kept: list[int], tasks: list[Task], index: Path | None) -> list[dict[str, Any]]:

@@ -75,7 +75,12 @@ def _root(
 
 index.app.command("annotate", short_help="Record which experts served the passages.")(annotate)
 app.add_typer(index.app, name="index", help="Build, search, inspect and verify indexes.", rich_help_panel=_GROUPS)
-app.add_typer(bundle.app, name="bundle", help="Pack a model for shipping, and unpack it.", rich_help_panel=_GROUPS)
+app.add_typer(
+    bundle.app,
+    name="bundle",
+    help="A model's versions and the way back; pack one for shipping.",
+    rich_help_panel=_GROUPS,
+)
 app.add_typer(data.app, name="data", help="Check, remap and make question files.", rich_help_panel=_GROUPS)
 app.add_typer(eval_.app, name="eval", help="Run and compare evaluations and experiments.", rich_help_panel=_GROUPS)
 app.add_typer(experts.app, name="experts", help="Show, add, prune and merge single experts.", rich_help_panel=_GROUPS)

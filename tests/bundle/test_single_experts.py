@@ -18,6 +18,7 @@ from ragmoe.bundle import (
     MAP_NAME,
     BundleMap,
     list_experts,
+    lock_experts,
     merge_experts,
     prune_experts,
     read_bundle,
@@ -61,12 +62,6 @@ def bundle(made: dict[str, Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def full(made: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(made["ffn"], tmp_path / "full"))
-
-
-def lock(bundle: Path, id: int) -> None:
-    map_ = read_map(bundle)
-    experts = [e.model_copy(update={"locked": e.id == id}) for e in map_.experts]
-    (bundle / MAP_NAME).write_text(map_.model_copy(update={"experts": experts}).to_json())
 
 
 def state_of(bundle: Path, **arguments: Any) -> dict[str, Tensor]:
@@ -235,10 +230,10 @@ def test_what_is_refused_changes_nothing(bundle: Path, act: Any, said: str) -> N
     ],
 )
 def test_a_locked_expert_stays(bundle: Path, act: Any) -> None:
-    lock(bundle, 1)
+    lock_experts(bundle, [1])
     with pytest.raises(BundleError, match=r"expert 1 \(clinic\) is locked and cannot"):
         act(bundle)
-    assert read_map(bundle).version == 1
+    assert read_map(bundle).version == 2
     assert prune_experts(bundle, [0]).experts[0].locked
 
 

@@ -61,3 +61,23 @@ def test_the_starter_is_changed_in_a_copy_alone(ragmoe: Any, small_city: Path) -
     assert code == 0 and "parameters" in out
     assert ragmoe("bundle", "unpack", "starter", "--out", "mine")[0] == 0
     assert ragmoe("experts", "rename", "mine", 0, "first")[0] == 0
+
+
+def test_versions_and_the_way_back(ragmoe: Any, make_bundle: Any) -> None:
+    bundle = make_bundle("versions")
+    assert ragmoe("experts", "prune", bundle, 2)[0] == 0
+    code, out, _ = ragmoe("bundle", "versions", bundle)
+    assert code == 0 and "prune expert 2" in out and f"ragmoe bundle rollback {bundle} --to N" in " ".join(out.split())
+    code, out, _ = ragmoe("bundle", "rollback", bundle)
+    assert (code, out.splitlines()[0]) == (0, f"{bundle}: version 3, roll back to version 1")
+    assert "  expert 2 (expert 2): back, version 1" in out.splitlines()
+    assert [row["version"] for row in json.loads(ragmoe("bundle", "versions", bundle, "--json")[1])] == [1, 2, 3]
+    code, _, err = ragmoe("bundle", "rollback", bundle, "--to", 9)
+    assert code == 1 and "has no version 9; it has [1, 2, 3]" in err
+    code, out, _ = ragmoe("experts", "lock", bundle, 1, 2)
+    assert (code, out) == (0, f"{bundle}: version 4, lock expert 1, expert 2\n")
+    assert "locked" in ragmoe("experts", "ls", bundle)[1]
+    code, _, err = ragmoe("experts", "prune", bundle, 1)
+    assert code == 1 and "is locked and cannot be pruned" in err and "ragmoe experts unlock BUNDLE" in err
+    assert ragmoe("experts", "lock", bundle, 1)[1] == f"{bundle}: version 4, nothing to do\n"
+    assert ragmoe("experts", "unlock", bundle, 1, 2)[1] == f"{bundle}: version 5, unlock expert 1, expert 2\n"

@@ -1,0 +1,141 @@
+"""A bundle goes back to an earlier version by its next map, and experts that are locked stay what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_tiny_bert
+
+from ragmoe import BundleError, load
+from ragmoe.bundle import (
+    list_versions,
+    lock_experts,
+    merge_experts,
+    prune_experts,
+    read_bundle,
+    read_map,
+    rename_expert,
+    roll_back,
+)
+from ragmoe.models import RagmoeBertForQuestionAnswering
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """Version 1 of a reader with three experts, nothing in it zero."""
+    torch.manual_seed(3)
+    dense = save_tiny_bert(tmp_path / "dense")
+    model = RagmoeBertForQuestionAnswering.from_dense(
+        dense, experts=3, expert_rank=8, neighbour_width=16, gate_width=8, expert_names=["bank", "clinic", "archive"]
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def retrain(bundle: Path, expert: int, threshold: float) -> None:
+    """Another version of one expert and of the settings."""
+    model = load(bundle)
+    with torch.no_grad():
+        model.moe_layers[0].experts.up_b[expert] += 1.0
+    model.config.no_answer_threshold = threshold
+    model.save_pretrained(bundle, message=f"train {expert}")
+
+
+def as_read(bundle: Path, version: int | None = None) -> Any:
+    state, map_ = read_bundle(bundle, version=version, verify=True)
+    return {name: x.tolist() for name, x in state.items()}, map_.experts, map_.extra
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: prune_experts(b, ["clinic"]),
+        lambda b: merge_experts(b, "bank", "clinic", "town"),
+        lambda b: rename_expert(b, "bank", "mint"),
+        lambda b: retrain(b, 1, 2.0),
+    ],
+)
+def test_what_was_changed_is_taken_back_and_that_too(bundle: Path, change: Any) -> None:
+    change(bundle)
+    files = {path.name for path in bundle.glob("*.safetensors")}
+    first, changed = as_read(bundle, 1), as_read(bundle)
+    assert first != changed
+    map_ = roll_back(bundle)
+    assert map_.version == 3 and map_.lineage[-1].message == "roll back to version 1" and map_.lineage[-1].changed
+    assert as_read(bundle) == first and as_read(bundle, 2) == changed
+    assert {path.name for path in bundle.glob("*.safetensors")} == files
+    settings = json.loads((bundle / "config.json").read_text())
+    assert (settings["experts"], settings["expert_names"]) == (3, ["bank", "clinic", "archive"])
+    assert settings["no_answer_threshold"] == load(bundle).config.no_answer_threshold == 0.0
+    roll_back(bundle)
+    assert as_read(bundle) == changed
+    # An id that was used once is not used again, whatever the way here.
+    assert read_map(bundle).next_expert_id == read_map(bundle, version=2).next_expert_id
+    assert [step.version for step in list_versions(bundle)] == [1, 2, 3, 4]
+
+
+def test_to_any_version(bundle: Path) -> None:
+    retrain(bundle, 1, 2.0)
+    retrain(bundle, 2, 3.0)
+    map_ = roll_back(bundle, 1, message="as on Monday")
+    assert map_.lineage[-1].message == "as on Monday"
+    assert map_.lineage[-1].changed == [
+        "expert 1 (clinic): version 1 in the place of 2",
+        "expert 2 (archive): version 1 in the place of 2",
+        "extra changed",
+    ]
+    # What is saved next has files of its own, and does not write over those of the version that was left.
+    left = as_read(bundle, 3)
+    retrain(bundle, 1, 4.0)
+    assert as_read(bundle, 3) == left and read_map(bundle).find("clinic").version == 3
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (None, "is version 1: there is none before it"),
+        (1, "version 1 of .* is what version 1 is: there is nothing to do"),
+        (7, r"has no version 7; it has \[1\]"),
+    ],
+)
+def test_where_there_is_no_way_back(bundle: Path, version: int | None, said: str) -> None:
+    with pytest.raises(BundleError, match=said):
+        roll_back(bundle, version)
+    assert read_map(bundle).version == 1 and not (bundle / "maps").exists()
+
+
+def test_a_version_whose_files_are_gone_is_not_gone_back_to(bundle: Path) -> None:
+    prune_experts(bundle, ["clinic"])
+    (bundle / "expert.1.1.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"lacks expert\.1\.1\.safetensors, which version 1 of its map lists"):
+        roll_back(bundle)
+    assert read_map(bundle).version == 2
+
+
+def test_locked_experts_stay(bundle: Path) -> None:
+    retrain(bundle, 1, 2.0)
+    map_ = lock_experts(bundle, ["clinic", 0])
+    assert [expert.locked for expert in map_.experts] == [True, True, False]
+    assert map_.lineage[-1].message == "lock bank, clinic"
+    assert map_.lineage[-1].changed == ["expert 0 (bank): locked", "expert 1 (clinic): locked"]
+    assert lock_experts(bundle, ["bank"]).version == map_.version
+    with pytest.raises(BundleError, match=r"expert 1 \(clinic\) is locked at its version 2; in version 1") as caught:
+        roll_back(bundle, 1)
+    assert caught.value.hint == f"ragmoe experts unlock {bundle} clinic"
+    with pytest.raises(BundleError, match=r"expert 1 \(clinic\) is locked"):
+        retrain(bundle, 1, 3.0)
+    assert read_map(bundle).version == map_.version
+    # Another one may go and come back, and that opens no lock.
+    prune_experts(bundle, ["archive"])
+    assert [expert.locked for expert in roll_back(bundle, 2).experts] == [True, True, False]
+    lock_experts(bundle, ["clinic"], locked=False)
+    assert [(e.version, e.locked) for e in roll_back(bundle, 1).experts] == [(1, True), (1, False), (1, False)]
+    with pytest.raises(BundleError, match="there is no expert 'mint'; there are: 0"):
+        lock_experts(bundle, ["mint"])
