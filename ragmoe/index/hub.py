@@ -39,7 +39,8 @@ def push_index(
 
     Raises:
         IndexLockedError: somebody else is building this index.
-        IndexFolderError: there is no index, it is damaged, or the Hub cannot be reached or refuses.
+        IndexFolderError: there is no index, it is damaged, the repository holds something else, or the Hub cannot be
+            reached or refuses.
     """
     path = Path(folder)
     read_manifest(path)
@@ -57,9 +58,18 @@ def _upload(path: Path, manifest: Manifest, repo: str, public: bool) -> None:
     names += [sidecar.relative_to(path).as_posix() for sidecar in memory.sidecars(path, manifest.digest)]
     names += [card.NAME] if (path / card.NAME).is_file() else []
     with _hub(f"{path} cannot be pushed to {repo!r}") as api:
-        api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True)
+        # With its owner, where only a name was given.
+        whole = api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True).repo_id
+        there = api.list_repo_files(whole, repo_type="dataset")
+        others = sorted({name for name in there if not name.startswith(".")} - {card.NAME})
+        if others and manifests.NAME not in there:
+            shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+            raise IndexFolderError(
+                f"{whole!r} is a data set that holds no index, but {shown}: nothing was pushed",
+                hint="name a repository that does not exist yet, is empty, or holds an index",
+            )
         api.upload_folder(
-            repo_id=repo,
+            repo_id=whole,
             repo_type="dataset",
             folder_path=path,
             allow_patterns=names,

@@ -52,9 +52,13 @@ class Hub:
     root: Path
     made: list[dict[str, Any]]
 
-    def create_repo(self, repo_id: str, *, repo_type: str, private: bool, exist_ok: bool) -> None:
+    def create_repo(self, repo_id: str, *, repo_type: str, private: bool, exist_ok: bool) -> SimpleNamespace:
         self.made.append({"repo": repo_id, "type": repo_type, "private": private, "exist_ok": exist_ok})
         (self.root / repo_id).mkdir(parents=True, exist_ok=True)
+        return SimpleNamespace(repo_id=repo_id)
+
+    def list_repo_files(self, repo_id: str, *, repo_type: str) -> list[str]:
+        return _names(self.root / repo_id)
 
     def upload_folder(
         self,
@@ -163,6 +167,20 @@ def test_an_older_generation_goes_from_the_hub(folder: Path, hub: Path) -> None:
     plan.run()
     push(folder)
     assert _names(hub) == sorted(["README.md", "manifest.json", *read_manifest(folder).files])
+
+
+def test_a_data_set_that_is_no_index_is_left_alone(folder: Path, hub: Path) -> None:
+    there = hub.parent / "city"
+    (there / "data").mkdir(parents=True)
+    for name in ("README.md", ".gitattributes", "data/train.parquet", "embeddings-1.npy"):
+        (there / name).write_text("mine")
+    with pytest.raises(IndexFolderError, match=r"holds no index, but data/train\.parquet, embeddings-1\.npy: nothing"):
+        push_index(folder, "me/city", encoder=StubEncoder())
+    assert {path.read_text() for path in there.rglob("*") if path.is_file()} == {"mine"}
+    for name in ("data/train.parquet", "embeddings-1.npy"):
+        (there / name).unlink()
+    push_index(folder, "me/city", encoder=StubEncoder())
+    assert (there / "manifest.json").is_file()
 
 
 def test_what_is_damaged_is_not_pushed(folder: Path, hub: Path) -> None:
