@@ -44,6 +44,8 @@ class Routing(NamedTuple):
         load_SE: float32, with a gradient: how likely each expert would be chosen again under other noise; None where
             the selection has no noise of its own.
         probe: what some losses ask of a layer besides, put there by the layer; None where none asks.
+        ranked_SE: float32, what the choice was made by where a slot may stay empty: scores with the balance bias, -inf
+            for what the gate cannot choose. None where it is not needed, or is the logits.
     """
 
     weights_SK: Tensor
@@ -52,6 +54,7 @@ class Routing(NamedTuple):
     served_SK: Tensor | None = None
     load_SE: Tensor | None = None
     probe: Probe | None = None
+    ranked_SE: Tensor | None = None
 
     def choices_SE(self) -> Tensor:
         """How often each token has chosen each expert, int64 (S, E), before any limit of capacity."""

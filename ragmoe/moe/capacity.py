@@ -214,6 +214,5 @@ class Capacity:
         E = routing.logits_SE.shape[1]
         capacity = expert_capacity(int(mask_S.sum()), E, top_k, self.factor)
         choices_SK = routing.experts_SK.masked_fill(~mask_S.unsqueeze(1), E)
-        return self.overflow.serve(
-            choices_SK, routing.logits_SE, self.priority.order(routing, mask_S, training), capacity
-        )
+        ranked_SE = routing.logits_SE if routing.ranked_SE is None else routing.ranked_SE
+        return self.overflow.serve(choices_SK, ranked_SE, self.priority.order(routing, mask_S, training), capacity)

@@ -260,3 +260,29 @@ def test_overflow_and_unserved_tokens_are_counted() -> None:
 def test_settings_that_do_not_exist(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"there is no overflow|expected a number above 0"):
         layer(**{"capacity_factor": 1.0, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "bias", "want"),
+    [
+        ({}, [0.0, 0.0, 0.0, 0.0], [0, 0, 1, 1]),
+        # Without the bias expert 1 is the next best; with it expert 3, which the choice was made by too.
+        ({}, [9.0, 0.0, 0.0, 5.0], [0, 0, 3, 3]),
+        ({"scores": "sigmoid"}, [9.0, 0.0, 0.0, 5.0], [0, 0, 3, 3]),
+        # Of two groups of two the token's own has room for two, and the other is not asked.
+        ({"gate": "hierarchical", "expert_groups": 2, "capacity_factor": 1.0}, [9.0, 0.0, 0.0, 0.0], [0, 1, E, E]),
+    ],
+)
+def test_what_moves_on_goes_where_the_gate_would_choose_next(
+    changes: dict[str, object], bias: list[float], want: list[int]
+) -> None:
+    module, dense = layer(**{"top_k": 1, "capacity_factor": 2.0, "overflow": "next", **changes}), Dense()
+    with torch.no_grad():
+        for parameter in module.gate.parameters():
+            parameter.zero_()
+    scores_E = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    module.gate.logits = lambda x_SD, neighbours: scores_E.expand(len(x_SD), E)
+    module.gate.balance_bias.copy_(torch.tensor(bias))
+    _, routing = module(torch.randn(1, 4, D), dense.network)
+    assert routing.experts_SK.flatten().tolist() == [0] * 4
+    assert routing.served_SK.flatten().tolist() == want
