@@ -130,6 +130,8 @@ def add(
             "the starter belongs to the package: a copy of your own can get an expert",
             hint="--out NEW_BUNDLE makes one",
         )
+    if task_index is not None and not tasks:
+        raise UsageError("--task-index says where a task is read, but no --task was given")
     judges = Judges(dev or (), find_tasks(tasks, data, None), known or (), task_index, limit)
     config = new_expert_config(
         bundle,

@@ -115,6 +115,8 @@ def prune(
     from ragmoe.bundle import prune_experts, read_map, show_expert
     from ragmoe.bundle.experts import check_prune
 
+    if not task and (given := [o for o, x in (("--index", index), ("--data", data), ("--limit", limit)) if x]):
+        raise UsageError(f"{given[0]} says how a task is read, but no --task was given")
     map_ = read_map(bundle)
     gone = list(dict.fromkeys(map_.find(expert) for expert in experts))
     kept = check_prune(map_, gone)
@@ -190,8 +192,6 @@ def _set_lock(bundle: Path, experts: list[str], *, locked: bool) -> None:
 
 def _measure(bundle: Path, kept: list[int], tasks: list[Task], index: Path | None) -> list[dict[str, Any]]:
     if not tasks:
-        if index is not None:
-            raise UsageError("--index says where a task is read, but no --task was given")
         return []
     from ragmoe.evaluation import Retrieval
     from ragmoe.evaluation.opening import index_of_task

@@ -204,8 +204,8 @@ class Gate(nn.Module, ABC):
         # held back, which may be broken, and zero times NaN is NaN.
         spare_SK = experts_SK.new_tensor(self.settings.experts) if self.leaves_empty else experts_SK[:, :1]
         experts_SK = torch.where(idle_SK, spare_SK, experts_SK)
-        ranked_SE = ranked_SE.detach() if self.leaves_empty else None
-        return Routing(weights_SK.to(x_SD.dtype), experts_SK, logits_SE, load_SE=load_SE, ranked_SE=ranked_SE)
+        kept_SE = ranked_SE.detach() if self.leaves_empty else None
+        return Routing(weights_SK.to(x_SD.dtype), experts_SK, logits_SE, load_SE=load_SE, ranked_SE=kept_SE)
 
     def weigh(self, logits_SE: Tensor, experts_SK: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of chosen experts, float32 (S, K), and where there is none because none was available (bool)."""

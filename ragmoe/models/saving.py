@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file, convert_file_size_to_int
 from ragmoe._errors import BundleError, ModelError
 from ragmoe._quiet import quiet_loading
 from ragmoe.bundle import MAP_NAME, BundleMap, is_bundle, read_bundle, read_map, write_bundle
-from ragmoe.bundle.experts import THRESHOLDS, own_thresholds
+from ragmoe.bundle.experts import CERTIFICATES, LOAD, THRESHOLDS, own_thresholds
 from ragmoe.experts.on_demand import ExpertStore
 from ragmoe.gates import Gate, gate_class
 from ragmoe.models.on_demand import Slots, is_expert_weight
@@ -89,7 +89,8 @@ class BundleMixin(PreTrainedModel):
         Args:
             state_dict: saved instead of the model's own, as Trainer hands it over in distributed training.
             message: what changed, for the bundle's lineage.
-            extra: recorded in the map beside the configuration, as JSON.
+            extra: recorded in the map beside the configuration, as JSON. What a bundle that the model was opened from
+                records of its experts (loads, certificates) stays where it is saved over that.
             max_shard_size: of the base's files, in bytes or as ``"5GB"``; None means 2 GiB. An expert is one file.
 
         Raises:
@@ -127,6 +128,7 @@ class BundleMixin(PreTrainedModel):
                 encoder=config.encoder,
                 index=config.index_digest,
                 extra={
+                    **self._kept_records(folder),
                     **(extra or {}),
                     **_record_of_thresholds(config),
                     "config": {name: value for name, value in config.to_dict().items() if name not in _IN_MAP},
@@ -140,6 +142,15 @@ class BundleMixin(PreTrainedModel):
         config.save_pretrained(folder)
         if self.can_generate():
             self.generation_config.save_pretrained(folder)
+
+    def _kept_records(self, folder: Path) -> dict[str, Any]:
+        """What the bundle in a folder records of its experts, where it is the one that this model was opened from."""
+        if not is_bundle(folder) or (there := read_map(folder)).digest not in getattr(self, "bundle_digests", ()):
+            return {}
+        ids = {str(id) for id in self.config.expert_ids or range(self.config.experts)}
+        kept = {key: there.extra.get(key, {}) for key in (LOAD, CERTIFICATES)}
+        kept = {key: {id: value for id, value in of.items() if id in ids} for key, of in kept.items()}
+        return {key: of for key, of in kept.items() if of}
 
     @classmethod
     def from_pretrained(

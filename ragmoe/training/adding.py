@@ -39,7 +39,7 @@ from ragmoe.training.certificate import Models, Progress, certify_new, certify_o
 from ragmoe.training.config import TrainingConfig, load_config
 from ragmoe.training.data import hold_out, learnable, load_questions
 from ragmoe.training.decoders import is_decoder
-from ragmoe.training.folder import CONFIG_NAME, HISTORY_NAME
+from ragmoe.training.folder import CONFIG_NAME, HISTORY_NAME, is_started
 from ragmoe.training.run import train
 
 _RECORD = "trained.json"
@@ -96,6 +96,7 @@ def add_expert(
         config: made by ``new_expert_config``.
         judges: what the certificate measures.
         out: a new folder that gets a copy of the bundle, versions included, and the expert; None adds it in place.
+            Where training cannot begin, the copy goes again.
         resume, overwrite: go on with an addition that did not finish, or begin it again.
         show: told how far everything is.
 
@@ -106,11 +107,17 @@ def add_expert(
     assert config.new_expert is not None
     name, judges = config.new_expert.name, judges or Judges()
     target = Path(bundle)
-    parent = read_map(target)
+    parent, copied = read_map(target), False
     if out is not None:
+        copied = not Path(out).exists()
         target = _copied(target, Path(out), parent, again=resume or overwrite)
     work = target / "adding" / re.sub(r"[^\w.-]", "_", name)
-    trained = _train(work, config, resume=resume, overwrite=overwrite, show=show)
+    try:
+        trained = _train(work, config, resume=resume, overwrite=overwrite, show=show)
+    except BaseException:
+        if copied and not is_started(work):
+            shutil.rmtree(target)
+        raise
     certificate = {**trained, **_certify(target, work, parent, config, judges, show)}
     # What is to stay is compared with the files' content, and that with their digests.
     kept, _ = read_bundle(target, version=parent.version, verify=True)

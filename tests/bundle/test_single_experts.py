@@ -343,3 +343,24 @@ def test_one_threshold_does_not_speak_for_two(bundle: Path) -> None:
     reader.save_pretrained(bundle)
     merge_experts(bundle, "bank", "clinic", "town")
     assert load(bundle).config.expert_thresholds is None
+
+
+def test_a_model_saved_over_its_bundle_leaves_what_that_records(bundle: Path, tmp_path: Path) -> None:
+    map_ = read_map(bundle)
+    certified = map_.model_copy(update={"extra": {**map_.extra, "certificates": {"1": {"name": "clinic"}}}})
+    (bundle / MAP_NAME).write_text(certified.to_json())
+    reader = load(bundle)
+    with torch.no_grad():
+        reader.moe_layers[0].experts.up_b[2] += 1.0
+    reader.save_pretrained(bundle)
+    assert read_map(bundle).version == 2
+    assert [e.load for e in list_experts(bundle)] == [LOAD["0"], LOAD["1"], LOAD["2"]]
+    assert show_expert(bundle, "clinic").certificate == {"name": "clinic"}
+    # New figures replace the old ones, and elsewhere they would be another's.
+    reader.save_pretrained(bundle, extra={"load": {"0": [1.0, 1.0]}})
+    assert [e.load for e in list_experts(bundle)] == [[1.0, 1.0], None, None]
+    reader.save_pretrained(tmp_path / "elsewhere")
+    assert [e.load for e in list_experts(tmp_path / "elsewhere")] == [None, None, None]
+    other = RagmoeBertForQuestionAnswering(reader.config)
+    other.save_pretrained(bundle)
+    assert [e.load for e in list_experts(bundle)] == [None, None, None]

@@ -388,6 +388,21 @@ def test_a_copy_gets_the_expert_and_the_bundle_stays(
         add_expert(folder, market(folder), out=out)
 
 
+def test_a_copy_whose_training_cannot_begin_is_not_left(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
+    folder, out = bundle(), tmp_path / "new"
+    lacking = market(folder, questions=[str(tmp_path / "nothing.jsonl")])
+    with pytest.raises(DataError, match="nothing"):
+        add_expert(folder, lacking, out=out)
+    assert not out.exists() and read_map(folder).version == 1
+    # One that was there before is its maker's.
+    add_expert(folder, market(folder), out=out)
+    with pytest.raises(ConfigError, match="is there already"):
+        add_expert(folder, lacking, out=out)
+    assert read_map(out).version == 2
+
+
 def test_an_expert_that_nothing_calls_is_an_error(
     bundle: Callable[..., Path], market: Callable[..., TrainingConfig]
 ) -> None:
