@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import UsageError
-from ragmoe.cli._output import JsonOption, print_json
+from ragmoe.cli._output import OVERRIDES, JsonOption, print_json
 
 if TYPE_CHECKING:
     from ragmoe.models.families.upcycling import Made
@@ -17,7 +17,8 @@ INIT_EXAMPLES = """Examples:
 
   ragmoe init --base models/llama --out runs/llama --experts 8 --top-k 2 --neighbour-width 384
   ragmoe init --base models/mistral --out runs/mistral --expert-kind ffn --init drop --layers 8,12,16
-  ragmoe init --base models/mixtral --out runs/mixtral --gate retrieval"""
+  ragmoe init --base models/mixtral --out runs/mixtral --gate retrieval
+  ragmoe init --base models/qwen3 --out runs/qwen3 --gate hierarchical model.expert_groups=2"""
 
 _DENSE = "Of a dense base"
 
@@ -32,7 +33,29 @@ def _layers(text: str) -> list[int] | None:
         raise UsageError(f"--layers {text}: expected all, or numbers such as 8,12,16") from None
 
 
+def _further(settings: list[str], named: dict[str, Any]) -> dict[str, Any]:
+    """Settings that have no option, by name; UsageError for what is none, or was given by its option too."""
+    from ragmoe.training.config import set_key
+
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key = set_key(found, setting)
+        section, _, name = key.partition(".")
+        if section != "model" or not name or "." in name:
+            raise UsageError(f"{setting}: expected a setting of the model", hint="for example: model.expert_groups=2")
+        if name in named:
+            raise UsageError(f"{setting}: there is an option for that", hint=f"--{name.replace('_', '-')}")
+    return dict(found.get("model", {}))
+
+
 def init(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar=OVERRIDES, help="Further settings, as a training file's model section has them.", show_default=False
+        ),
+    ] = None,
+    *,
     base: Annotated[
         str,
         typer.Option(
@@ -78,8 +101,11 @@ def init(
     """Give a checkpoint gates that see neighbours: upcycle a dense one, exchange the gates of a mixture."""
     from ragmoe.models.initialising import init as make
 
+    always = {"gate": gate, "gate_width": gate_width, "neighbour_width": neighbour_width}
     given = {"experts": experts, "top_k": top_k, "expert_kind": expert_kind, "expert_rank": expert_rank}
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    ways = {"layers": layers, "init": init, "amount": amount}
+    further = _further(settings or [], {**always, **given, **ways})
     made = make(
         base,
         out=out,
@@ -87,10 +113,9 @@ def init(
         init=init,
         amount=amount,
         seed=seed,
-        gate=gate,
-        gate_width=gate_width,
-        neighbour_width=neighbour_width,
-        **settings,
+        **always,
+        **chosen,
+        **further,
     )
     if as_json:
         print_json({**_summary(made), "bundle": str(out)})

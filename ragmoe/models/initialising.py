@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from ragmoe._errors import BundleError, ModelError
 from ragmoe._folders import expect_folder
 from ragmoe._quiet import quiet_loading
+from ragmoe.bundle import is_bundle, read_map
 from ragmoe.models.bert import RagmoeBertForQuestionAnswering
+from ragmoe.models.config import RagmoeBertConfig
 from ragmoe.models.families import FAMILIES
 from ragmoe.models.families.upcycling import (
     UPCYCLED,
@@ -82,6 +84,11 @@ def make(
 ) -> Made:
     """``init`` without saving anything."""
     path = base_path(str(base))
+    if is_bundle(path):
+        raise ModelError(
+            f"{path} is a bundle already: its gates are {read_map(path).extra.get('config', {}).get('gate')!r}",
+            hint="ragmoe train teaches it, ragmoe experts changes its experts; or start from what it was made of",
+        )
     config = _config(path)
     maker = _MAKERS.get(config.model_type)
     if maker is None or layers == []:
@@ -150,6 +157,11 @@ def _reader(
     if amount is not None and init != "noise":
         raise ModelError(f"the amount by which experts differ is {amount:g}, but copies are exact", hint="init=noise")
     settings = {**_UPCYCLING_DEFAULTS, **settings, "sparse_layers": None if layers is None else list(layers)}
+    usual, positions = RagmoeBertConfig.max_length, config.max_position_embeddings
+    length = settings.setdefault("max_length", min(usual, positions))
+    if length > positions:
+        raise ModelError(f"max_length is {length}, but {path} has {positions} positions")
+    settings.setdefault("stride", min(RagmoeBertConfig.stride, length // 4))
     model = RagmoeBertForQuestionAnswering.from_dense(path, expert_noise=noise[init], seed=seed, **settings)
     notes = ["its question-answering head is untrained: ragmoe train makes a reader of it"]
     return Made(model.eval(), "upcycling", config.model_type, model.sparse_layers, notes=notes)

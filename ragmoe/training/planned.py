@@ -48,7 +48,7 @@ def planned_training(name: str, source: Path | Mapping[str, Any], overrides: Seq
         config = upcycled_config(dense_config(base_path(training.base)), settings)
     if wanted_expert(training) is not None:
         config.experts += 1
-        config.expert_ids = config.expert_names = None
+        config.expert_ids = config.expert_names = config.expert_thresholds = None
     check_length(training, config)
     return Planned(
         name,

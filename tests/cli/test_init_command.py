@@ -92,12 +92,51 @@ def test_a_bert_becomes_a_reader(ragmoe: Any, tmp_path: Path) -> None:
         (["--gate-width", "0"], 1, "gate_width is 0: expected 1 or more"),
         (["--neighbour-width", "-3"], 1, "neighbour_width is -3: expected 1 or more"),
         (["--init", "noise"], 1, "LoRA experts differ from the start"),
+        (["model.gate=token"], 2, "model.gate=token: there is an option for that"),
+        (["model.layers=[1]"], 2, "model.layers=[1]: there is an option for that"),
+        (["train.steps=3"], 2, "train.steps=3: expected a setting of the model"),
+        (["model.group=3"], 1, "unknown settings group; there are"),
+        (["--gate", "oracle"], 1, "model.common_experts=1 or model.top_k=1"),
     ],
 )
 def test_errors(ragmoe: Any, llama: Path, tmp_path: Path, words: list[str], code: int, said: str) -> None:
     found, out, err = ragmoe("init", "--base", llama, "--out", tmp_path / "out", *words)
     assert (found, out) == (code, "") and said in err.replace("\n", " ")
     assert not (tmp_path / "out").exists()
+
+
+def test_gates_get_the_settings_that_they_want(ragmoe: Any, llama: Path, tmp_path: Path) -> None:
+    words = ["--base", llama, "--experts", 4, "--expert-rank", 8, "--neighbour-width", 16]
+    code, _, err = ragmoe("init", *words, "--out", tmp_path / "a", "--gate", "hierarchical", "model.expert_groups=2")
+    assert code == 0, err
+    assert load_decoder(tmp_path / "a").config.expert_groups == 2
+    named = ["model.expert_names=[law, bank, clinic, rest]", "model.common_experts=1"]
+    code, _, err = ragmoe("init", *words, "--out", tmp_path / "b", "--gate", "oracle", *named)
+    assert code == 0, err
+    assert load_decoder(tmp_path / "b").expert_names == ["law", "bank", "clinic", "rest"]
+    save_tiny_bert(tmp_path / "bert")
+    words[1] = tmp_path / "bert"
+    code, _, err = ragmoe("init", *words, "--out", tmp_path / "c", "model.vote_start=1", "--gate", "memory")
+    assert code == 0, err
+    assert load(tmp_path / "c").config.vote_start == 1.0
+
+
+def test_a_reader_is_no_longer_than_its_base(ragmoe: Any, tmp_path: Path) -> None:
+    save_tiny_bert(tmp_path / "bert")
+    words = ["--base", tmp_path / "bert", "--experts", 4, "--expert-rank", 8]
+    assert ragmoe("init", *words, "--out", tmp_path / "a")[0] == 0
+    reader = load(tmp_path / "a")
+    assert (reader.config.max_length, reader.config.stride) == (128, 32)
+    code, _, err = ragmoe("init", *words, "--out", tmp_path / "b", "model.max_length=129")
+    assert code == 1 and "max_length is 129, but" in err and "has 128 positions" in err.replace("\n", " ")
+
+
+def test_a_bundle_is_no_base(ragmoe: Any, llama: Path, tmp_path: Path) -> None:
+    words = ["--expert-rank", 8, "--neighbour-width", 16]
+    assert ragmoe("init", "--base", llama, "--out", tmp_path / "a", *words)[0] == 0
+    code, _, err = ragmoe("init", "--base", tmp_path / "a", "--out", tmp_path / "b", *words)
+    assert code == 1 and "is a bundle already: its gates are 'retrieval'" in err.replace("\n", " ")
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_file_in_the_place_of_the_bundle_is_seen_first(ragmoe: Any, tmp_path: Path) -> None:
