@@ -1,7 +1,7 @@
 """The output folder of an experiment: what each arm has left there, and how far it is.
 
     ARM/seed-0/bundle/     the trained model with training.yaml and history.jsonl
-    ARM/seed-0/arm.json    index, machine and commit it was trained with, and the seconds it took
+    ARM/seed-0/arm.json    index, base, machine and commit it was trained with, and the seconds it took
     ARM/seed-0/TASK/       its evaluation
     ARM/seed-0/perplexity.json   of a language model; SETTING/perplexity.json where documents have named settings
 
@@ -14,18 +14,22 @@ import json
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ragmoe._differences import differences
 from ragmoe._errors import ConfigError
+from ragmoe.bundle import is_bundle, read_map
 from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.machine import commit, machine
 from ragmoe.evaluation.results import Results
 from ragmoe.evaluation.samples import write_text
 from ragmoe.evaluation.task import Task
+
+if TYPE_CHECKING:
+    from ragmoe.training import TrainingConfig
 
 # What a history calls the loss of what is learned, the first that is there.
 _LOSSES = ("answer_loss", "language_loss", "loss")
@@ -50,13 +54,18 @@ class ExperimentFolder:
         return self.place(arm, seed) / "bundle"
 
     def note(self, arm: str, seed: int) -> dict[str, Any]:
-        """What is known of its training: ``index``, ``seconds``, ``machine``, ``commit``; empty before it began."""
+        """What is known of its training; empty before it began.
+
+        Keys are ``index``, ``seconds``, ``machine``, ``commit`` and ``base``, the digest of the map of the bundle that
+        it began from (None where that was no bundle).
+        """
         return _read_json(self.place(arm, seed) / "arm.json")
 
-    def begin(self, arm: str, seed: int) -> None:
-        """Record that an arm's training begins, and where."""
+    def begin(self, arm: str, seed: int, config: TrainingConfig) -> None:
+        """Record that an arm's training begins, from what, and where; one that is taken up again began from that."""
         where = {"machine": machine(), "commit": commit(self.experiment.folder)}
-        self._write_note(arm, seed, {"index": self.index, "seconds": None, **where})
+        base = self.note(arm, seed).get("base") or _digest_of_base(config)
+        self._write_note(arm, seed, {"index": self.index, "base": base, "seconds": None, **where})
 
     def end(self, arm: str, seed: int, seconds: float | None) -> None:
         """Record how long it took; None where that is not known."""
@@ -65,11 +74,11 @@ class ExperimentFolder:
     def _write_note(self, arm: str, seed: int, content: dict[str, Any]) -> None:
         write_text(self.place(arm, seed) / "arm.json", json.dumps(content) + "\n")
 
-    def check(self, arm: str, seed: int, config: BaseModel, *, moved: bool = False) -> None:
+    def check(self, arm: str, seed: int, config: TrainingConfig, *, moved: bool = False) -> None:
         """Refuse to mix what was trained otherwise into this experiment; nothing is written or removed here.
 
         Args:
-            config: the arm's training configuration (``TrainingConfig``).
+            config: the arm's training configuration.
             moved: the folder may come from another machine: of a path only its last two names have to agree.
         """
         kept = _read_yaml(self.bundle(arm, seed) / "training.yaml")
@@ -83,6 +92,10 @@ class ExperimentFolder:
         differing = differences(before, now)
         if self.note(arm, seed).get("index", self.index) != self.index:
             differing.append("the index's content")
+        began, base = self.note(arm, seed).get("base"), _digest_of_base(config)
+        # A base that is not here says nothing.
+        if None not in (began, base) and began != base:
+            differing.append(f"the base's content ({config.base} has changed since)")
         if differing:
             raise ConfigError(
                 f"{self.place(arm, seed)} was trained with another configuration; it differs in {', '.join(differing)}",
@@ -218,6 +231,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         return _parse(path.read_text(encoding="utf-8"))
     except OSError:
         return {}
+
+
+def _digest_of_base(config: TrainingConfig) -> str | None:
+    """The digest of the map of the bundle that training begins from; None where that is none, or not here."""
+    return read_map(config.base).digest if is_bundle(config.base) else None
 
 
 def _read_yaml(path: Path) -> dict[str, Any] | None:

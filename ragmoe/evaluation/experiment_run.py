@@ -108,7 +108,7 @@ def trained_bundle(
         say(f"{arm}, seed {seed}: trained already")
     else:
         say(f"{arm}, seed {seed}: training {config.train.steps} steps")
-        folder.begin(arm, seed)
+        folder.begin(arm, seed, config)
         done = train(config, out=bundle, resume=True, cache=folder.root / "cache", show=show)
         folder.end(arm, seed, done.seconds)
     return bundle

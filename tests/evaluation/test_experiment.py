@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from ragmoe import ConfigError, UsageError
+from ragmoe.bundle import write_bundle
 from ragmoe.evaluation.experiment import load_experiment, merge, nest
 from ragmoe.evaluation.experiment_report import command_of
 from ragmoe.evaluation.experiment_run import run_experiment
@@ -95,6 +98,25 @@ def test_an_arm_trained_over_another_index_is_refused(write: Any, trained: list[
     note.write_text(json.dumps({**json.loads(note.read_text()), "index": "another"}))
     with pytest.raises(ConfigError, match="the index's content"):
         run_experiment(load_experiment(write()), out=tmp_path / "out")
+
+
+def test_an_arm_of_a_base_that_was_trained_anew_is_refused(write: Any, trained: list[str], tmp_path: Path) -> None:
+    def save(value: float) -> None:
+        experts = {"up": torch.full((2, 3), value)}
+        write_bundle(tmp_path / "base", experts, expert_tensors={"up"}, gate_tensors=set())
+
+    save(1.0)
+    train = {**yaml.safe_load(write().read_text())["train"], "base": str(tmp_path / "base")}
+    run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out", only=["dense"])
+    run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out", only=["retrieval"])
+    assert trained == ["dense/0", "retrieval/0"]
+    save(2.0)
+    with pytest.raises(ConfigError, match=r"dense/seed-0 was .* the base's content \(.*base has changed since\)"):
+        run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out")
+    # What is gone, or on another machine, says nothing.
+    shutil.rmtree(tmp_path / "base")
+    run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out")
+    assert trained == ["dense/0", "retrieval/0"]
 
 
 def test_configurations_of_arms(write: Any, tmp_path: Path) -> None:
