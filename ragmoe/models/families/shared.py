@@ -10,6 +10,7 @@ B sequences, T positions, D width, V words, N neighbours, R encoder width, L spa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, ClassVar, cast
 
 import torch
@@ -290,6 +291,8 @@ class DecoderForCausalLM(Decoder, GenerationMixin):
             kwargs |= self.prepare_neighbours(neighbours)
         return super()._expand_inputs_for_generation(*args, **kwargs)
 
+    # generate asks its signature whether it takes inputs_embeds.
+    @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers, without recording what a step has no use for."""
         return {**super().prepare_inputs_for_generation(*args, **kwargs), "output_router_logits": False}

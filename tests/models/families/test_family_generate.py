@@ -135,3 +135,13 @@ def test_a_cache_of_ones_own_goes_on_where_it_stopped() -> None:
     want = written(model, x, dict(named), do_sample=False)
     cache = StaticCache(config=model.config, max_cache_len=16)
     assert torch.equal(written(model, x, dict(named), do_sample=False, past_key_values=cache), want)
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_it_goes_on_from_embeddings_as_from_their_tokens(family: str) -> None:
+    model, x, named = make(family), prompts(), some_neighbours().tensors()
+    embedded = model.get_input_embeddings()(x)
+    for mode in ("greedy", "beams", "uncached"):
+        how = {"max_new_tokens": 5, "min_new_tokens": 5, "attention_mask": torch.ones_like(x), **MODES[mode]}
+        want = written(model, x, dict(named), **MODES[mode])
+        assert torch.equal(model.generate(inputs_embeds=embedded, **dict(named), **how), want), mode
