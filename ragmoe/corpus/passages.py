@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from ragmoe._errors import DataError
@@ -90,6 +91,7 @@ class PassageReader:
 
     def _passage(self, record: Record, name: str) -> tuple[Passage | None, bool]:
         """The passage of a record, None where it is bad, and whether it brought its own id."""
+        record = _with_metadata(record)
         problem = record.problem or _problem(record)
         if problem or record.fields is None:
             self._bad(record.place, problem)
@@ -139,7 +141,8 @@ def read_passages(
 
     All but parquet may be compressed by gzip or zstd (``.jsonl.gz``, ``.txt.zst``); they are unpacked as they are read.
 
-    Records have ``text``, and may have ``id`` (or BEIR's ``_id``), ``title``, ``domain``, ``doc_id`` and ``split``.
+    Records have ``text``, and may have ``id`` (or BEIR's ``_id``), ``title``, ``domain``, ``doc_id`` and ``split``, the
+    last three also in BEIR's ``metadata``.
     What has an id is a passage and stays whole unless ``rechunk`` is set; what has none, and running text, is cut
     into chunks.
 
@@ -184,6 +187,21 @@ def read_documents(sources: Sequence[str | os.PathLike[str]], *, encoding: str =
         encoding=encoding,
         whole=True,
     )
+
+
+def _with_metadata(record: Record) -> Record:
+    """A record of BEIR's form, which says in ``metadata`` what it does not say itself, as an index exports it.
+
+    What others put there under these names, and is nothing that a passage could have, stays where it is.
+    """
+    fields = record.fields or {}
+    said = fields.get("metadata")
+    if not isinstance(said, dict):
+        return record
+    taken = {key: said[key] for key in ("domain", "doc_id", "split") if isinstance(said.get(key), str)}
+    taken = {key: value for key, value in taken.items() if key != "split" or value in _SPLITS}
+    own = {key: value for key, value in fields.items() if value not in (None, "")}
+    return replace(record, fields={**fields, **taken, **own})
 
 
 def _problem(record: Record) -> str:

@@ -340,3 +340,20 @@ def test_a_comment_in_code_is_no_heading(tmp_path: Path) -> None:
     (tmp_path / "b.md").write_text("~~~\n# never closed\n")
     (tmp_path / "c.md").write_text("```x``` is code in a line\n\n# Real\n")
     assert [passage.title for passage in read_passages([tmp_path])] == ["Heading", "b", "Real"]
+
+
+def test_what_a_corpus_of_beirs_form_says_in_its_metadata(tmp_path: Path) -> None:
+    lines = [
+        {"_id": "1", "title": "", "text": "a", "metadata": {"domain": "law", "doc_id": "act", "split": "dev"}},
+        {"_id": "2", "text": "b", "domain": "own", "metadata": {"domain": "law", "doc_id": 7, "split": "first half"}},
+        {"_id": "3", "text": "c", "metadata": {"url": "x"}},
+        {"_id": "4", "text": "d", "metadata": "none"},
+    ]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    read = [(p.id, p.domain, p.doc_id, p.split) for p in read_passages([tmp_path / "corpus.jsonl"])]
+    assert read == [
+        ("1", "law", "act", "dev"),
+        ("2", "own", "2", "none"),
+        ("3", "", "3", "none"),
+        ("4", "", "4", "none"),
+    ]

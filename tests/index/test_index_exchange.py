@@ -39,7 +39,7 @@ def test_beir_is_read_back_as_a_corpus(folder: Path, tmp_path: Path) -> None:
     from ragmoe.corpus.passages import read_passages
 
     read = list(read_passages([tmp_path / "beir" / "corpus.jsonl"]))
-    assert [(p.id, p.title, p.text) for p in read] == [(r["id"], r["title"], r["text"]) for r in rows()]
+    assert read == list(Index.open(folder, encoder=StubEncoder()).iterate())
 
 
 def test_an_export_is_whole_or_not_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
