@@ -15,7 +15,7 @@ Files are never changed once the map lists them. Publishing is one ``os.replace`
 
 from __future__ import annotations
 
-from ragmoe.bundle._map import MAP_NAME, BundleMap, EncoderRef, ExpertEntry, LineageStep
+from ragmoe.bundle._map import MAP_NAME, THRESHOLDS, BundleMap, EncoderRef, ExpertEntry, LineageStep
 from ragmoe.bundle.experts import ExpertInfo, list_experts, prune_experts, rename_expert, show_expert
 from ragmoe.bundle.merging import Merge, merge_experts
 from ragmoe.bundle.read import ExpertFiles, is_bundle, read_bundle, read_map
@@ -24,6 +24,7 @@ from ragmoe.bundle.write import write_bundle
 
 __all__ = [
     "MAP_NAME",
+    "THRESHOLDS",
     "BundleMap",
     "EncoderRef",
     "ExpertEntry",

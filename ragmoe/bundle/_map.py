@@ -11,12 +11,22 @@ import json
 import re
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from ragmoe._errors import BundleError
 
 MAP_NAME = "model.safetensors.index.json"
 FORMAT_VERSION: Literal[1] = 1
+#: What ``extra`` calls the no-answer thresholds of the experts that have their own, by id.
+THRESHOLDS = "no_answer_thresholds"
 
 _BASE = re.compile(r"base-(\d+)-\d{5}-of-\d{5}\.safetensors")
 _GATE = re.compile(r"gate\.(\d+)\.safetensors")
@@ -52,6 +62,7 @@ class LineageStep(_Record):
         changed: what differs from that map, one sentence each.
         message: the writer's own words.
         time: UTC, ISO 8601.
+        restores: the version that this one went back to; None, and not written, where it did not.
     """
 
     version: int = Field(ge=1)
@@ -59,6 +70,14 @@ class LineageStep(_Record):
     changed: list[str]
     message: str
     time: str
+    restores: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        step: dict[str, Any] = written(self)
+        if self.restores is None:
+            step.pop("restores", None)
+        return step
 
 
 class BundleMap(_Record):
@@ -111,6 +130,23 @@ class BundleMap(_Record):
     def digest(self) -> str:
         """sha256 of the map as it is written."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def descent(self) -> list[str]:
+        """Digests of the maps that this one descends from, newest first, its own included.
+
+        Versions that were gone back from are left out, unless one of them was gone back to.
+        """
+        of_version = {self.version: self.digest}
+        of_version |= {step.version - 1: step.parent for step in self.lineage if step.parent}
+        steps = {step.version: step for step in self.lineage}
+        found, at = [], self.version
+        while at in of_version:
+            found.append(of_version[at])
+            back = steps[at].restores if at in steps else None
+            # One step further back each time, whatever a map claims.
+            at = back if back is not None and back < at else at - 1
+        return found
 
     @property
     def gate_tensors(self) -> set[str]:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ragmoe._errors import BundleError
 from ragmoe.bundle._files import load_tensors, write_text
-from ragmoe.bundle._map import BundleMap, ExpertEntry, expert_file
+from ragmoe.bundle._map import THRESHOLDS, BundleMap, ExpertEntry, expert_file
 from ragmoe.bundle.read import read_bundle, read_map
 from ragmoe.bundle.write import write_bundle
 
-# What the map's ``extra`` records of single experts, by id: shares of the choices, what adding one has cost, and the
-# no-answer thresholds of those that have their own.
-LOAD, CERTIFICATES, THRESHOLDS = "load", "certificates", "no_answer_thresholds"
+# What the map's ``extra`` records of single experts, by id, beside THRESHOLDS: shares of the choices, and what adding
+# one has cost.
+LOAD, CERTIFICATES = "load", "certificates"
 # What families of decoders call the number of experts in their configurations.
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
@@ -220,7 +220,7 @@ def recorded_thresholds(map_: BundleMap) -> dict[str, float]:
 def own_thresholds(map_: BundleMap) -> list[float | None] | None:
     """The same as a configuration has them: one for each expert, or None where no expert has its own."""
     own = recorded_thresholds(map_)
-    return [own.get(str(id)) for id in map_.expert_ids] if own else None
+    return [own.get(str(id)) for id in map_.expert_ids] if own and map_.experts else None
 
 
 def require_unlocked(experts: Sequence[ExpertEntry], what: str) -> None:
@@ -229,7 +229,7 @@ def require_unlocked(experts: Sequence[ExpertEntry], what: str) -> None:
         if expert.locked:
             raise BundleError(
                 f"expert {expert.id} ({expert.name}) is locked and cannot be {what}",
-                hint=f"ragmoe experts unlock BUNDLE {expert.name}",
+                hint=f"ragmoe experts unlock BUNDLE {expert.id}",
             )
 
 
@@ -270,13 +270,18 @@ def require_common(map_: BundleMap, gone: Sequence[ExpertEntry]) -> None:
 
 
 def refresh_config(folder: Path, map_: BundleMap) -> None:
-    """Bring ``config.json``, a copy for other tools, up to the map."""
+    """Bring ``config.json`` and ``generation_config.json``, copies for other tools, up to the map."""
     path = folder / "config.json"
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
         config |= map_.extra.get("config", {})
         config |= {**_counted(config, len(map_.experts)), "expert_ids": map_.expert_ids}
         config["expert_names"] = map_.expert_names
-        if "expert_thresholds" in config:
+        if "no_answer_threshold" in config:
             config["expert_thresholds"] = own_thresholds(map_)
+        config["encoder"] = map_.encoder.model_dump() if map_.encoder else None
+        config["index_digest"] = map_.index
         write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    path = folder / "generation_config.json"
+    if path.is_file() and (generation := map_.extra.get("generation")):
+        write_text(path, json.dumps(generation, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ragmoe._errors import BundleError
-from ragmoe.bundle._map import BundleMap, ExpertEntry
+from ragmoe.bundle._map import THRESHOLDS, BundleMap, ExpertEntry
 from ragmoe.bundle.experts import (
     LOAD,
-    THRESHOLDS,
     check_name,
     common_experts,
     publish,

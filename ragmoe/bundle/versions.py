@@ -35,7 +35,7 @@ def roll_back(bundle: str | Path, version: int | None = None, *, message: str = 
 
     Raises:
         BundleError: there is no such version, one of its files is missing, it differs in nothing from the current one,
-            or a locked expert would change or leave.
+            or a locked expert would change or leave, its threshold included.
     """
     folder = Path(bundle)
     parent = read_map(folder)
@@ -51,18 +51,18 @@ def roll_back(bundle: str | Path, version: int | None = None, *, message: str = 
             raise BundleError(
                 f"expert {expert.id} ({expert.name}) is locked at its version {expert.version}; in version {version} "
                 f"of the bundle it is {found}",
-                hint=f"ragmoe experts unlock {folder} {expert.name}",
+                hint=f"ragmoe experts unlock {folder} {expert.id}",
             )
     locked = {expert.id: expert.locked for expert in parent.experts}
     experts = [e.model_copy(update={"locked": locked.get(e.id, e.locked)}) for e in wanted.experts]
     said = message or f"roll back to version {version}"
-    map_ = write_map(folder, parent, wanted.model_copy(update={"experts": experts}), said)
+    map_ = write_map(folder, parent, wanted.model_copy(update={"experts": experts}), said, restores=version)
+    refresh_config(folder, map_)
     if map_.version == parent.version:
         raise BundleError(
             f"version {version} of {folder} is what version {parent.version} is: there is nothing to do",
             hint=f"ragmoe bundle versions {folder} lists them; --to N names one",
         )
-    refresh_config(folder, map_)
     return map_
 
 

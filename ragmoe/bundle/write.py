@@ -17,7 +17,7 @@ from torch import Tensor
 from ragmoe._errors import BundleError
 from ragmoe.bundle._files import file_digest, remove_unfinished, write_text
 from ragmoe.bundle._groups import Saved, make_groups, save_groups
-from ragmoe.bundle._map import MAP_NAME, BundleMap, EncoderRef, ExpertEntry, LineageStep
+from ragmoe.bundle._map import MAP_NAME, THRESHOLDS, BundleMap, EncoderRef, ExpertEntry, LineageStep
 from ragmoe.bundle._parts import Parts, count_experts, split_state
 from ragmoe.bundle._summary import SUMMARY_NAME, summary
 from ragmoe.bundle.read import is_bundle, read_map
@@ -87,14 +87,18 @@ def write_bundle(
         return _publish(folder, old, new, [group.change for group in saved.values() if group.change], message)
 
 
-def write_map(folder: str | Path, parent: BundleMap, new: BundleMap, message: str) -> BundleMap:
+def write_map(
+    folder: str | Path, parent: BundleMap, new: BundleMap, message: str, *, restores: int | None = None
+) -> BundleMap:
     """Make a map over files that the bundle has already its next version, whatever version it says it is.
 
     Args:
         parent: the bundle's map, which must still be the current one.
+        restores: the version that it goes back to, where it does.
 
     Raises:
-        BundleError: the bundle has changed meanwhile, a file is missing, or another writer does not finish.
+        BundleError: the bundle has changed meanwhile, a file is missing, a locked expert's threshold would change, or
+            another writer does not finish.
     """
     folder = Path(folder)
     with _locked(folder):
@@ -103,7 +107,8 @@ def write_map(folder: str | Path, parent: BundleMap, new: BundleMap, message: st
         if missing := sorted(file for file in new.digests if not (folder / file).is_file()):
             raise BundleError(f"{folder} lacks {', '.join(missing)}, which version {new.version} of its map lists")
         following = {"version": old.version, "lineage": old.lineage, "next_expert_id": old.next_expert_id}
-        return _publish(folder, old, new.model_copy(update=following), _other_files(old, new), message)
+        new = new.model_copy(update=following)
+        return _publish(folder, old, new, _other_files(old, new), message, restores)
 
 
 def _other_files(old: BundleMap, new: BundleMap) -> list[str]:
@@ -127,14 +132,31 @@ def _other_files(old: BundleMap, new: BundleMap) -> list[str]:
     return found
 
 
-def _publish(folder: Path, old: BundleMap | None, new: BundleMap, changed: list[str], message: str) -> BundleMap:
+def _publish(
+    folder: Path, old: BundleMap | None, new: BundleMap, changed: list[str], message: str, restores: int | None = None
+) -> BundleMap:
     """Put the map in force where it says anything new, and leave the folder as a reader expects it."""
+    if old is not None:
+        _check_locked_thresholds(old, new)
     if new != old:
-        new = _with_step(folder, old, new, changed, message)
+        new = _with_step(folder, old, new, changed, message, restores)
         _commit(folder, old, new)
     write_text(folder / SUMMARY_NAME, summary(new, folder))
     _remove_strays(folder)
     return new
+
+
+def _check_locked_thresholds(old: BundleMap, new: BundleMap) -> None:
+    """Raise BundleError where a locked expert would answer by another threshold."""
+    before, after = (map_.extra.get(THRESHOLDS, {}) for map_ in (old, new))
+    for expert in old.experts:
+        id = str(expert.id)
+        if expert.locked and new.expert(expert.id) and before.get(id) != after.get(id):
+            raise BundleError(
+                f"expert {id} ({expert.name}) is locked: its no-answer threshold cannot change from {before.get(id)} "
+                f"to {after.get(id)}",
+                hint=f"ragmoe experts unlock BUNDLE {id}",
+            )
 
 
 def _fixed(folder: Path, old: BundleMap | None, parent: BundleMap | None) -> set[str]:
@@ -244,7 +266,9 @@ def _compose(
     )
 
 
-def _with_step(folder: Path, old: BundleMap | None, new: BundleMap, changed: list[str], message: str) -> BundleMap:
+def _with_step(
+    folder: Path, old: BundleMap | None, new: BundleMap, changed: list[str], message: str, restores: int | None
+) -> BundleMap:
     """The map as the version after ``old``, with the step that led to it."""
     version = old.version + 1 if old else 1
     step = LineageStep(
@@ -253,6 +277,7 @@ def _with_step(folder: Path, old: BundleMap | None, new: BundleMap, changed: lis
         changed=changed + (_differences(old, new) if old else []),
         message=message,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
+        restores=restores,
     )
     return new.model_copy(update={"version": version, "lineage": [*new.lineage, step]})
 

@@ -44,7 +44,9 @@ def versions(bundle: BundleArgument, as_json: JsonOption = False) -> None:
 @app.command(epilog=_ROLLBACK_EXAMPLES)
 def rollback(
     bundle: OwnBundleArgument,
-    to: Annotated[int | None, typer.Option("--to", metavar="N", help="The version.", show_default="the last")] = None,
+    to: Annotated[
+        int | None, typer.Option("--to", metavar="N", help="The version.", show_default="the one before")
+    ] = None,
 ) -> None:
     """Make an earlier version the next one: its experts, gate, base and settings. Nothing is lost by it."""
     from ragmoe.bundle import roll_back

@@ -284,6 +284,8 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
         f"{certificate['steps']} steps on {learned} in {took}; {trained}. Masked: without the expert, {said} against "
         f"before, bit for bit. {shares_of}."
     )
+    if not language and ((certificate["new"] or {}).get("past_threshold") or {}).get("chosen_on_these"):
+        note += " The expert's threshold was chosen on the new questions it is judged by; --dev FILE names others."
     if not rows:
         note = f"Judged by nothing: --dev FILE judges what it brings, {cost} what it costs. {note}"
     judged_by = ["domain", "tokens", "perplexity before"] if language else ["task", "n", "F1 before"]

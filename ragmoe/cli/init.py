@@ -41,10 +41,11 @@ def _further(settings: list[str], named: dict[str, Any]) -> dict[str, Any]:
     for setting in settings:
         key = set_key(found, setting)
         section, _, name = key.partition(".")
-        if section != "model" or not name or "." in name:
+        if section != "model" or not name:
             raise UsageError(f"{setting}: expected a setting of the model", hint="for example: model.expert_groups=2")
-        if name in named:
-            raise UsageError(f"{setting}: there is an option for that", hint=f"--{name.replace('_', '-')}")
+        option = "layers" if name == "sparse_layers" else name
+        if option in named:
+            raise UsageError(f"{setting}: there is an option for that", hint=f"--{option.replace('_', '-')}")
     return dict(found.get("model", {}))
 
 
@@ -104,7 +105,7 @@ def init(
     always = {"gate": gate, "gate_width": gate_width, "neighbour_width": neighbour_width}
     given = {"experts": experts, "top_k": top_k, "expert_kind": expert_kind, "expert_rank": expert_rank}
     chosen = {name: value for name, value in given.items() if value is not None}
-    ways = {"layers": layers, "init": init, "amount": amount}
+    ways = {"base": base, "out": out, "layers": layers, "init": init, "amount": amount, "seed": seed}
     further = _further(settings or [], {**always, **given, **ways})
     made = make(
         base,

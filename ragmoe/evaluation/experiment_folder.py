@@ -21,16 +21,17 @@ from pydantic import BaseModel, ValidationError
 
 from ragmoe._differences import differences
 from ragmoe._errors import ConfigError
-from ragmoe.bundle import is_bundle, read_map
+from ragmoe.bundle import THRESHOLDS, is_bundle, read_map
 from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.machine import commit, machine
 from ragmoe.evaluation.results import Results
-from ragmoe.evaluation.samples import write_text
+from ragmoe.evaluation.samples import digest_of, write_text
 from ragmoe.evaluation.task import Task
 
 if TYPE_CHECKING:
     from ragmoe.training import TrainingConfig
 
+_NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 # What a history calls the loss of what is learned, the first that is there.
 _LOSSES = ("answer_loss", "language_loss", "loss")
 
@@ -56,15 +57,16 @@ class ExperimentFolder:
     def note(self, arm: str, seed: int) -> dict[str, Any]:
         """What is known of its training; empty before it began.
 
-        Keys are ``index``, ``seconds``, ``machine``, ``commit`` and ``base``, the digest of the map of the bundle that
-        it began from (None where that was no bundle).
+        Keys are ``index``, ``seconds``, ``machine``, ``commit`` and ``base``, a digest of the bundle that it began from
+        (None where that was none).
         """
         return _read_json(self.place(arm, seed) / "arm.json")
 
     def begin(self, arm: str, seed: int, config: TrainingConfig) -> None:
         """Record that an arm's training begins, from what, and where; one that is taken up again began from that."""
         where = {"machine": machine(), "commit": commit(self.experiment.folder)}
-        base = self.note(arm, seed).get("base") or _digest_of_base(config)
+        base = self.note(arm, seed).get("base") if (self.bundle(arm, seed) / "training.yaml").is_file() else None
+        base = base or _digest_of_base(config)
         self._write_note(arm, seed, {"index": self.index, "base": base, "seconds": None, **where})
 
     def end(self, arm: str, seed: int, seconds: float | None) -> None:
@@ -92,8 +94,8 @@ class ExperimentFolder:
         differing = differences(before, now)
         if self.note(arm, seed).get("index", self.index) != self.index:
             differing.append("the index's content")
-        began, base = self.note(arm, seed).get("base"), _digest_of_base(config)
-        # A base that is not here says nothing.
+        began, base = self.note(arm, seed).get("base"), None if moved else _digest_of_base(config)
+        # A base that is not here, or another machine's, says nothing.
         if None not in (began, base) and began != base:
             differing.append(f"the base's content ({config.base} has changed since)")
         if differing:
@@ -234,8 +236,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _digest_of_base(config: TrainingConfig) -> str | None:
-    """The digest of the map of the bundle that training begins from; None where that is none, or not here."""
-    return read_map(config.base).digest if is_bundle(config.base) else None
+    """A digest of what the bundle that training begins from answers by; None where it is none, or not here.
+
+    When it was saved, and which experts are locked, is no part of that.
+    """
+    if not is_bundle(config.base):
+        return None
+    map_ = read_map(config.base)
+    settings = {key: value for key, value in map_.extra.get("config", {}).items() if key not in _NOT_OF_THE_MODEL}
+    # By what the files hold, and not by their names, which count the times that they were saved.
+    tensors = {name: map_.digests[file] for name, file in map_.weight_map.items()}
+    return digest_of(tensors, map_.expert_ids, map_.expert_names, settings, map_.extra.get(THRESHOLDS))
 
 
 def _read_yaml(path: Path) -> dict[str, Any] | None:

@@ -315,6 +315,8 @@ def model_digest(model: Reader) -> str:
 
     config = model.config.to_dict()
     local = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    # Where no expert has its own it is as it was before any could.
+    local |= set() if config.get("expert_thresholds") else {"expert_thresholds"}
     parts: list[object] = [{key: value for key, value in config.items() if key not in local}]
     if (style := getattr(model, "style", None)) is not None:
         # How a generator is asked; a reader has but one way.

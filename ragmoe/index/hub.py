@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def _upload(path: Path, manifest: Manifest, repo: str, public: bool) -> None:
         whole = api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True).repo_id
         there = api.list_repo_files(whole, repo_type="dataset")
         others = sorted({name for name in there if not name.startswith(".")} - {card.NAME})
-        if others and manifests.NAME not in there:
+        if others and not _holds_index(api, whole, there):
             shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
             raise IndexFolderError(
                 f"{whole!r} is a data set that holds no index, but {shown}: nothing was pushed",
@@ -76,6 +77,21 @@ def _upload(path: Path, manifest: Manifest, repo: str, public: bool) -> None:
             delete_patterns=_OLD,
             commit_message=f"Index of {many(manifest.passages, 'passage')}, {manifest.digest[:12]}",
         )
+
+
+def _holds_index(api: Any, repo: str, there: Sequence[str]) -> bool:
+    """Whether what a repository has as its manifest is one of ours."""
+    if manifests.NAME not in there:
+        return False
+    with tempfile.TemporaryDirectory() as part:
+        commit = api.dataset_info(repo, revision=None).sha
+        how = {"repo_type": "dataset", "revision": commit, "local_dir": Path(part)}
+        api.snapshot_download(repo, allow_patterns=[manifests.NAME], **how)
+        try:
+            read_manifest(Path(part))
+        except RagmoeError:
+            return False
+    return True
 
 
 def pull_index(

@@ -87,7 +87,7 @@ def make(
     if is_bundle(path):
         raise ModelError(
             f"{path} is a bundle already: its gates are {read_map(path).extra.get('config', {}).get('gate')!r}",
-            hint="ragmoe train teaches it, ragmoe experts changes its experts; or start from what it was made of",
+            hint="ragmoe train takes it as its base without a model section; or start from what it was made of",
         )
     config = _config(path)
     maker = _MAKERS.get(config.model_type)
@@ -157,11 +157,12 @@ def _reader(
     if amount is not None and init != "noise":
         raise ModelError(f"the amount by which experts differ is {amount:g}, but copies are exact", hint="init=noise")
     settings = {**_UPCYCLING_DEFAULTS, **settings, "sparse_layers": None if layers is None else list(layers)}
-    usual, positions = RagmoeBertConfig.max_length, config.max_position_embeddings
-    length = settings.setdefault("max_length", min(usual, positions))
-    if length > positions:
-        raise ModelError(f"max_length is {length}, but {path} has {positions} positions")
-    settings.setdefault("stride", min(RagmoeBertConfig.stride, length // 4))
+    positions, length = config.max_position_embeddings, settings.get("max_length")
+    if length is None:
+        settings["max_length"] = min(RagmoeBertConfig.max_length, positions)
+        settings["stride"] = settings.get("stride") or min(RagmoeBertConfig.stride, settings["max_length"] // 4)
+    elif not isinstance(length, int) or not 0 < length <= positions:
+        raise ModelError(f"max_length is {length!r}, but {path} has {positions} positions")
     model = RagmoeBertForQuestionAnswering.from_dense(path, expert_noise=noise[init], seed=seed, **settings)
     notes = ["its question-answering head is untrained: ragmoe train makes a reader of it"]
     return Made(model.eval(), "upcycling", config.model_type, model.sparse_layers, notes=notes)

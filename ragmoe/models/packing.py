@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ragmoe._errors import BundleError
-from ragmoe.bundle import EncoderRef, is_bundle, read_bundle
+from ragmoe.bundle import THRESHOLDS, EncoderRef, is_bundle, read_bundle
 from ragmoe.bundle._files import file_digest
 from ragmoe.models.bert import RagmoeBertForQuestionAnswering
 from ragmoe.models.config import RagmoeBertConfig
@@ -133,6 +133,8 @@ def unpack(packed: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     if about.experts:
         config.experts = len(about.experts)
         config.expert_ids, config.expert_names = map(list, zip(*about.experts.items(), strict=True))
+        own = about.extra.get(THRESHOLDS)
+        config.expert_thresholds = [own.get(str(id)) for id in config.expert_ids] if own else None
     config.encoder = about.encoder.model_dump() if about.encoder else None
     config.index_digest = about.index
     model = RagmoeBertForQuestionAnswering(config)

@@ -16,8 +16,8 @@ from transformers.utils.hub import cached_file, convert_file_size_to_int
 
 from ragmoe._errors import BundleError, ModelError
 from ragmoe._quiet import quiet_loading
-from ragmoe.bundle import MAP_NAME, BundleMap, is_bundle, read_bundle, read_map, write_bundle
-from ragmoe.bundle.experts import CERTIFICATES, LOAD, THRESHOLDS, own_thresholds
+from ragmoe.bundle import MAP_NAME, THRESHOLDS, BundleMap, is_bundle, read_bundle, read_map, write_bundle
+from ragmoe.bundle.experts import CERTIFICATES, LOAD, own_thresholds
 from ragmoe.experts.on_demand import ExpertStore
 from ragmoe.gates import Gate, gate_class
 from ragmoe.models.on_demand import Slots, is_expert_weight
@@ -339,8 +339,8 @@ def _parted(path: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _digests(bundle: BundleMap) -> list[str]:
-    """Of this version and of all before it, newest first."""
-    return [bundle.digest, *(step.parent for step in reversed(bundle.lineage) if step.parent)]
+    """Of this version and of those it descends from, newest first."""
+    return bundle.descent
 
 
 def _record_of_thresholds(config: Any) -> dict[str, Any]:

@@ -219,4 +219,6 @@ def _own_config(experts: RagmoeBertForQuestionAnswering) -> RagmoeBertConfig:
     config = copy.deepcopy(experts.config)
     config.gate, config.common_experts, config.vote_start = "token", 0, 0.0
     config.top_k, config.expert_names = config.experts, experts.expert_names
+    # Every token calls them all, and a threshold of one's own would be everybody's.
+    config.expert_thresholds = None
     return config

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ragmoe._differences import differences
 from ragmoe._errors import BundleError, ConfigError, UsageError
-from ragmoe.bundle import BundleMap, is_bundle, read_bundle, read_map
-from ragmoe.bundle.experts import CERTIFICATES, THRESHOLDS, publish, recorded_thresholds
+from ragmoe.bundle import THRESHOLDS, BundleMap, is_bundle, read_bundle, read_map
+from ragmoe.bundle.experts import CERTIFICATES, publish, recorded_thresholds
 from ragmoe.corpus import write_questions
 from ragmoe.evaluation import Retrieval, Task
 from ragmoe.evaluation.task import parse_task
@@ -286,6 +286,9 @@ def _certify_reader(models: Models, config: TrainingConfig, judges: Judges, prog
     with tempfile.TemporaryDirectory() as folder:
         task = _dev_task(config, index, judges, Path(folder))
         new = certify_new(models, task.limited(judges.limit), retrieval, progress) if task else None
+    if new and not judges.dev and models.live.config.expert_thresholds:
+        # Kept aside for both, since no others were given.
+        new["past_threshold"]["chosen_on_these"] = models.live.config.expert_thresholds[-1] is not None
     return {"index": index.digest, "old": old, "new": new}
 
 

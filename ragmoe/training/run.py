@@ -332,6 +332,8 @@ def _save(run: Run, folder: Path) -> Path | None:
         # The reader's own stays, as everything else that its other experts go by.
         calibrate_expert(model, *told)
     else:
+        # What single experts had was theirs before this training.
+        model.config.expert_thresholds = None
         model.config.no_answer_threshold = calibrate(model, *told)
     model.tokenizer.save_pretrained(folder)
     model.save_pretrained(folder, message="train", extra=load_record(folder / HISTORY_NAME, model.config))

@@ -12,6 +12,8 @@ from tiny import save_tiny_bert
 
 from ragmoe import BundleError, load
 from ragmoe.bundle import (
+    MAP_NAME,
+    BundleMap,
     list_versions,
     lock_experts,
     merge_experts,
@@ -97,6 +99,56 @@ def test_to_any_version(bundle: Path) -> None:
     assert as_read(bundle, 3) == left and read_map(bundle).find("clinic").version == 3
 
 
+def test_it_descends_from_what_it_went_back_to(bundle: Path) -> None:
+    """By which it finds the expert memory that was recorded with its own versions, and no other's."""
+    retrain(bundle, 1, 2.0)
+    retrain(bundle, 2, 3.0)
+    first, second, third = (read_map(bundle, version=version).digest for version in (1, 2, 3))
+    assert load(bundle).bundle_digests == [third, second, first]
+    fourth = roll_back(bundle, 1)
+    assert fourth.descent == load(bundle).bundle_digests == [fourth.digest, first]
+    fifth = roll_back(bundle, 3)
+    assert fifth.descent == [fifth.digest, third, second, first]
+    prune_experts(bundle, ["clinic"])
+    assert read_map(bundle).descent == [read_map(bundle).digest, *fifth.descent]
+    assert BundleMap.from_json((bundle / MAP_NAME).read_text(), "map") == read_map(bundle)
+    assert '"restores": 1' in (bundle / MAP_NAME).read_text() and "null" not in json.dumps(
+        [step.model_dump() for step in list_versions(bundle)][1:]
+    )
+
+
+def test_the_copies_for_other_tools_are_those_of_the_version(bundle: Path) -> None:
+    model = load(bundle)
+    model.config.index_digest, model.config.encoder = "ab" * 32, {"id": "e", "digest": "0"}
+    model.config.expert_thresholds = [None, 1.0, None]
+    model.save_pretrained(bundle)
+    roll_back(bundle)
+    settings = json.loads((bundle / "config.json").read_text())
+    assert [settings[name] for name in ("index_digest", "encoder", "expert_thresholds")] == [None] * 3
+    (bundle / "config.json").write_text(json.dumps({**settings, "top_k": 3}))
+    # A step that was stopped between the map and its copies is made good by asking again.
+    with pytest.raises(BundleError, match="nothing to do"):
+        roll_back(bundle, 3)
+    assert json.loads((bundle / "config.json").read_text())["top_k"] == 2
+
+
+def test_a_locked_expert_keeps_its_threshold(bundle: Path) -> None:
+    model = load(bundle)
+    model.config.expert_thresholds = [None, 1.0, None]
+    model.save_pretrained(bundle)
+    lock_experts(bundle, ["clinic"])
+    model = load(bundle)
+    for changed in ([None, 2.0, None], None):
+        model.config.expert_thresholds = changed
+        with pytest.raises(BundleError, match=r"is locked: its no-answer threshold cannot change from 1\.0 to"):
+            model.save_pretrained(bundle)
+    with pytest.raises(BundleError, match=r"is locked: its no-answer threshold cannot change from 1\.0 to None"):
+        roll_back(bundle, 1)
+    model.config.expert_thresholds = [3.0, 1.0, None]
+    model.save_pretrained(bundle)
+    assert load(bundle).config.expert_thresholds == [3.0, 1.0, None]
+
+
 @pytest.mark.parametrize(
     ("version", "said"),
     [
@@ -128,7 +180,7 @@ def test_locked_experts_stay(bundle: Path) -> None:
     assert lock_experts(bundle, ["bank"]).version == map_.version
     with pytest.raises(BundleError, match=r"expert 1 \(clinic\) is locked at its version 2; in version 1") as caught:
         roll_back(bundle, 1)
-    assert caught.value.hint == f"ragmoe experts unlock {bundle} clinic"
+    assert caught.value.hint == f"ragmoe experts unlock {bundle} 1"
     with pytest.raises(BundleError, match=r"expert 1 \(clinic\) is locked"):
         retrain(bundle, 1, 3.0)
     assert read_map(bundle).version == map_.version

@@ -94,6 +94,9 @@ def test_a_bert_becomes_a_reader(ragmoe: Any, tmp_path: Path) -> None:
         (["--init", "noise"], 1, "LoRA experts differ from the start"),
         (["model.gate=token"], 2, "model.gate=token: there is an option for that"),
         (["model.layers=[1]"], 2, "model.layers=[1]: there is an option for that"),
+        (["model.sparse_layers=[1]"], 2, "model.sparse_layers=[1]: there is an option for that"),
+        (["model.seed=3"], 2, "model.seed=3: there is an option for that"),
+        (["model.losses.none=0.1"], 1, "none"),
         (["train.steps=3"], 2, "train.steps=3: expected a setting of the model"),
         (["model.group=3"], 1, "unknown settings group; there are"),
         (["--gate", "oracle"], 1, "model.common_experts=1 or model.top_k=1"),
@@ -127,6 +130,10 @@ def test_a_reader_is_no_longer_than_its_base(ragmoe: Any, tmp_path: Path) -> Non
     assert ragmoe("init", *words, "--out", tmp_path / "a")[0] == 0
     reader = load(tmp_path / "a")
     assert (reader.config.max_length, reader.config.stride) == (128, 32)
+    assert ragmoe("init", *words, "--out", tmp_path / "c", "model.max_length=null")[0] == 0
+    assert load(tmp_path / "c").config.max_length == 128
+    code, _, err = ragmoe("init", *words, "--out", tmp_path / "d", "model.max_length=long")
+    assert code == 1 and "max_length is 'long', but" in err
     code, _, err = ragmoe("init", *words, "--out", tmp_path / "b", "model.max_length=129")
     assert code == 1 and "max_length is 129, but" in err and "has 128 positions" in err.replace("\n", " ")
 

@@ -110,13 +110,24 @@ def test_an_arm_of_a_base_that_was_trained_anew_is_refused(write: Any, trained: 
     run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out", only=["dense"])
     run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out", only=["retrieval"])
     assert trained == ["dense/0", "retrieval/0"]
+    # Saved anew as it was, at another time and under another version's number, it is the same base.
+    save(3.0)
+    save(1.0)
+    run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out")
     save(2.0)
     with pytest.raises(ConfigError, match=r"dense/seed-0 was .* the base's content \(.*base has changed since\)"):
         run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out")
-    # What is gone, or on another machine, says nothing.
+    # An arm whose training never began begins from what is there now.
+    shutil.rmtree(tmp_path / "out" / "dense" / "seed-0" / "bundle")
+    with pytest.raises(ConfigError, match=r"retrieval/seed-0 was"):
+        run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "retrieval")
+    run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out")
+    assert trained == ["dense/0", "retrieval/0", "dense/0", "retrieval/0"]
+    # What is gone says nothing.
     shutil.rmtree(tmp_path / "base")
     run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out")
-    assert trained == ["dense/0", "retrieval/0"]
+    assert trained == ["dense/0", "retrieval/0", "dense/0", "retrieval/0"]
 
 
 def test_configurations_of_arms(write: Any, tmp_path: Path) -> None:

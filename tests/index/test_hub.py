@@ -172,12 +172,12 @@ def test_an_older_generation_goes_from_the_hub(folder: Path, hub: Path) -> None:
 def test_a_data_set_that_is_no_index_is_left_alone(folder: Path, hub: Path) -> None:
     there = hub.parent / "city"
     (there / "data").mkdir(parents=True)
-    for name in ("README.md", ".gitattributes", "data/train.parquet", "embeddings-1.npy"):
+    for name in ("README.md", ".gitattributes", "data/train.parquet", "embeddings-1.npy", "manifest.json"):
         (there / name).write_text("mine")
-    with pytest.raises(IndexFolderError, match=r"holds no index, but data/train\.parquet, embeddings-1\.npy: nothing"):
+    with pytest.raises(IndexFolderError, match=r"holds no index, but data/train\.parquet, embeddings-1\.npy, manifest"):
         push_index(folder, "me/city", encoder=StubEncoder())
     assert {path.read_text() for path in there.rglob("*") if path.is_file()} == {"mine"}
-    for name in ("data/train.parquet", "embeddings-1.npy"):
+    for name in ("data/train.parquet", "embeddings-1.npy", "manifest.json"):
         (there / name).unlink()
     push_index(folder, "me/city", encoder=StubEncoder())
     assert (there / "manifest.json").is_file()

@@ -192,3 +192,11 @@ def test_what_it_cannot_mix_is_refused(make: Make, reader: XLoraReader) -> None:
         XLoraReader(make(gate="token", neighbour_summary=True))
     with pytest.raises(ModelError, match="gradient_checkpointing=false"):
         reader.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def test_a_threshold_of_one_expert_is_not_that_of_all(branches: RagmoeBertForQuestionAnswering, tmp_path: Path) -> None:
+    branches.config.expert_thresholds = [None, 5.0, None]
+    reader = XLoraReader(branches, seed=3)
+    assert reader.config.expert_thresholds is None and branches.config.expert_thresholds == [None, 5.0, None]
+    reader.save_pretrained(tmp_path)
+    assert XLoraReader.from_pretrained(tmp_path).config.expert_thresholds is None

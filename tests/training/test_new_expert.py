@@ -164,17 +164,21 @@ def test_the_gate_learns_to_call_it_for_its_own_documents(
 
 
 def test_it_gets_a_threshold_of_its_own_and_the_bundle_keeps_its(
-    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Callable[..., Path],
+    market: Callable[..., TrainingConfig],
+    town: Path,
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = bundle()
     judges = Judges(dev=[town / "market_dev.jsonl"], tasks=[river(town)])
     overrides = ("train.gate_learning_rate=0.3", "data.calibration_share=0.4")
-    config = market(folder, *overrides, steps=30, judges=judges)
+    wanted = market(folder, *overrides, steps=30, judges=judges)
     before = load(folder).config
-    assert add_expert(folder, config, judges, out=folder.parent / "few").certificate["new"]["past_threshold"]
+    assert add_expert(folder, wanted, judges, out=folder.parent / "few").certificate["new"]["past_threshold"]
     assert show_expert(folder.parent / "few", "market").no_answer_threshold is None
     monkeypatch.setattr(calibration, "ENOUGH", 2)
-    added = add_expert(folder, config, judges)
+    added = add_expert(folder, wanted, judges)
     own = show_expert(folder, "market").no_answer_threshold
     after = load(folder).config
     assert after.no_answer_threshold == before.no_answer_threshold != own
@@ -184,6 +188,11 @@ def test_it_gets_a_threshold_of_its_own_and_the_bundle_keeps_its(
     given = {"index": town / "index", "questions": [str(town / "market_train.jsonl")], "steps": 30}
     add_expert(folder, new_expert_config(folder, "fair", overrides=[*QUICK, *overrides], **given))
     assert load(folder).config.expert_thresholds[3] == own
+    assert load(folder, resident_experts=1).config.expert_thresholds[3] == own
+    # Any other training makes other experts of them, and one threshold for all.
+    on = {"data.questions": given["questions"], "data.index": str(town / "index"), "train.what": "gate"}
+    trained = train(config(base=str(folder), model={}, **on), out=folder.parent / "on")
+    assert load(trained.bundle).config.expert_thresholds is None
 
 
 def test_without_the_new_expert_all_is_as_before(
