@@ -27,6 +27,8 @@ MAP_NAME = "model.safetensors.index.json"
 FORMAT_VERSION: Literal[1] = 1
 #: What ``extra`` calls the no-answer thresholds of the experts that have their own, by id.
 THRESHOLDS = "no_answer_thresholds"
+# What a configuration says of where and by what it was written.
+_LOCAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 _BASE = re.compile(r"base-(\d+)-\d{5}-of-\d{5}\.safetensors")
 _GATE = re.compile(r"gate\.(\d+)\.safetensors")
@@ -130,6 +132,19 @@ class BundleMap(_Record):
     def digest(self) -> str:
         """sha256 of the map as it is written."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def content(self) -> str:
+        """sha256 of what the model answers by: tensors, experts, settings, thresholds, encoder and index.
+
+        When it was saved, under which number and message, and which experts are locked is no part of that.
+        """
+        settings = {name: value for name, value in self.extra.get("config", {}).items() if name not in _LOCAL}
+        # By what the files hold, and not by their names, which count the times that they were saved.
+        tensors = {name: self.digests[file] for name, file in self.weight_map.items()}
+        encoder = self.encoder.model_dump() if self.encoder else None
+        said = [tensors, self.expert_ids, self.expert_names, settings, self.extra.get(THRESHOLDS), encoder, self.index]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @property
     def descent(self) -> list[str]:

@@ -21,17 +21,16 @@ from pydantic import BaseModel, ValidationError
 
 from ragmoe._differences import differences
 from ragmoe._errors import ConfigError
-from ragmoe.bundle import THRESHOLDS, is_bundle, read_map
+from ragmoe.bundle import is_bundle, read_map
 from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.machine import commit, machine
 from ragmoe.evaluation.results import Results
-from ragmoe.evaluation.samples import digest_of, write_text
+from ragmoe.evaluation.samples import write_text
 from ragmoe.evaluation.task import Task
 
 if TYPE_CHECKING:
     from ragmoe.training import TrainingConfig
 
-_NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 # What a history calls the loss of what is learned, the first that is there.
 _LOSSES = ("answer_loss", "language_loss", "loss")
 
@@ -236,17 +235,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _digest_of_base(config: TrainingConfig) -> str | None:
-    """A digest of what the bundle that training begins from answers by; None where it is none, or not here.
-
-    When it was saved, and which experts are locked, is no part of that.
-    """
-    if not is_bundle(config.base):
-        return None
-    map_ = read_map(config.base)
-    settings = {key: value for key, value in map_.extra.get("config", {}).items() if key not in _NOT_OF_THE_MODEL}
-    # By what the files hold, and not by their names, which count the times that they were saved.
-    tensors = {name: map_.digests[file] for name, file in map_.weight_map.items()}
-    return digest_of(tensors, map_.expert_ids, map_.expert_names, settings, map_.extra.get(THRESHOLDS))
+    """A digest of what the bundle that training begins from answers by; None where it is none, or not here."""
+    return read_map(config.base).content if is_bundle(config.base) else None
 
 
 def _read_yaml(path: Path) -> dict[str, Any] | None:

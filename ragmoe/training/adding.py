@@ -102,7 +102,7 @@ def add_expert(
 
     Raises:
         ConfigError, DataError, ModelError: before anything is published.
-        BundleError: the bundle has changed meanwhile, or training has moved what must stay; nothing is published.
+        BundleError: the bundle answers otherwise by now, or training has moved what must stay; nothing is published.
     """
     assert config.new_expert is not None
     name, judges = config.new_expert.name, judges or Judges()
@@ -121,6 +121,9 @@ def add_expert(
     certificate = {**trained, **_certify(target, work, parent, config, judges, show)}
     # What is to stay is compared with the files' content, and that with their digests.
     kept, _ = read_bundle(target, version=parent.version, verify=True)
+    if (current := read_map(target)).content == parent.content:
+        # Locked, unlocked or saved again meanwhile, it answers as it did.
+        parent = current
     made, made_map = read_bundle(work)
     state = _in_precision(made, kept)
     id, thresholds = parent.next_expert_id, recorded_thresholds(made_map)
@@ -205,7 +208,7 @@ def new_expert_config(
             "corpus": sources,
             "others": [_absolute(file) for file in others],
             "unseen": [_absolute(file) for file in unseen],
-            "joins": map_.digest,
+            "joins": map_.content,
         },
     }
     return load_config(content, overrides)

@@ -292,9 +292,10 @@ def joined(model: Any, config: TrainingConfig, wanted: NewExpertConfig, index: I
     if not is_bundle(config.base):
         raise ConfigError(f"base is {config.base}, which is no bundle: a new expert joins one")
     map_ = read_map(config.base)
-    if wanted.joins not in (None, map_.digest):
+    if wanted.joins not in (None, map_.content):
         raise BundleError(
-            f"{config.base} is now version {map_.version}, which is not the one that the expert was begun for",
+            f"{config.base} is now version {map_.version}, which answers otherwise than the one that the expert was "
+            "begun for",
             hint="begin again with --overwrite",
         )
     if not model.sparse_layers:

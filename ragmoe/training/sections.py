@@ -200,7 +200,7 @@ class NewExpertConfig(Section):
         keep: share of the calls by its own questions that the expert keeps at least, layer by layer, while its balance
             bias is lowered after training: what nearly calls it is seldom its own. 1 leaves it as it has learned.
         gate_bias: added to the expert's balance bias after training, so that it is called only by this margin of logit.
-        joins: digest of the bundle's map, where it must still be that.
+        joins: digest of what the bundle answers by (``BundleMap.content``), where it must still be that.
     """
 
     name: str = Field(min_length=1)

@@ -257,7 +257,7 @@ def test_a_killed_addition_goes_on(
         ((), {"questions": ["q.jsonl"]}, ConfigError, "--questions is given, but a causal language model's expert"),
         (("new_expert.corpus=[x.jsonl]",), {}, ConfigError, "a language model learns from data.documents"),
         (("new_expert.name=hill",), {}, BundleError, "there is an expert 'hill' already"),
-        (("new_expert.joins=x",), {}, BundleError, "is not the one that the expert was begun for"),
+        (("new_expert.joins=x",), {}, BundleError, "answers otherwise than the one that the expert was begun for"),
         (("train.what=all",), {}, ConfigError, "they go together\nragmoe experts add"),
         (("data.documents=[]", "data.questions=[q]"), {}, ConfigError, "language is given, but no data.documents"),
     ],

@@ -18,7 +18,7 @@ from tiny import save_tiny_bert
 from torch import Tensor
 
 from ragmoe import BundleError, ConfigError, DataError, ModelError, UsageError, load
-from ragmoe.bundle import read_bundle, read_map, show_expert
+from ragmoe.bundle import lock_experts, prune_experts, read_bundle, read_map, show_expert
 from ragmoe.corpus import Question
 from ragmoe.evaluation.task import Task, parse_task
 from ragmoe.gates import Routing
@@ -397,6 +397,26 @@ def test_a_copy_gets_the_expert_and_the_bundle_stays(
         add_expert(folder, market(folder), out=out)
 
 
+def test_an_expert_joins_a_bundle_that_was_locked_meanwhile(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of training are not lost to a version that answers as the one before."""
+    folder, real = bundle(), add_module._certify
+
+    def meanwhile(*given: Any) -> dict[str, Any]:
+        lock_experts(folder, [1])
+        return real(*given)
+
+    monkeypatch.setattr(add_module, "_certify", meanwhile)
+    added = add_expert(folder, market(folder))
+    assert (added.map.version, added.map.expert_ids) == (3, [0, 1, 2, 3])
+    assert [expert.locked for expert in added.map.experts] == [False, True, False, False]
+    monkeypatch.setattr(add_module, "_certify", lambda *_: prune_experts(folder, [0]) and {})
+    with pytest.raises(BundleError, match="was changed by somebody else meanwhile"):
+        add_expert(folder, market(folder, "new_expert.name=fair"))
+    assert read_map(folder).expert_ids == [1, 2, 3]
+
+
 def test_a_copy_whose_training_cannot_begin_is_not_left(
     bundle: Callable[..., Path], market: Callable[..., TrainingConfig], tmp_path: Path
 ) -> None:
@@ -506,7 +526,7 @@ def calls(model: Any, index: Any, questions: Sequence[Question]) -> tuple[int, l
         ((), {"corpus": ["CORPUS"]}, DataError, r"1 of 2 documents of .* are not in .*'p99'\nragmoe index build"),
         (("train.balance_bias_rate=0.1",), {}, ConfigError, "moves every expert's bias"),
         (("new_expert.name=expert 0",), {}, BundleError, "there is an expert 'expert 0' already"),
-        (("new_expert.joins=x",), {}, BundleError, "is not the one that the expert was begun for"),
+        (("new_expert.joins=x",), {}, BundleError, "answers otherwise than the one that the expert was begun for"),
         (("train.what=all",), {}, ConfigError, "they go together\nragmoe experts add"),
         (("new_expert.colour=red",), {}, UsageError, "unknown key 'new_expert.colour'; there are: name, start"),
     ],
