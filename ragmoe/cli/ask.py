@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ragmoe.models import Answer
 
 
-_SAID = ("cited", "said", "shortened", "left_out")
+_SAID = ("threshold", "cited", "said", "shortened", "left_out")
 ASK_EXAMPLES = """Examples:
 
   ragmoe ask runs/halvern 'How long do I keep biting on the gauze?' --index indexes/demo
@@ -73,7 +73,7 @@ def _record(question: str, answer: Answer | GeneratedAnswer, passage: Passage | 
             "start": span and span[0],
             "end": span and span[1],
         },
-        # What a generator says besides.
+        # What a reader holds the no-answer score against, and what a generator says besides.
         **{name: getattr(answer, name) for name in _SAID if hasattr(answer, name)},
     }
 

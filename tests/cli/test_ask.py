@@ -32,7 +32,7 @@ def test_nothing_answers_it(ragmoe: Any, small_city: Path, make_bundle: Any) -> 
     assert out.startswith("Nothing here answers it.\nbest guess: ")
     _, out, _ = ragmoe("ask", bundle, BRIDGE, "--index", small_city / "index", "--json")
     found = json.loads(out)
-    assert (found["answered"], found["answer"]) == (False, None)
+    assert (found["answered"], found["answer"], found["threshold"]) == (False, None, -1e9)
     assert found["best_guess"]
 
 
