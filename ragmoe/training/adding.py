@@ -22,11 +22,14 @@ import yaml
 from torch import Tensor
 
 from ragmoe._differences import differences
-from ragmoe._errors import BundleError, ConfigError, UsageError
+from ragmoe._errors import BundleError, ConfigError, DataError, UsageError
+from ragmoe._words import many
 from ragmoe.bundle import THRESHOLDS, BundleMap, is_bundle, read_bundle, read_map
 from ragmoe.bundle.experts import CERTIFICATES, publish, recorded_thresholds
 from ragmoe.corpus import write_questions
 from ragmoe.evaluation import Retrieval, Task
+from ragmoe.evaluation.items import check_gold
+from ragmoe.evaluation.items import prepare as prepare_items
 from ragmoe.evaluation.task import parse_task
 from ragmoe.experts import experts_class
 from ragmoe.generation.tokenizer import open_tokenizer
@@ -111,8 +114,11 @@ def add_expert(
     if out is not None:
         copied = not Path(out).exists()
         target = _copied(target, Path(out), parent, again=resume or overwrite)
+        # A copy that was begun before may have another number, but answers as the bundle does.
+        parent = read_map(target)
     work = target / "adding" / re.sub(r"[^\w.-]", "_", name)
     try:
+        _check_judges(config, judges)
         trained = _train(work, config, resume=resume, overwrite=overwrite, show=show)
     except BaseException:
         if copied and not is_started(work):
@@ -126,7 +132,10 @@ def add_expert(
         parent = current
     made, made_map = read_bundle(work)
     state = _in_precision(made, kept)
-    id, thresholds = parent.next_expert_id, recorded_thresholds(made_map)
+    id, thresholds = parent.next_expert_id, recorded_thresholds(parent)
+    # Whatever id it had while it was trained.
+    if (own := recorded_thresholds(made_map).get(str(made_map.expert_ids[-1]))) is not None:
+        thresholds[str(id)] = own
     map_ = publish(
         target,
         parent,
@@ -295,6 +304,32 @@ def _certify_reader(models: Models, config: TrainingConfig, judges: Judges, prog
     return {"index": index.digest, "old": old, "new": new}
 
 
+def _check_judges(config: TrainingConfig, judges: Judges) -> None:
+    """Raise DataError where a reader's expert could not be judged by what is given: before it is trained, not after."""
+    if config.data.documents or not (judges.tasks or judges.dev):
+        return
+    index = Index.open(config.data.required_index)
+    of_tasks = index if judges.index is None else Index.open(judges.index)
+    for task in judges.tasks:
+        _check_task(task, of_tasks, "--task-index")
+    if judges.dev:
+        with tempfile.TemporaryDirectory() as folder:
+            if (dev := _dev_task(config, index, judges, Path(folder))) is not None:
+                _check_task(dev, index, "--index")
+
+
+def _check_task(task: Task, index: Index, option: str) -> None:
+    check_gold(task, task.load_questions())
+    try:
+        items = prepare_items(task, index)
+    except DataError as error:
+        raise DataError(error.message, hint=f"give the index of these questions' corpus with {option} DIR") from None
+    scored = [item.question for item in items if item.problem is None]
+    if not any(question.answers for question in scored):
+        lacking = next((item.problem for item in items if item.problem), "they are all unanswerable")
+        raise DataError(f"task {task.name}: none of its {many(len(items), 'question')} can be scored: {lacking}")
+
+
 def _in_precision(state: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as a bundle has them: a decoder in half precision is trained in fp32, which holds it to the bit."""
     # Names that share a tensor go on sharing it.
@@ -352,9 +387,9 @@ def _copied(bundle: Path, out: Path, parent: BundleMap, *, again: bool) -> Path:
 
 
 def _is_copy(folder: Path, parent: BundleMap) -> bool:
-    """Whether a folder holds just this version of a bundle."""
+    """Whether a folder holds a bundle that answers as this one."""
     try:
-        return is_bundle(folder) and read_map(folder) == parent
+        return is_bundle(folder) and read_map(folder).content == parent.content
     except BundleError:
         return False
 

@@ -44,22 +44,29 @@ class Documents:
 
 
 def find_documents(
-    config: NewExpertConfig, index: Index, questions: Sequence[Question], held: Sequence[Question]
+    config: NewExpertConfig,
+    index: Index,
+    questions: Sequence[Question],
+    held: Sequence[Question],
+    *,
+    raw: bool = False,
 ) -> Documents:
     """Draw documents of both kinds, at most ``config.documents`` of each; the others evenly from their domains.
 
     Args:
         questions: those the new expert is trained on.
         held: those it is judged by, whose documents are left out as those of ``config.unseen`` are.
+        raw: questions are asked as ``question_raw`` has them.
 
     Raises:
-        DataError: sources of the new documents are not in the index.
+        DataError: sources of the new documents are not in the index, or a gate that is to learn has nothing to learn
+            from on one of the two sides.
     """
     hidden = _documents_of([*held, *load_questions(config.unseen)], index)
     new, others = _sides(config, index, questions)
     if config.others:
         known = load_questions(config.others)
-        drawn = [_asked(questions, index, hidden, config.documents), _asked(known, index, hidden, config.documents)]
+        drawn = [_asked(side, index, hidden, config.documents, raw=raw) for side in (questions, known)]
     else:
         drawn = [_cut(new, index, hidden, config.documents), _cut(others, index, hidden, config.documents)]
     if not drawn[0]:
@@ -67,7 +74,24 @@ def find_documents(
             f"{index.folder} holds no document that the gate could learn the expert {config.name} from",
             hint="name its sources with --corpus, or give fewer questions to judge it by",
         )
+    if config.train_gate and not drawn[1]:
+        # It would learn that everything is its own.
+        raise DataError(
+            f"nothing says when not to call the expert {config.name}: {_why_none(config, index, new)}",
+            hint="new_expert.train_gate=false leaves its gate rows as they start, so that votes alone lead to it",
+        )
     return Documents(*drawn)
+
+
+def _why_none(config: NewExpertConfig, index: Index, new: Sequence[int]) -> str:
+    if config.others:
+        return f"none of the questions of {', '.join(config.others)} is about a passage of {index.folder}"
+    if not config.corpus and not any(index.domains[row] for row in new):
+        return (
+            f"the passages of {index.folder} that its questions are about name no domain, by which its documents could "
+            "be told from the others; name them with --corpus, or others with --others FILE"
+        )
+    return f"{index.folder} holds no documents but its own, and those that it is judged by; expected others beside them"
 
 
 def made_questions(config: NewExpertConfig, index: Index) -> list[Question]:
@@ -132,13 +156,13 @@ def _cut(rows: Iterable[int], index: Index, hidden: set[str], limit: int) -> lis
     return found
 
 
-def _asked(questions: Sequence[Question], index: Index, hidden: set[str], limit: int) -> list[Document]:
+def _asked(questions: Sequence[Question], index: Index, hidden: set[str], limit: int, *, raw: bool) -> list[Document]:
     """Real questions with a passage that answers them."""
     found: list[Document] = []
     for question in sorted(questions, key=lambda q: digest(q.id)):
         name = next((name for name in gold_ids(question) if index.find(name) is not None), None)
         if name is not None and len(found) < limit and _document(index, name) not in hidden:
-            found.append(Document(question.question, name, question.domain))
+            found.append(Document(question.raw if raw else question.question, name, question.domain))
     return found
 
 

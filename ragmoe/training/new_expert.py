@@ -89,12 +89,15 @@ class ReaderExpert(NewExpert):
     index: Index
     documents: Documents
     questions: Sequence[Question]
+    raw: bool = False
+    retriever: str | None = None
 
     def heard(self, model: Any) -> Batches:
-        return question_batches(model, self.index, self.questions[:HEARD])
+        return question_batches(model, self.index, self.questions[:HEARD], raw=self.raw, retriever=self.retriever)
 
     def tried(self, model: Any) -> Batches:
-        return _reading(model, self.index, [(d.question, d.passage_id, d.domain) for d in self.documents.new[:TRIED]])
+        told = [(d.question, d.passage_id, d.domain) for d in self.documents.new[:TRIED]]
+        return _reading(model, self.index, told, self.retriever)
 
 
 def begin_new_expert(
@@ -121,7 +124,8 @@ def begin_new_expert(
     if wanted is None:
         return None
     id = joined(model, config, wanted, index)
-    documents = find_documents(wanted, index, questions, held)
+    raw = config.data.question_field == "question_raw"
+    documents = find_documents(wanted, index, questions, held, raw=raw)
     rows = start_rows(model, wanted.start, lambda: nearest_expert(model, index, documents), seed=config.seed)
     grown = grow(model, rows, id=id, name=wanted.name)
     lesson = None
@@ -131,7 +135,7 @@ def begin_new_expert(
     else:
         freeze_gates(grown)
     ordered = sorted(questions, key=lambda q: digest(q.id))
-    return ReaderExpert(grown, wanted, lesson, index, documents, ordered)
+    return ReaderExpert(grown, wanted, lesson, index, documents, ordered, raw, config.raft.retriever)
 
 
 def freeze_gates(model: SparseModel) -> None:
@@ -149,6 +153,12 @@ def wanted_expert(config: TrainingConfig) -> NewExpertConfig | None:
             f"train.what is {config.train.what!r}, and the section new_expert is "
             f"{'missing' if wanted is None else 'there'}: they go together",
             hint="ragmoe experts add BUNDLE --name NAME --index DIR --questions FILE",
+        )
+    if wanted is not None and config.data.replay:
+        raise ConfigError(
+            "data.replay is given, but a new expert is trained alone: what the bundle knows cannot be forgotten, and "
+            "questions to replay would teach the expert to be called for them",
+            hint="name what it is not for with new_expert.others (--others FILE)",
         )
     return wanted
 
@@ -183,18 +193,33 @@ def is_called(model: SparseModel, batches: Batches) -> bool:
     return False
 
 
-def question_batches(model: RagmoeBertForQuestionAnswering, index: Index, questions: Sequence[Question]) -> Batches:
-    """Questions with a passage that answers them, as the reader reads them."""
-    told = [(q.question, name, q.domain) for q in questions for name in gold_ids(q)[:1]]
-    return _reading(model, index, told)
+def question_batches(
+    model: RagmoeBertForQuestionAnswering,
+    index: Index,
+    questions: Sequence[Question],
+    *,
+    raw: bool = False,
+    retriever: str | None = None,
+) -> Batches:
+    """Questions with a passage that answers them, as the reader reads them.
+
+    Args:
+        raw: asked as ``question_raw`` has them.
+        retriever: of the neighbours; None means the index's default.
+    """
+    told = [(q.raw if raw else q.question, name, q.domain) for q in questions for name in gold_ids(q)[:1]]
+    return _reading(model, index, told, retriever)
 
 
-def _reading(model: RagmoeBertForQuestionAnswering, index: Index, told: Sequence[tuple[str, str, str]]) -> Batches:
+def _reading(
+    model: RagmoeBertForQuestionAnswering, index: Index, told: Sequence[tuple[str, str, str]], retriever: str | None
+) -> Batches:
     """What the reader reads for each text, with a passage and a domain."""
     texts, names, domains = ([row[at] for row in told] for at in range(3))
     neighbours = None
     if model.gate_sees_neighbours:
-        neighbours = model.recall(index.neighbours(texts, model.config.neighbours), index, domains)
+        found = index.neighbours(texts, model.config.neighbours, retriever=retriever)
+        neighbours = model.recall(found, index, domains)
     return model.batches(texts, [[index.passage(name)] for name in names], neighbours)
 
 

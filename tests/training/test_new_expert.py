@@ -18,7 +18,7 @@ from tiny import save_tiny_bert
 from torch import Tensor
 
 from ragmoe import BundleError, ConfigError, DataError, ModelError, UsageError, load
-from ragmoe.bundle import lock_experts, prune_experts, read_bundle, read_map, show_expert
+from ragmoe.bundle import lock_experts, prune_experts, read_bundle, read_map, roll_back, show_expert
 from ragmoe.corpus import Question
 from ragmoe.evaluation.task import Task, parse_task
 from ragmoe.gates import Routing
@@ -415,6 +415,106 @@ def test_an_expert_joins_a_bundle_that_was_locked_meanwhile(
     with pytest.raises(BundleError, match="was changed by somebody else meanwhile"):
         add_expert(folder, market(folder, "new_expert.name=fair"))
     assert read_map(folder).expert_ids == [1, 2, 3]
+
+
+def test_a_gate_that_has_nothing_to_tell_apart_is_not_taught(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path, tmp_path: Path
+) -> None:
+    """It would learn that everything is its own, and forget all that the bundle knows."""
+    folder = bundle()
+    rows = [json.loads(line) for line in (town / "corpus.jsonl").read_text().splitlines()]
+    kept = {"alone": [row for row in rows if row["domain"] == "market"], "unnamed": [{**r, "domain": ""} for r in rows]}
+    for name, passages in kept.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
+        sources = (str(tmp_path / f"{name}.jsonl"),)
+        build_index(BuildOptions(sources, tmp_path / name, encoder=StubEncoder()))
+    with pytest.raises(DataError, match=r"nothing says when not to call the expert market: .*alone holds no documents"):
+        prepare(market(folder, index=tmp_path / "alone"))
+    with pytest.raises(DataError, match=r"unnamed that its questions are about name no domain.*--corpus"):
+        prepare(market(folder, index=tmp_path / "unnamed"))
+    others = tmp_path / "others.jsonl"
+    row = json.loads((town / "river_train.jsonl").read_text().splitlines()[0])
+    others.write_text(json.dumps({**row, "gold_ids": ["elsewhere"], "answer_spans": []}) + "\n")
+    with pytest.raises(DataError, match=r"none of the questions of .*others\.jsonl is about a passage of"):
+        prepare(market(folder, others=[str(others)]))
+    prepare(market(folder, "new_expert.train_gate=false", index=tmp_path / "alone"))
+
+
+def test_nothing_is_replayed_to_a_new_expert(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"data\.replay is given, but a new expert is trained alone"):
+        prepare(market(bundle(), f"data.replay=[{town / 'river_train.jsonl'}]"))
+
+
+def test_what_judges_it_is_looked_at_before_it_is_trained(
+    bundle: Callable[..., Path],
+    market: Callable[..., TrainingConfig],
+    town: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = bundle()
+    monkeypatch.setattr(add_module, "_train", lambda *_, **__: pytest.fail("it was trained"))
+    rows = [json.loads(line) for line in (town / "market_dev.jsonl").read_text().splitlines()]
+    for name, change, said in (
+        (
+            "none",
+            {"answers": [], "answer_spans": [], "context_ids": rows[0]["gold_ids"]},
+            "none of its .* can be scored",
+        ),
+        ("elsewhere", {"gold_ids": ["x"], "answer_spans": []}, r"none of the 1 passages .*\n.* with --index DIR"),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({**row, **change}) + "\n" for row in rows))
+        judges = Judges(dev=[tmp_path / f"{name}.jsonl"])
+        with pytest.raises(DataError, match=said):
+            add_expert(folder, market(folder), judges)
+    (tmp_path / "other.jsonl").write_text('{"id": "o", "text": "Something else."}\n')
+    build_index(BuildOptions((str(tmp_path / "other.jsonl"),), tmp_path / "other", encoder=StubEncoder()))
+    judges = Judges(tasks=[river(town)], index=tmp_path / "other")
+    with pytest.raises(DataError, match=r"with --task-index DIR"):
+        add_expert(folder, market(folder), judges)
+
+
+def test_its_threshold_goes_with_it_whatever_its_number_becomes(
+    bundle: Callable[..., Path],
+    market: Callable[..., TrainingConfig],
+    town: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another expert came and went meanwhile, whose id is not used again."""
+    folder, real = bundle(), add_module._certify
+    monkeypatch.setattr(calibration, "ENOUGH", 2)
+    overrides = ("train.gate_learning_rate=0.3", "data.calibration_share=0.4")
+
+    def meanwhile(*given: Any) -> dict[str, Any]:
+        monkeypatch.setattr(add_module, "_certify", lambda *_: {})
+        add_expert(folder, market(folder, *overrides, "new_expert.name=fair", steps=30))
+        roll_back(folder)
+        return real(*given)
+
+    monkeypatch.setattr(add_module, "_certify", meanwhile)
+    added = add_expert(folder, market(folder, *overrides, steps=30))
+    assert added.map.expert_ids == [0, 1, 2, 4]
+    assert show_expert(folder, "market").no_answer_threshold is not None
+    assert load(folder).config.expert_thresholds[:3] == [None] * 3
+
+
+def test_an_addition_to_a_copy_goes_on_after_its_source_was_locked(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out, real = bundle(), tmp_path / "new", add_module._certify
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(add_module, "_certify", stop)
+    with pytest.raises(KeyboardInterrupt):
+        add_expert(folder, market(folder), out=out)
+    lock_experts(folder, [0])
+    monkeypatch.setattr(add_module, "_certify", real)
+    monkeypatch.setattr(add_module, "train", lambda *_, **__: pytest.fail("it was trained again"))
+    assert add_expert(folder, market(folder), out=out, resume=True).map.expert_ids == [0, 1, 2, 3]
 
 
 def test_a_copy_whose_training_cannot_begin_is_not_left(
