@@ -38,12 +38,22 @@ class GramReader:
         self.words = words
         self._numbers: dict[str, int] = {}
 
-    def __call__(self, text: str) -> Grams:
-        """The grams of a text, uint64 (G,), sorted, each once."""
-        words = np.array([self._number(word) for word in _WORD.findall(text.casefold())], dtype=np.uint64)
+    def __call__(self, text: str, words: int | None = None) -> Grams:
+        """The grams of a text, uint64 (G,), sorted, each once; of ``words`` words each in the place of its own number.
+
+        A text of fewer words is one gram.
+        """
+        numbers = np.array([self._number(word) for word in _WORD.findall(text.casefold())], dtype=np.uint64)
+        return self._grams(numbers, self.words if words is None else words)
+
+    def length(self, text: str) -> int:
+        """How many words a text has."""
+        return len(_WORD.findall(text))
+
+    def _grams(self, words: Grams, n: int) -> Grams:
         if not len(words):
             return words
-        n = min(self.words, len(words))
+        n = min(n, len(words))
         grams = np.zeros(len(words) - n + 1, dtype=np.uint64)
         # A polynomial of the words' random numbers, modulo 2**64.
         for i in range(n):

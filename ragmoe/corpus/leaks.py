@@ -33,12 +33,18 @@ class LeakGuard:
     ) -> None:
         self.threshold = threshold
         self.grams = GramReader()
-        self._documents = [self.grams(document.text) for document in documents]
+        self._texts = [document.text for document in documents]
+        self._documents = [self.grams(text) for text in self._texts]
         self._passages: list[Grams] = []
+        # Of passages that are shorter than a gram, how many words they have; and documents' grams of so many.
+        self._short: dict[int, int] = {}
+        self._shorter: dict[tuple[int, int], Grams] = {}
         self._owners: list[str] = []
         parts: dict[str, list[Grams]] = {}
         for passage in passages:
             self._passages.append(self.grams(passage.text))
+            if (length := self.grams.length(passage.text)) < self.grams.words:
+                self._short[len(self._passages) - 1] = length
             self._owners.append(document_of(passage))
             parts.setdefault(self._owners[-1], []).append(self._passages[-1])
         self.banned = self._near(documents, parts)
@@ -55,9 +61,17 @@ class LeakGuard:
             return False
         passage = self._passages[row]
         return (
-            contained(passage, self._documents[document]) < self.threshold
+            contained(passage, self._grams_of(document, self._short.get(row))) < self.threshold
             and contained(chunk, passage) < self.threshold
         )
+
+    def _grams_of(self, document: int, words: int | None) -> Grams:
+        """A predicted document's grams, of so many words each as a short passage has."""
+        if words is None:
+            return self._documents[document]
+        if (document, words) not in self._shorter:
+            self._shorter[document, words] = self.grams(self._texts[document], words)
+        return self._shorter[document, words]
 
     def _near(self, documents: Sequence[Passage], parts: dict[str, list[Grams]]) -> list[set[str]]:
         """For each document the documents of the index that are it, or nearly it."""

@@ -201,7 +201,7 @@ class HarnessModel:
             **{name: x.to(device) for name, x in batch.items()},
             max_new_tokens=tokens,
             pad_token_id=pad_token(self.tokenizer),
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.generator.ends,
             **how,
         )
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in made[:, batch["input_ids"].shape[1] :]]

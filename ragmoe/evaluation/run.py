@@ -266,7 +266,14 @@ def _routed(counted: SequenceRouting | None) -> dict[str, Any]:
 
 
 def _outcome(sample: Sample, answer: AnswerLike) -> dict[str, Any]:
+    # A generator's prompt may have no room for all: the last ones, which are the worst, were not read then.
+    shortened, left_out = (getattr(answer, name, None) for name in ("shortened", "left_out"))
+    read = sample.read[: len(sample.read) - (left_out or 0)]
+    gold = tuple(name for name in sample.gold_read if name in read)
     return {
+        "gold_read": gold,
+        "shortened": shortened,
+        "left_out": left_out,
         "prediction": answer.text,
         "passage_id": answer.passage_id,
         "answered": answer.answered,
@@ -274,7 +281,7 @@ def _outcome(sample: Sample, answer: AnswerLike) -> dict[str, Any]:
         # An infinite score has no place in JSON, nor on a ROC curve; no finite one comes near the bound.
         "no_answer_score": max(-_BOUND, min(_BOUND, answer.no_answer_score)),
         **score(answer, sample.answers, sample.answer_type),
-        **score_citations(answer, sample.answers, sample.answer_type, sample.gold_read),
+        **score_citations(answer, sample.answers, sample.answer_type, gold),
     }
 
 

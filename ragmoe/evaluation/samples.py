@@ -30,6 +30,8 @@ class Sample:
         retrieved: passage ids, best first.
         gold_rank: rank (from 1) of the first gold passage among them; None if it is not there.
         gold_read: those of the passages read that are gold.
+        shortened, left_out: passages that were, for want of room in a generator's prompt; None for a reader, which
+            reads all.
         cited: passages that a generator cites; None for a reader, which does not.
         rouge_l: 0 to 1, of a generator, where the answer is no yes, no or maybe; ``citation_precision`` and
             ``citation_recall`` likewise, see ``metrics``.
@@ -63,6 +65,8 @@ class Sample:
     retrieved: tuple[str, ...] = ()
     gold_rank: int | None = None
     gold_read: tuple[str, ...] = ()
+    shortened: int | None = None
+    left_out: int | None = None
     cited: tuple[str, ...] | None = None
     rouge_l: float | None = None
     citation_precision: float | None = None

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from ragmoe.evaluation.metrics import (
+    YES_NO_MAYBE,
     best_over,
     citation_precision,
     citation_recall,
@@ -37,7 +38,9 @@ def score(answer: AnswerLike, answers: Sequence[str], answer_type: str) -> dict[
         right = float(not answer.answered)
         return {"f1": None, "em": None, "f1_thresholded": right, "em_thresholded": right}
     if answer_type == "yesno":
-        right = float(yes_no_maybe(answer.text) in {yes_no_maybe(text) for text in answers})
+        said = yes_no_maybe(answer.text)
+        # What is none of the three equals nothing, least of all something else that is none.
+        right = float(said in YES_NO_MAYBE and said in {yes_no_maybe(text) for text in answers})
         best = {"f1": right, "em": right}
     else:
         best = {"f1": best_over(f1, answer.text, answers), "em": best_over(exact_match, answer.text, answers)}

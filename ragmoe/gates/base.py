@@ -33,6 +33,7 @@ class GateSettings:
         scores: how logits become weights (see ``ragmoe.gates.scores``).
         selection: which experts are chosen by them (see ``ragmoe.gates.selection``).
         scale: what all weights are multiplied with in the end.
+        float_weights: weights are float32 whatever the tokens' states are.
         noise: standard deviation of the Gaussian noise on the logits while training (0: none).
         jitter: the gate's view of a token is multiplied by numbers between 1 - jitter and 1 + jitter while training
             (Switch; 0: none).
@@ -56,6 +57,7 @@ class GateSettings:
     scores: str = "softmax"
     selection: str = "top_k"
     scale: float = 1.0
+    float_weights: bool = False
     noise: float = 0.0
     jitter: float = 0.0
     token_dropout: float = 0.0
@@ -91,6 +93,8 @@ class Gate(nn.Module, ABC):
         normalises: what ``normalise`` None means to it.
         is_causal: whether a token's logits depend on no later token.
         fixed_experts: why no expert can join or leave it; empty where one can.
+        is_fitted: it is not learned by steps, but fitted in closed form before the first.
+        keeps_token_gate: with a token gate's weights in it and the rest as it starts, it routes as that gate.
     """
 
     uses_neighbours: ClassVar[bool] = False
@@ -102,6 +106,8 @@ class Gate(nn.Module, ABC):
     normalises: ClassVar[bool] = True
     is_causal: ClassVar[bool] = True
     fixed_experts: ClassVar[str] = ""
+    is_fitted: ClassVar[bool] = False
+    keeps_token_gate: ClassVar[bool] = False
     own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias",)
     summary: ClassVar[str] = ""
 
@@ -205,7 +211,9 @@ class Gate(nn.Module, ABC):
         spare_SK = experts_SK.new_tensor(self.settings.experts) if self.leaves_empty else experts_SK[:, :1]
         experts_SK = torch.where(idle_SK, spare_SK, experts_SK)
         kept_SE = ranked_SE.detach() if self.leaves_empty else None
-        return Routing(weights_SK.to(x_SD.dtype), experts_SK, logits_SE, load_SE=load_SE, ranked_SE=kept_SE)
+        if not self.settings.float_weights:
+            weights_SK = weights_SK.to(x_SD.dtype)
+        return Routing(weights_SK, experts_SK, logits_SE, load_SE=load_SE, ranked_SE=kept_SE)
 
     def weigh(self, logits_SE: Tensor, experts_SK: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of chosen experts, float32 (S, K), and where there is none because none was available (bool)."""

@@ -31,6 +31,7 @@ class DomainGate(TokenGate):
     Source: Gururangan et al. 2021 (DEMix).
     """
 
+    keeps_token_gate = False
     uses_neighbours = True
     takes_common = True
 
@@ -79,6 +80,7 @@ class FittedDomainGate(DomainGate):
     # As in the pooled gate.
     temperature = 0.1
     fixed_experts = "it was fitted to the domains of all its experts"
+    is_fitted = True
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__(settings)

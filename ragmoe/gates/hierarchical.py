@@ -23,6 +23,7 @@ class HierarchicalGate(TokenGate):
     Source: Shazeer et al. 2017, appendix B; the choice of one group as in DeepSeek-V3's group-limited routing.
     """
 
+    keeps_token_gate = False
     takes_groups = True
     normalises = False
     fixed_experts = "its experts stand in groups of equal size"

@@ -24,6 +24,7 @@ class ModalityGate(TokenGate):
     Source: Mustafa et al. 2022 (LIMoE) and Bao et al. 2022 (VLMo), whose experts of a modality these are.
     """
 
+    keeps_token_gate = False
     takes_types = True
     fixed_experts = "each of its experts serves a type of token"
     summary = "experts of one token type (text, image; question, passage) beside joint ones (model.expert_types)"

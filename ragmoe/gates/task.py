@@ -20,6 +20,7 @@ class TaskGate(TokenGate):
     Source: Kudugunta et al. 2021 (task-level mixture of experts), with the question in the place of a task's name.
     """
 
+    keeps_token_gate = False
     is_causal = False
     summary = "one routing a sequence, by the mean state of the question's tokens; whole experts can be left on disk"
 

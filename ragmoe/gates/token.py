@@ -16,6 +16,7 @@ from ragmoe.neighbours import Neighbours
 class TokenGate(Gate):
     """``logits = W_t x``. Source: Shazeer et al. 2017; Fedus et al. 2021 (Switch)."""
 
+    keeps_token_gate = True
     own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias", "token.weight")
     summary = "linear in the token state; sees no neighbours"
 
@@ -34,6 +35,7 @@ class SoftmaxGate(TokenGate):
     Source: Jacobs et al. 1991; Jordan and Jacobs 1994.
     """
 
+    keeps_token_gate = False
     summary = "all experts for every token, weighed by the softmax; costs E experts a token, and nothing is left out"
 
     def __init__(self, settings: GateSettings) -> None:

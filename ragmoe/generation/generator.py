@@ -240,9 +240,11 @@ class Generator:
         """
         if len(questions) != len(passages):
             raise ValueError(f"{len(questions)} questions, but passages for {len(passages)}")
-        prompts = [self.prompts.make(asked, shown) for asked, shown in zip(questions, passages, strict=True)]
-        said = self._generate(prompts, neighbours, batch_tokens)
         refusal = self.prompts.answer_ids(REFUSAL)
+        prompts = [
+            self.prompts.make(asked, shown, room=len(refusal)) for asked, shown in zip(questions, passages, strict=True)
+        ]
+        said = self._generate(prompts, neighbours, batch_tokens)
         lengths = [len(prompt.ids) for prompt in prompts]
         count = _prompts_alone(statistics, lengths, domains) if statistics is not None and self.sparse_layers else None
         refused = self._likelihoods([(prompt.ids, refusal) for prompt in prompts], neighbours, batch_tokens, count)
@@ -259,8 +261,9 @@ class Generator:
         neighbours: Neighbours | None = None,
     ) -> list[Likelihood]:
         """How likely each of some answers to one question is, without the token that would end it."""
-        prompt = self.prompts.make(question, passages)
-        pairs = [(prompt.ids, self.prompts.answer_ids(answer)[:-1]) for answer in answers]
+        choices = [self.prompts.answer_ids(answer)[:-1] for answer in answers]
+        prompt = self.prompts.make(question, passages, room=max(map(len, choices), default=0))
+        pairs = [(prompt.ids, choice) for choice in choices]
         rows = neighbours.rows([0] * len(answers)) if neighbours is not None else None
         return self._likelihoods(pairs, rows, 8192)
 
@@ -305,7 +308,7 @@ class Generator:
         return [found[i] for i in range(len(prompts))]
 
     def _said(self, inputs: dict[str, Tensor]) -> list[tuple[str, float]]:
-        ends = self._ends()
+        ends = self.ends
         made = self.model.generate(
             **inputs,
             max_new_tokens=self.style.max_answer_tokens,
@@ -328,7 +331,8 @@ class Generator:
         ]
         return list(zip(texts, (nats_BT * own_BT).sum(dim=1).tolist(), strict=True))
 
-    def _ends(self) -> list[int]:
+    @property
+    def ends(self) -> list[int]:
         """The tokens that end an answer: the tokenizer's, and those that the model's own settings name."""
         named = self.model.generation_config.eos_token_id
         named = [] if named is None else named if isinstance(named, list) else [named]

@@ -77,7 +77,13 @@ class PromptMaker:
         self._chat = bool(getattr(tokenizer, "chat_template", None))
 
     def make(
-        self, question: str, passages: Sequence[Passage], *, gold: int | None = None, answer: str | None = None
+        self,
+        question: str,
+        passages: Sequence[Passage],
+        *,
+        gold: int | None = None,
+        answer: str | None = None,
+        room: int = 0,
     ) -> Prompt:
         """A prompt for training, with its answer, or for answering, without.
 
@@ -88,12 +94,14 @@ class PromptMaker:
         Args:
             passages: in the order in which they are numbered.
             gold: place of the passage that ``answer`` cites; None cites none.
+            room: tokens that are to find room behind it, beyond the longest answer that is given.
 
         Raises:
             DataError: question, gold passage and answer alone are longer than ``max_length``.
         """
         kept = list(passages)
-        reserved = self.style.max_answer_tokens if answer is None else self._longest_answer(answer, gold, len(kept))
+        asked = max(self.style.max_answer_tokens, room)
+        reserved = asked if answer is None else self._longest_answer(answer, gold, len(kept))
         room = self.style.max_length - reserved
         if len(ids := self.ids(question, kept)) <= room:
             return self._prompt(ids, kept, kept, gold, answer)

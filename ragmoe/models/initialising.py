@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ragmoe._errors import BundleError, ModelError
@@ -32,6 +34,7 @@ from ragmoe.models.families.upcycling import (
 )
 from ragmoe.models.upcycling import base_path
 
+_UNQUANTISED = "start from the checkpoint that it was made of"
 _UPCYCLING_DEFAULTS = {"experts": 8, "top_k": 2}
 
 
@@ -97,7 +100,13 @@ def make(
             + ("and no layers were asked for" if maker else f"and those known are {', '.join(sorted(_MAKERS))}")
             + f"; its modules are {', '.join(_modules(config))}"
         )
-    made = maker(path, config, settings, layers=layers, init=init, amount=amount, seed=seed)
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise ModelError(f"{path} is quantised ({kind}): its weights cannot be copied into experts", hint=_UNQUANTISED)
+    try:
+        made = maker(path, config, settings, layers=layers, init=init, amount=amount, seed=seed)
+    except (OSError, ImportError, SafetensorError) as error:
+        raise ModelError(f"the weights of {path} cannot be read: {_first_line(error)}") from error
     if not made.layers:
         raise ModelError(f"no layer was changed: {path} has no sparse layer; it has {', '.join(_modules(config))}")
     return made
@@ -178,14 +187,21 @@ _MAKERS: dict[str, Callable[..., Made]] = {
 def _config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"{path} is not a checkpoint: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _modules(config: Any) -> list[str]:
     """The modules of a model by name, layer numbers left out; nothing is loaded."""
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+    except (ValueError, ImportError):
+        return ["unknown"]
     return sorted({re.sub(r"\b\d+\b", "*", name) for name, _ in model.named_modules() if name})
 
 

@@ -32,9 +32,11 @@ class SparseModel(BundleMixin):
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """As in transformers, but ModelError for re-entrant checkpointing: it loses the routing losses' gradients."""
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        # Where nothing is said of it torch takes the re-entrant way.
+        how = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if how["use_reentrant"]:
             raise ModelError("re-entrant checkpointing loses the gradients of the routing losses: set it to False")
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        super().activation_checkpointing_enable(how, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -59,13 +59,16 @@ class NeighbourGate(nn.Module):
         self.top_k, self.num_experts, self.hidden_dim = settings.top_k, settings.experts, settings.width
 
     def forward(self, hidden_states: Tensor, neighbours: Neighbours | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (S, E) in float32, weights (S, K) and experts (S, K), best first."""
+        """Logits (S, E) in float32, weights (S, K) as the family has them, and experts (S, K), best first."""
         x_SD = hidden_states.reshape(-1, self.hidden_dim)
         # Where the gate is kept in float32 beside a model in half precision, that is what it is computed in.
         kept = (parameter.dtype for parameter in self.inner.parameters() if parameter.is_floating_point())
         dtype = next(kept, x_SD.dtype)
         routing = self.inner(x_SD.to(dtype), neighbours)
-        return routing.logits_SE, routing.weights_SK.to(x_SD.dtype), routing.experts_SK
+        weights_SK = routing.weights_SK
+        if not self.inner.settings.float_weights:
+            weights_SK = weights_SK.to(x_SD.dtype)
+        return routing.logits_SE, weights_SK, routing.experts_SK
 
 
 class SparseBlock(nn.Module, ABC):

@@ -32,6 +32,7 @@ def gate_settings(config: Any, layer: int = 0) -> GateSettings:
         scores=config.scores,
         selection=config.selection,
         scale=config.weight_scale,
+        float_weights=getattr(config, "float_weights", False),
         noise=config.gate_noise,
         jitter=config.gate_jitter,
         token_dropout=config.token_dropout,

@@ -87,3 +87,10 @@ def test_a_domain_of_unanswerable_questions_without_a_score_leaves_the_others(sa
     lost = sample("2", None, domain="b", status="unscored", f1_thresholded=None, em_thresholded=None)
     found = summarise([sample("1", 0.5), lost])
     assert found["macro"]["f1_thresholded"] == 50.0
+
+
+def test_what_is_neither_yes_nor_no_nor_maybe_is_never_right(make_answer: Any) -> None:
+    for said in ("banana", "", "True"):
+        found = score(make_answer(said), ["True"], "yesno")
+        assert (found["f1"], found["em"]) == (0.0, 0.0)
+    assert score(make_answer("Yes."), ["yes"], "yesno")["f1"] == 1.0

@@ -116,6 +116,9 @@ def test_an_answer_ends_with_the_end_of_text() -> None:
         ("in 1893 [2]", [2], "in 1893"),
         ("The quay [1][3]. The lock [3, 12].", [1, 3, 12], "The quay. The lock."),
         ("no number", [], "no number"),
+        ("list[0] [2]", [2], "list[0]"),
+        ("in 1893[4] [2], they say", [2], "in 1893[4], they say"),
+        ("in 1893[2].", [2], "in 1893."),
         ("a[i] and [12345]", [], "a[i] and [12345]"),
     ],
 )

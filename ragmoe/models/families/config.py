@@ -75,8 +75,17 @@ class RoutingConfig(PreTrainedConfig):
 
     @property
     def normalise_weights(self) -> bool:
-        """Whether the weights of the chosen experts sum to one."""
-        return True
+        """Whether the weights of the chosen experts sum to one.
+
+        Not where a gate must learn which group to choose: there the group's own probability would cancel. LoRA experts
+        start as nothing, whatever their weights.
+        """
+        return not (gate_class(self.gate).takes_groups and self.expert_kind == "lora")
+
+    @property
+    def float_weights(self) -> bool:
+        """Whether the family's experts take their weights in float32, whatever the model's own precision."""
+        return False
 
     @property
     def weight_scale(self) -> float:
@@ -121,6 +130,17 @@ class RoutingConfig(PreTrainedConfig):
                 )
         if gate_class(self.gate).takes_types:
             raise ModelError(f"the gate {self.gate!r} routes by types of tokens, of which a decoder knows none")
+        if gate_class(self.gate).takes_groups and self.normalise_weights:
+            raise ModelError(
+                f"the gate {self.gate!r} learns which group to choose by the group's probability, which cancels where "
+                f"weights sum to one as in {self.model_type} with {self.expert_kind!r} experts",
+                hint="expert_kind=lora, or another gate",
+            )
+        if gate_class(self.gate).is_fitted:
+            raise ModelError(
+                f"the gate {self.gate!r} is fitted to questions and their domains, for readers alone",
+                hint="gate=memory with expert_names of the domains routes by the neighbours' domains too",
+            )
         block_class(self.expert_kind)
         if self.expert_kind not in self.expert_kinds:
             raise ModelError(

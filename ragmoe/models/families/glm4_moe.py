@@ -40,6 +40,11 @@ class RagmoeGlm4MoeConfig(RoutingConfig, Glm4MoeConfig):
     expert_kinds: ClassVar[tuple[str, ...]] = ("ffn",)
 
     @property
+    def float_weights(self) -> bool:
+        """Its own experts take their weights in float32."""
+        return self.expert_kind == "ffn"
+
+    @property
     def normalise_weights(self) -> bool:
         """Whether the weights of the chosen experts sum to one, before they are scaled."""
         return bool(self.norm_topk_prob)

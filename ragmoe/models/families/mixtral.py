@@ -29,6 +29,11 @@ class RagmoeMixtralConfig(RoutingConfig, MixtralConfig):
     model_type = "ragmoe_mixtral"
     attribute_map: ClassVar[dict[str, str]] = {**MixtralConfig.attribute_map, "experts": "num_local_experts"}
 
+    @property
+    def float_weights(self) -> bool:
+        """Its own experts take their weights in float32."""
+        return self.expert_kind == "ffn"
+
 
 class RagmoeMixtralGate(NeighbourGate, MixtralTopKRouter):
     """A gate of ragmoe, as Mixtral's."""

@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -214,7 +215,8 @@ class DecoderForCausalLM(Decoder, GenerationMixin):
 
         While training, with labels, the loss holds the routing losses, each times its weight. With
         ``num_items_in_batch`` (which Trainer gives) a micro-batch counts by its share of the step's labels, so that
-        neither the loss nor its gradient changes with how many micro-batches or ranks a step has.
+        the language loss and its gradient do not change with how many micro-batches or ranks a step has; nor do the
+        routing losses where ``step_totals`` tells them of the whole step.
 
         Args:
             input_ids, attention_mask, labels: (B, T) int64; -100 for no label.
@@ -246,18 +248,21 @@ class DecoderForCausalLM(Decoder, GenerationMixin):
             **{_CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
+        logits, loss = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)), None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        # The loss is there from the start, and therefore first where the output is taken for a tuple.
         output = CausalLMOutput(
-            logits=self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)),
+            loss=loss,
+            logits=logits,
             **{name: outputs.get(name) for name in (_CACHE, "hidden_states", "attentions", "router_logits")},
         )
         if "routings" in outputs:
             output.routings = tuple(Routing(*fields) for fields in outputs["routings"])
-        if labels is not None:
-            output.loss = self.loss_function(output.logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-            if self.training and output.routings and self.config.experts > 1:
-                share = _share(labels, kwargs.get("num_items_in_batch"), step_totals)
-                mask = torch.ones_like(labels) if attention_mask is None else attention_mask
-                self._add_losses(output, loss_inputs(output.routings, mask, question_domain), step_totals, share)
+        if labels is not None and self.training and output.routings and self.config.experts > 1:
+            share = _share(labels, kwargs.get("num_items_in_batch"), step_totals)
+            mask = _routed(attention_mask, labels)
+            self._add_losses(output, loss_inputs(output.routings, mask, question_domain), step_totals, share)
         return output
 
     def _add_losses(
@@ -298,6 +303,14 @@ class DecoderForCausalLM(Decoder, GenerationMixin):
         return {**super().prepare_inputs_for_generation(*args, **kwargs), "output_router_logits": False}
 
 
+def _routed(mask: Tensor | None, labels: Tensor) -> Tensor:
+    """Which tokens of this batch are no padding, (B, T), as far as the attention mask says."""
+    if mask is None or mask.ndim != 2:
+        return torch.ones_like(labels)
+    # Before them it may have what is in the cache, as with a prefix.
+    return mask[:, -labels.shape[1] :]
+
+
 def _share(labels: Tensor, items: Tensor | int | None, step: StepTotals | None) -> Tensor | float:
     """By how much a micro-batch's routing losses count, where the losses of the step's micro-batches are summed up."""
     if items is None:
@@ -319,6 +332,8 @@ def register_family(config_class: Any, model_class: Any, causal_class: Any, fami
     AutoConfig.register(model_type, config_class)
     AutoModel.register(config_class, model_class)
     AutoModelForCausalLM.register(config_class, causal_class)
+    # By the names in here Trainer knows whose labels are to be shifted, where it computes the loss itself.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = causal_class.__name__
     register_checkpoint_conversion_mapping(
         model_type,
         [

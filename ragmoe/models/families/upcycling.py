@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from ragmoe._errors import ModelError
 from ragmoe._quiet import quiet_loading
 from ragmoe.experts import start_class
-from ragmoe.gates import TokenGate, gate_class
+from ragmoe.gates import gate_class
 from ragmoe.models.families import FAMILIES, RoutingConfig
 
 
@@ -89,8 +89,10 @@ def exchange_base_gates(path: str, base: Any, settings: dict[str, Any]) -> Made:
     if named:
         raise ModelError(f"the checkpoint {path} does not fit its configuration: {sorted(named)[:5]}")
     notes = []
-    if not issubclass(gate_class(config.gate), TokenGate):
-        notes.append(f"the gate {config.gate!r} has no place for the one that was there, and starts untrained")
+    if not gate_class(config.gate).keeps_token_gate:
+        notes.append(
+            f"the gate {config.gate!r} has no place for the one that was there and starts untrained: answers differ"
+        )
     return Made(model, "gate exchange", base.model_type, model.sparse_layers, notes=notes)
 
 
@@ -133,7 +135,12 @@ def upcycle_base(
     family = FAMILIES[UPCYCLED[base.model_type].family]
     start = start_class(init)(amount, torch.Generator().manual_seed(seed))
     with quiet_loading():
-        dense = AutoModelForCausalLM.from_pretrained(path)
+        dense, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    if lacking := sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"]))):
+        raise ModelError(
+            f"the checkpoint {path} lacks {len(lacking)} weights of a language model, which would be drawn at random: "
+            f"{lacking[:5]}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family._from_config(config, dtype=dense.dtype)
@@ -156,7 +163,8 @@ def upcycled_decoder(path: str, base: Any, settings: dict[str, Any], layers: Seq
     config = _config(family, {**inherited, **target.fields(base)}, {"expert_kind": "lora", **settings})
     if config.expert_kind == "ffn" and "expert_rank" in settings:
         raise ModelError("expert_rank is given, but 'ffn' experts have no rank", hint="leave it out")
-    config.sparse_layers = None if layers is None else sorted(set(layers))
+    if layers is not None:
+        config.sparse_layers = sorted(set(layers))
     config.sparse_layers = config.resolved_sparse_layers()
     return config
 

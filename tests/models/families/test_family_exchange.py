@@ -210,7 +210,18 @@ def test_glm_routes_in_float32_whatever_the_model_is_in(tmp_path: Path) -> None:
     logits_SE, weights_SK, _ = gate(x_SD)
     want = block.gate(x_SD)
     assert torch.allclose(logits_SE, want[0] if isinstance(want, tuple) else want, atol=1e-5)
-    assert weights_SK.dtype == torch.bfloat16
+    assert weights_SK.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_at_step_0_it_is_that_model_in_half_precision_too(family: str, tmp_path: Path) -> None:
+    """To the bit: families differ in whether their experts take weights in float32."""
+    native(family).save_pretrained(tmp_path)
+    how = {"dtype": torch.bfloat16, "experts_implementation": "eager"}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, **how).eval()
+    ours = opened(family, tmp_path, gate="token", **how)
+    x = torch.randint(3, 64, (4, 24), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(ours(x).logits, theirs(x).logits)
 
 
 def test_merged_experts_of_a_decoder_are_the_best_of_their_rank(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_decoders import NATIVE, PAD, VOCABULARY, WIDTH, E, K, R, make, prompts, some_neighbours
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from ragmoe import BundleError, ModelError
@@ -100,6 +102,46 @@ def test_gradients_with_checkpointing_are_those_without(name: str) -> None:
 def test_reentrant_checkpointing_is_refused() -> None:
     with pytest.raises(ModelError, match="re-entrant checkpointing loses the gradients"):
         make("olmoe").activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_checkpointing_is_not_re_entrant_where_nothing_is_said_of_it() -> None:
+    found, made, x = [], make("mixtral").train(), prompts()
+    for how in (None, {}, {"preserve_rng_state": False}):
+        model = copy.deepcopy(made)
+        model.activation_checkpointing_enable(how)
+        model(x, labels=x).loss.backward()
+        found.append([gate.token.weight.grad.clone() for gate in model.gates])
+    assert all(x.abs().max() > 0 for x in found[0])
+    for other in found[1:]:
+        assert all(torch.allclose(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+def test_with_labels_the_loss_comes_first() -> None:
+    for model in (make("mixtral").train(), make("mixtral").eval()):
+        x = prompts()
+        output = model(x, labels=x)
+        assert output[0] is output.loss and output[0].ndim == 0
+        assert model(x, labels=x, return_dict=False)[0].ndim == 0
+    assert make("mixtral")(prompts())[0].ndim == 3
+
+
+def test_trainer_shifts_labels_where_it_makes_the_loss() -> None:
+    assert {f"Ragmoe{name}ForCausalLM" for name in ("Mixtral", "Qwen3Moe", "Olmoe", "Glm4Moe")} <= set(
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    )
+
+
+@pytest.mark.parametrize("shape", ["longer", "four"])
+def test_an_attention_mask_of_more_than_this_batch(shape: str) -> None:
+    """As with a prefix in the cache, or one that says of each pair whether it is seen."""
+    model, x = make("mixtral").train(), prompts()
+    B, T = x.shape
+    if shape == "longer":
+        cache = model(x, use_cache=True).past_key_values
+        seen = {"attention_mask": torch.ones(B, 2 * T, dtype=torch.long), "past_key_values": cache}
+    else:
+        seen = {"attention_mask": torch.ones(T, T).tril().bool().expand(B, 1, T, T)}
+    assert model(x, labels=x, **seen).loss.isfinite()
 
 
 @pytest.mark.parametrize("name", CASES)

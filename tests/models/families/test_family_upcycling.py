@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertTo
 
 from ragmoe import BundleError, ConfigError, ModelError, load, load_decoder
 from ragmoe.experts import start_class
-from ragmoe.models.initialising import init
+from ragmoe.models.initialising import init, make
 
 SMALL = {"neighbour_width": R, "gate_width": 8, "experts": 4, "top_k": 2}
 
@@ -21,6 +22,13 @@ def dense(family: str, folder: Path, **settings: Any) -> Any:
     model = shaken(AutoModelForCausalLM.from_config(DENSE[family](**settings)))
     model.save_pretrained(folder)
     return model
+
+
+def make_without_saving(folder: Path, **settings: Any) -> Any:
+    sizes = (
+        SMALL if (folder / "config.json").read_text().count("experts") == 0 else {"neighbour_width": R, "gate_width": 8}
+    )
+    return make(folder, **{**sizes, **settings})
 
 
 def upcycled(folder: Path, **settings: Any) -> Any:
@@ -114,8 +122,61 @@ def test_gates_are_exchanged(family: str, tmp_path: Path) -> None:
 def test_a_gate_that_cannot_keep_the_old_one_says_so(tmp_path: Path) -> None:
     native("olmoe").save_pretrained(tmp_path)
     made = init(tmp_path, out=tmp_path / "out", gate="mlp")
-    assert "the gate 'mlp' has no place for the one that was there, and starts untrained" in made.notes
+    assert "the gate 'mlp' has no place for the one that was there and starts untrained: answers differ" in made.notes
+    made = make_without_saving(tmp_path, gate="hierarchical", expert_groups=2)
+    assert any(note.startswith("the gate 'hierarchical' has no place") for note in made.notes)
+    assert not any("no place" in note for note in make_without_saving(tmp_path, gate="retrieval").notes)
     assert load_decoder(tmp_path / "out").config.gate == "mlp"
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """They would be drawn at random, others each time."""
+    dense("llama", tmp_path).model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ModelError, match=r"lacks 1 weights of a language model.*lm_head"):
+        make_without_saving(tmp_path / "headless", expert_rank=8)
+
+
+def test_a_base_that_cannot_be_read_is_said_to_be(tmp_path: Path) -> None:
+    dense("llama", tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match=r"the weights of .* cannot be read: "):
+        make_without_saving(tmp_path, expert_rank=8)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"the weights of .* cannot be read: "):
+        make_without_saving(tmp_path, expert_rank=8)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ModelError, match=r"is quantised \(gptq\)"):
+        make_without_saving(tmp_path, expert_rank=8)
+
+
+def test_sparse_layers_may_be_given_as_a_setting(tmp_path: Path) -> None:
+    dense("llama", tmp_path)
+    assert make_without_saving(tmp_path, expert_rank=8, sparse_layers=[1]).layers == [1]
+
+
+def test_a_gate_of_groups_is_taught_which_to_choose(tmp_path: Path) -> None:
+    """Not where weights sum to one, for there the group's own probability cancels."""
+    dense("llama", tmp_path)
+    settings = {"gate": "hierarchical", "expert_groups": 2, "experts": 4, "balance_loss": 0.0, "z_loss": 0.0}
+    model = make_without_saving(tmp_path, expert_rank=8, **settings).model.train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.normal_(std=0.3)
+    x = torch.randint(3, 64, (4, 12))
+    model(x, labels=x).loss.backward()
+    gradients = [p.grad.abs().max().item() for n, p in model.named_parameters() if n.endswith("inner.group.weight")]
+    assert len(gradients) == 2 and min(gradients) > 1e-5
+    with pytest.raises(ModelError, match="which cancels where weights sum to one as in ragmoe_mixtral with 'ffn'"):
+        make_without_saving(tmp_path, expert_kind="ffn", **settings)
+
+
+@pytest.mark.parametrize("gate", ["centroid", "ridge"])
+def test_a_gate_that_is_fitted_to_questions_is_for_readers(gate: str, tmp_path: Path) -> None:
+    dense("llama", tmp_path)
+    with pytest.raises(ModelError, match=f"the gate '{gate}' is fitted to questions and their domains, for readers"):
+        make_without_saving(tmp_path, expert_rank=8, gate=gate, common_experts=1)
 
 
 def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
