@@ -115,7 +115,12 @@ def _of_document(
     asked: set[tuple[int, int]] = set()
     found = []
     for span, places in spans:
-        free = [place for place in places if (place.text, _sentence(texts, place)) not in asked]
+        free = [
+            place
+            for place in places
+            if (place.text, _sentence(texts, place)) not in asked
+            and not _tells_itself(texts[place.text], place.word, len(span))
+        ]
         open_to = [place for place in places if room[place.text]]
         pairs = [
             (value, asking, told)
@@ -192,6 +197,14 @@ def _relatedness(texts: Sequence[_Text], wanted: set[str], told: _Place, weights
     if len(near) < _SHARED_NEAR:
         return None
     return sum(weights[word] for word in near) / math.sqrt(len(wanted))
+
+
+def _tells_itself(asks: _Text, asked: int, words: int) -> bool:
+    """Whether the sentence that asks says its own answer once more."""
+    start, end = asks.sentences[asks.words[asked].sentence]
+    first, last = asks.words[asked].start, asks.words[asked + words - 1].end
+    rest = f"{asks.passage.text[start:first]} {asks.passage.text[last:end]}".casefold()
+    return re.search(rf"\b{re.escape(asks.passage.text[first:last].casefold())}\b", rest) is not None
 
 
 def _question(asks: _Text, asked: int, tells: _Text, told: int, words: int) -> Question:

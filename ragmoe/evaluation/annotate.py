@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ragmoe._errors import DataError, ModelError
+from ragmoe.bundle import is_bundle, read_map
 from ragmoe.corpus.types import Question
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def annotate(
         progress: called with what is done, how much of it and of how much.
 
     Raises:
-        ModelError: the model has no experts, or comes from no bundle.
+        ModelError: the model has no experts, comes from no bundle, or has not all of its bundle's experts.
         DataError: none of the questions has a gold passage in the index.
         IndexLockedError: the index is being changed, or annotated by somebody else.
         IndexFolderError: it was changed since it was opened.
@@ -51,6 +52,7 @@ def annotate(
         raise ModelError("the model is dense: it has no experts that passages could speak for")
     if not model.bundle_digests:
         raise ModelError("the model comes from no bundle, which its memory could be kept under: save and load it first")
+    _require_whole(model)
     model.check_index(index)
     about = [(q, names) for q in questions if (names := gold_in(index, q))]
     if not about:
@@ -60,7 +62,23 @@ def annotate(
         SameIndex(index.folder, base=index.manifest).check()
         memory = _route(model, index, about, progress)
         memory.save(index)
+    # What was recalled before is by what was recorded before.
+    model.forget_memory()
     return memory
+
+
+def _require_whole(model: Any) -> None:
+    """Raise ModelError for a model without some of its experts: what it records stands for the whole bundle."""
+    if model.held_back:
+        raise ModelError("some experts are held back, and what is recorded is for all: model.hold_back([])")
+    folder = model.config._name_or_path
+    if not folder or not is_bundle(folder) or (map_ := read_map(folder)).digest != model.bundle_digests[0]:
+        return
+    if missing := [e.name for e in map_.experts if e.id not in (model.config.expert_ids or ())]:
+        raise ModelError(
+            f"the model was opened without {', '.join(missing)}; what is recorded is for all experts of {folder}",
+            hint="open it whole: load(BUNDLE)",
+        )
 
 
 def _route(

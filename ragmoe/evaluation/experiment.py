@@ -155,7 +155,7 @@ class Experiment(BaseModel):
         return self.folder / expand(path, f"experiment {self.name}")
 
     def load_tasks(self) -> list[Task]:
-        """The tasks, read and checked; ConfigError where two have the same name, or a goal has no task."""
+        """The tasks, read and checked; ConfigError where two have one name or setting, or a goal has no task."""
         tasks = [
             parse_task(entry, self.folder, f"{self._path}: tasks")
             if isinstance(entry, dict)
@@ -167,12 +167,19 @@ class Experiment(BaseModel):
             raise ConfigError(
                 f"{self._path}: two tasks are called {twice[0]!r}; their results would overwrite each other"
             )
+        settings = [task.setting_name for task in tasks]
+        if twice := sorted({name for name in settings if settings.count(name) > 1}):
+            same = ", ".join(task.name for task in tasks if task.setting_name == twice[0])
+            raise ConfigError(
+                f"{self._path}: the tasks {same} are of one setting, {twice[0]!r}, by which results name comparisons",
+                hint="give all but one a label of their own, which is then their setting's name: label: shown",
+            )
         for goal in self.goals:
             self.task_of(goal, tasks)
         return tasks
 
     def task_of(self, goal: Goal, tasks: Sequence[Task]) -> Task:
-        """The task that a goal is judged by: the first of its setting. ConfigError where there is none."""
+        """The task that a goal is judged by, that of its setting. ConfigError where there is none."""
         of_setting = [task for task in tasks if task.setting_name == goal.setting]
         if not of_setting:
             there = ", ".join(dict.fromkeys(task.setting_name for task in tasks))
@@ -273,7 +280,12 @@ def load_experiment(
     for override in overrides:
         if "=" not in override:
             raise UsageError(f"expected a.b=c, got {override!r}", hint="for example: train.steps=100")
-    experiment._path, experiment._overrides, experiment._own_seeds = path, tuple(overrides), seeds is None
+    experiment._path, experiment._overrides, experiment._own_seeds = (
+        path,
+        tuple(overrides),
+        # Also where the file's own are given, as in the command that a result shows.
+        seeds is None or list(seeds) == (content.get("seeds") or kind.model_fields["seeds"].default),
+    )
     return experiment
 
 

@@ -24,13 +24,15 @@ from ragmoe._errors import ConfigError
 from ragmoe.bundle import is_bundle, read_map
 from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.machine import commit, machine
-from ragmoe.evaluation.results import Results
+from ragmoe.evaluation.results import RESULTS_NAME, Results
 from ragmoe.evaluation.samples import write_text
 from ragmoe.evaluation.task import Task
 
 if TYPE_CHECKING:
     from ragmoe.training import TrainingConfig
 
+# Where an arm of a language experiment has been measured (language_results.py).
+_PERPLEXITIES = "perplexity.json"
 # What a history calls the loss of what is learned, the first that is there.
 _LOSSES = ("answer_loss", "language_loss", "loss")
 
@@ -64,7 +66,14 @@ class ExperimentFolder:
     def begin(self, arm: str, seed: int, config: TrainingConfig) -> None:
         """Record that an arm's training begins, from what, and where; one that is taken up again began from that."""
         where = {"machine": machine(), "commit": commit(self.experiment.folder)}
-        base = self.note(arm, seed).get("base") if (self.bundle(arm, seed) / "training.yaml").is_file() else None
+        base = None
+        if (self.bundle(arm, seed) / "training.yaml").is_file():
+            base = self.note(arm, seed).get("base")
+        else:
+            # What an earlier model of this arm was measured to be is not this one's.
+            for name in (RESULTS_NAME, _PERPLEXITIES):
+                for stale in self.place(arm, seed).rglob(name):
+                    stale.unlink()
         base = base or _digest_of_base(config)
         self._write_note(arm, seed, {"index": self.index, "base": base, "seconds": None, **where})
 

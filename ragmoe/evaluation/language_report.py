@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ragmoe._errors import DataError
-from ragmoe.evaluation.experiment import DENSE, VALID, Experiment, LanguageExperiment
+from ragmoe.evaluation.experiment import VALID, Experiment, LanguageExperiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, head, write
 from ragmoe.evaluation.language_results import FILE, LanguageResults, results_place
@@ -92,13 +92,16 @@ def gather_language(folder: ExperimentFolder, digests: Mapping[str, str], comman
         ],
     )
     percent = [(a, b, both[0]) for a, b, both in compared]
+    reference = experiment.reference
     tables = [
         *(_perplexity_table(setting, found) for setting, found in figures.items() if found),
         comparison_table(percent),
         *(_domain_table([t for t in percent if t[2].setting.partition("+")[0] == setting]) for setting in runs),
         _last_expert_table(runs) if len(runs) > 1 and runs[first] else None,
-        training_gap({arm: [folder.losses(arm, seed) for seed in experiment.seeds] for arm in experiment.arms}, DENSE),
-        _arm_table(runs[first], experiment.notes, seconds) if runs[first] else None,
+        training_gap(
+            {arm: [folder.losses(arm, seed) for seed in experiment.seeds] for arm in experiment.arms}, reference
+        ),
+        _arm_table(runs[first], experiment.notes, seconds, reference) if runs[first] else None,
     ]
     return Outcome(
         experiment=experiment,
@@ -124,7 +127,10 @@ def _finished(
         for seed in experiment.seeds:
             found = {name: LanguageResults.load(results_place(folder, arm, seed, name)) for name in runs}
             counted = {name: r for name, r in found.items() if r is not None and r.documents == digests.get(name)}
-            if counted.keys() == runs.keys():
+            # A gate that sees no neighbours is shown no others either.
+            wanted = {REAL, *experiment.perturbations}
+            whole_ones = [name for name, r in counted.items() if r.losses.keys() in ({REAL}, wanted)]
+            if len(whole_ones) == len(runs) and folder.trained(arm, seed):
                 whole[seed] = counted
             else:
                 missing.append(f"{arm} seed {seed}")
@@ -147,7 +153,9 @@ def _compare(experiment: Experiment, runs: Runs) -> list[tuple[str, str, tuple[C
             if {a, b} <= arms.keys():
                 found.append((a, b, both(_losses(arms[a]), _losses(arms[b]), setting)))
         for arm, of_arm in arms.items():
-            for name in of_arm[0].losses:
+            # Of seeds that were measured at different times, what all of them have.
+            shown = [name for name in of_arm[0].losses if all(name in results.losses for results in of_arm)]
+            for name in shown:
                 if name != REAL:
                     found.append((arm, arm, both(_losses(of_arm, name), _losses(of_arm), f"{setting}+{name}")))
     return found
@@ -239,8 +247,8 @@ def _last_load(of_arm: Arm) -> float | None:
     return 100 * fmean(loads) if loads else None
 
 
-def _arm_table(runs: Arms, notes: Mapping[str, str], seconds: Mapping[str, float | None]) -> Table:
-    dense = runs[DENSE][0].parameters["active"] if DENSE in runs else None
+def _arm_table(runs: Arms, notes: Mapping[str, str], seconds: Mapping[str, float | None], reference: str) -> Table:
+    dense = runs[reference][0].parameters["active"] if reference in runs else None
     rows = []
     for arm, of_arm in runs.items():
         sizes = of_arm[0].parameters
@@ -250,7 +258,7 @@ def _arm_table(runs: Arms, notes: Mapping[str, str], seconds: Mapping[str, float
     matched = "".join(f"\n- {arm}: {notes[arm].strip()}" for arm in runs if arm in notes)
     return Table(
         "Parameters and routing",
-        ["arm", "active", "against dense", "total", "seconds", "gate entropy", "norm. MI", "max load"],
+        ["arm", "active", f"against {reference}", "total", "seconds", "gate entropy", "norm. MI", "max load"],
         rows,
         note="Entropy in nats; mutual information of domain and expert; means over layers."
         + (f"\n{matched}" if matched else ""),

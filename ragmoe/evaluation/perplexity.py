@@ -167,7 +167,7 @@ def compare_perplexity(
         documents=len(runs[0]),
         per_domain_documents=dict(documents),
         seeds=(len(a), len(b)),
-        seed_spread={"a": _spread(a), "b": _spread(b)},
+        seed_spread={"a": _spread(a, relative), "b": _spread(b, relative)},
     )
 
 
@@ -198,9 +198,10 @@ def _points(a: Any, b: Any) -> Any:
     return np.exp(a) - np.exp(b)
 
 
-def _spread(runs: Sequence[Sequence[DocumentLoss]]) -> float | None:
-    """Standard deviation of the perplexity over seeds; None for a single one."""
-    means = [math.exp(fmean(_by_domain(run, [loss.nats for loss in run], 1, 0)[0].values())) for run in runs]
+def _spread(runs: Sequence[Sequence[DocumentLoss]], relative: bool) -> float | None:
+    """Standard deviation of the perplexity over seeds, in per cent of it where ``relative``; None for a single one."""
+    nats = [fmean(_by_domain(run, [loss.nats for loss in run], 1, 0)[0].values()) for run in runs]
+    means = [100 * x for x in nats] if relative else [math.exp(x) for x in nats]
     return stdev(means) if len(means) > 1 else None
 
 

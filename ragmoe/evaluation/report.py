@@ -109,14 +109,18 @@ def load(arms: Arms) -> Table | None:
     """Share of the tokens' choices that fell on each expert, in per cent, by layer (of the first seed)."""
     rows: list[list[str]] = []
     names: list[str] = []
+    every: list[list[str]] = []
     for name, runs in arms.items():
         routing = runs[0].real["routing"]
+        every += [list(routing["experts"])] if routing else []
         for row in routing["layers"] if routing else []:
             rows.append([name, str(row["layer"]), *(f"{100 * share:.0f}" for share in row["load"])])
         names = max(names, routing["experts"] if routing else [], key=len)
     if not rows:
         return None
-    heads = [_short(name) for name in names]
+    # By name only where a column has the same expert in every arm.
+    same = all(own == names[: len(own)] for own in every)
+    heads = [_short(name) if same else str(place) for place, name in enumerate(names)]
     return Table(
         "Load per expert, %",
         ["arm", "layer", *heads],

@@ -20,7 +20,8 @@ from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.samples import Sample, read_samples, write_text
 
 SCORING_VERSION = 2
-_FILE = "results.json"
+#: The file by which an evaluation is finished.
+RESULTS_NAME = "results.json"
 _WRITES = "ragmoe eval run TASK --model BUNDLE --out DIR writes one, or finishes one that was stopped"
 _UNITS = {
     "f1, em, accuracy, macro_f1, f1_all, difference": "points, 0 to 100",
@@ -81,13 +82,13 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """Write ``results.json``; the samples are there already."""
-        write_text(folder / _FILE, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / RESULTS_NAME, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
         """Read a run back. DataError where the folder holds none, or not all of it."""
         folder = Path(folder)
-        path = folder / _FILE
+        path = folder / RESULTS_NAME
         try:
             blocks = json.loads(path.read_text(encoding="utf-8"))["ragmoe"]["tasks"]
             if len(blocks) != 1:
@@ -125,7 +126,7 @@ def find_runs(folder: str | Path) -> dict[str, Results]:
         around = folder.absolute().parent
         beside = [path.name for path in sorted(around.iterdir()) if _places(path)] if around.is_dir() else []
         raise DataError(
-            f"{folder} is not a finished evaluation: expected {_FILE} in it, or in folders of it, but {holds}; "
+            f"{folder} is not a finished evaluation: expected {RESULTS_NAME} in it, or in folders of it, but {holds}; "
             f"evaluations in {folder.parent}: {', '.join(beside) or 'none'}",
             hint=_WRITES,
         )
@@ -135,7 +136,9 @@ def find_runs(folder: str | Path) -> dict[str, Results]:
 
 def _places(folder: Path) -> list[Path]:
     """The folder itself where a run was written into it, else those in it."""
-    return [folder] if os.path.exists(folder / _FILE) else sorted(path.parent for path in folder.glob(f"*/{_FILE}"))
+    if os.path.exists(folder / RESULTS_NAME):
+        return [folder]
+    return sorted(path.parent for path in folder.glob(f"*/{RESULTS_NAME}"))
 
 
 def to_lm_eval(runs: Sequence[Results]) -> dict[str, Any]:

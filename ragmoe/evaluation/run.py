@@ -15,7 +15,7 @@ from ragmoe._errors import DataError, ModelError, RagmoeError
 from ragmoe.evaluation.items import Item, prepare
 from ragmoe.evaluation.perturbation import REAL, partners
 from ragmoe.evaluation.protocols import AnswerLike, Reader, Searchable
-from ragmoe.evaluation.results import Results, samples_name
+from ragmoe.evaluation.results import RESULTS_NAME, Results, samples_name
 from ragmoe.evaluation.retrieval import DEPTH, Retrieval, score_retrieval
 from ragmoe.evaluation.routing import routing_shift, summarise_routing
 from ragmoe.evaluation.samples import Sample, SampleFile, digest_of
@@ -133,6 +133,9 @@ class _Run:
         file = SampleFile(self.out / samples_name(condition) if self.out else None, resume=resume)
         done = file.done(plan.digests)
         todo = [i for i, item in enumerate(self.items) if item.question.id not in done]
+        if todo and self.out is not None:
+            # What stood for another model, or another question, is none of this one's.
+            (self.out / RESULTS_NAME).unlink(missing_ok=True)
         total, finished = len(self.items), len(self.items) - len(todo)
         self.progress(finished, total, condition)
         for at in range(0, len(todo), CHUNK):

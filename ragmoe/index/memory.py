@@ -200,8 +200,9 @@ def _read(path: Path) -> ExpertMemory:
         return ExpertMemory(affinity_PLE, questions_P, *lists, about["bundle"], about["index"])
     except (SafetensorError, KeyError, ValueError) as error:
         folder = path.parent.parent
+        again = f"ragmoe index annotate {folder} --model BUNDLE --questions FILE"
         raise IndexFolderError(
-            f"{path} is damaged: {error}", hint=f"ragmoe index annotate {folder} --model BUNDLE --questions FILE"
+            f"{path} is damaged: {error}", hint=f"remove that file, and record it anew: {again}"
         ) from None
 
 
@@ -247,6 +248,10 @@ def recall_memory(
         for place, expert in enumerate(expert_ids):
             if expert in found.expert_ids:
                 affinity_PLE[:, :, place] = found.affinity_PLE[:, :, found.expert_ids.index(expert)]
+        if set(found.expert_ids) - set(expert_ids):
+            # Of experts that have left, what was said for them goes to those that a passage speaks for besides.
+            said_PL1 = affinity_PLE.sum(axis=2, keepdims=True)
+            np.divide(affinity_PLE, said_PL1, out=affinity_PLE, where=said_PL1 > 0)
         new = {name for name, expert in zip(names, expert_ids, strict=True) if expert not in found.expert_ids}
         own_P = np.array([domain in new for domain in index.domains]) | (found.questions_P == 0)
         affinity_PLE[own_P] = initial.affinity_PLE[own_P]

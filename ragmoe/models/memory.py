@@ -68,6 +68,10 @@ class MemoryMixin:
             self._memory = (key, found)
         return self._memory[1]
 
+    def forget_memory(self) -> None:
+        """Look again, with the next question, at what is recorded with an index."""
+        self.__dict__.pop("_memory", None)
+
     def recall(self, neighbours: Neighbours, index: Index, domains: Sequence[str] | None = None) -> Neighbours:
         """The neighbours with what the gates want beside their embeddings; as they are where that is nothing.
 

@@ -65,6 +65,27 @@ def test_an_index_that_changes_meanwhile_is_refused_before_anything_is_routed(
     assert not (folder / "memory").exists()
 
 
+def test_what_was_recorded_counts_at_once_and_is_of_the_whole_bundle(
+    small_city: Path, city: Path, make_bundle: Any
+) -> None:
+    from ragmoe import Index, ModelError
+    from ragmoe.evaluation.annotate import annotate
+    from ragmoe.models import load
+    from ragmoe.training.data import load_questions
+
+    bundle = make_bundle("memory", gate="memory", sparse_layers=[0, 1], expert_names=NAMES)
+    model, index = load(bundle), Index.open(city / "index")
+    questions = load_questions([str(small_city / "questions.jsonl")])
+    before = model.memory(index).digest
+    recorded = annotate(model, index, questions).digest
+    assert model.memory(index).digest == load(bundle).memory(index).digest == recorded != before
+    with pytest.raises(ModelError, match=f"was opened without {NAMES[1]}"):
+        annotate(load(bundle, experts=[NAMES[0], *NAMES[2:]]), index, questions)
+    model.hold_back([NAMES[0]])
+    with pytest.raises(ModelError, match="some experts are held back"):
+        annotate(model, index, questions)
+
+
 def test_a_look_takes_some_questions_of_each_domain(
     ragmoe: Any, small_city: Path, city: Path, make_bundle: Any, tmp_path: Path
 ) -> None:

@@ -82,3 +82,9 @@ def test_the_question_word_fits_what_is_left_out(answer: str, word: str) -> None
     passages = [Passage(f"p{i}", text, doc_id="d") for i, text in enumerate(texts)]
     (question,) = (q for q in cloze_questions([*passages, *FILLER]) if q.answers == (answer,))
     assert question.question == f"The harbour treaty was signed by both dukes in or about {word} without witnesses?"
+
+
+def test_no_question_says_its_own_answer(passages: list[Passage]) -> None:
+    twice = replace(passages[0], text=TIN[0].replace("used for plates", "used in the Bronze Age for plates"))
+    questions = cloze_questions([twice, *passages[1:]])
+    assert questions and not any(q.answers[0].casefold() in q.question.casefold() for q in questions)

@@ -12,6 +12,7 @@ import yaml
 from ragmoe import ConfigError, UsageError
 from ragmoe.bundle import write_bundle
 from ragmoe.evaluation.experiment import load_experiment, merge, nest
+from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import command_of
 from ragmoe.evaluation.experiment_run import run_experiment
 from ragmoe.evaluation.result import Result
@@ -128,6 +129,31 @@ def test_an_arm_of_a_base_that_was_trained_anew_is_refused(write: Any, trained: 
     shutil.rmtree(tmp_path / "base")
     run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out")
     assert trained == ["dense/0", "retrieval/0", "dense/0", "retrieval/0"]
+
+
+def test_a_model_that_is_trained_anew_has_no_figures_yet(write: Any, trained: list[str], tmp_path: Path) -> None:
+    """Also where it is stopped before it is evaluated."""
+    run_experiment(load_experiment(write(), seeds=[0]), out=tmp_path / "out", only=["dense"])
+    place = tmp_path / "out" / "dense" / "seed-0"
+    assert (place / "small" / "results.json").is_file()
+    shutil.rmtree(place / "bundle")
+    experiment = load_experiment(write(), seeds=[0])
+    folder = ExperimentFolder(experiment, tmp_path / "out", "digest")
+    folder.begin("dense", 0, experiment.training("dense", 0, tmp_path))
+    assert not (place / "small" / "results.json").exists()
+
+
+def test_tasks_of_one_setting_want_labels(write: Any, make_task: Any, tmp_path: Path) -> None:
+    tasks = [{"name": name, "questions": ["questions.jsonl"]} for name in ("one", "two")]
+    with pytest.raises(ConfigError, match="the tasks one, two are of one setting, 'gold'"):
+        load_experiment(write(tasks=tasks)).load_tasks()
+    tasks[1]["label"] = "other"
+    assert len(load_experiment(write(tasks=tasks)).load_tasks()) == 2
+
+
+def test_the_files_own_seeds_may_be_given(write: Any) -> None:
+    assert load_experiment(write(), seeds=[0, 1]).as_committed
+    assert not load_experiment(write(), seeds=[1]).as_committed
 
 
 def test_configurations_of_arms(write: Any, tmp_path: Path) -> None:

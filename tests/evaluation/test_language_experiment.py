@@ -255,6 +255,21 @@ def test_figures_of_another_model_do_not_count(folder: Path, tmp_path: Path) -> 
     assert said == ["dense, seed 0: trained already"]
 
 
+def test_an_arm_that_lacks_neighbours_to_be_shown_is_not_finished(folder: Path, tmp_path: Path) -> None:
+    run_language_experiment(load(folder), out=tmp_path, only=["dense", "retrieval"])
+    file = tmp_path / "retrieval" / "seed-0" / FILE
+    whole = json.loads(file.read_text())
+    assert {"real", "null", "shuffled"} == set(whole["losses"])
+    file.write_text(json.dumps({**whole, "losses": {n: x for n, x in whole["losses"].items() if n != "shuffled"}}))
+    report = report_language_experiment(load(folder), out=tmp_path)
+    assert "retrieval seed 0" in report.missing and "dense" in report.result.arms
+    run_language_experiment(load(folder), out=tmp_path, only=["retrieval"])
+    assert json.loads(file.read_text())["losses"] == whole["losses"]
+    # Without its model nobody knows whose figures they are.
+    shutil.rmtree(tmp_path / "retrieval" / "seed-0" / "bundle")
+    assert "retrieval seed 0" in report_language_experiment(load(folder), out=tmp_path).missing
+
+
 def test_a_report_of_what_was_trained_otherwise_is_refused(folder: Path, tmp_path: Path) -> None:
     run_language_experiment(load(folder), out=tmp_path, only=["dense"])
     changed = load_experiment(folder / "experiment.yaml", overrides=["train.steps=9"])

@@ -82,6 +82,13 @@ def test_a_new_expert_is_reached_through_its_documents_and_others_keep_their_col
     assert found.votes([index.row("p0")])[0].tolist() == [[0.75, 0.25, 0], [0, 0, 0]]
 
 
+def test_votes_for_an_expert_that_has_left_go_to_the_others(index: Index) -> None:
+    recorded(index).save(index)
+    found = recall_memory(index, ["river"], [0], LAYERS, ["b" * 64])
+    # All of the second layer's were for experts that are gone: there it has no say.
+    assert found.votes([index.row("p0")])[0].tolist() == [[1.0], [0.0]]
+
+
 def test_memory_of_another_index_is_not_used(index: Index, tmp_path: Path) -> None:
     path = recorded(index).save(index)
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"id": "p9", "title": "", "text": "Else.", "domain": "river"}))
@@ -96,7 +103,7 @@ def test_a_damaged_memory_is_named(index: Index) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(IndexFolderError, match="is damaged") as caught:
         read_memory(index, "b" * 64)
-    assert str(path) in caught.value.message and "ragmoe index annotate" in str(caught.value.hint)
+    assert str(path) in caught.value.message and "remove that file" in str(caught.value.hint)
 
 
 def test_no_memory_is_written_through_a_link(index: Index, tmp_path: Path) -> None:
