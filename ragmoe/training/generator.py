@@ -29,6 +29,7 @@ from ragmoe.training.config import GenerateConfig, TrainingConfig
 from ragmoe.training.data import CACHE_NAME, SPARE_NEIGHBOURS, Retrieved, check_passages, training_questions
 from ragmoe.training.decoders import decoder_parameters, is_decoder, open_decoder, save_checked
 from ragmoe.training.generator_data import GeneratorCollator, GeneratorDataset, answerable_from, fitting
+from ragmoe.training.totals import check_decoder_losses
 from ragmoe.training.trainer import RagmoeTrainer
 
 
@@ -187,6 +188,7 @@ def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show
         question_field=config.data.question_field,
         recall=lambda neighbours, question: generator.recall(neighbours, index, [question.domain]),
     )
+    check_decoder_losses(model.config, fit, sees_neighbours=generator.gate_sees_neighbours)
     start_gates(model, dataset, config, show)
     collator = GeneratorCollator(generator.prompts, sees_neighbours=generator.gate_sees_neighbours, raw=raw)
     return GeneratorRun(config, index, model, style, dataset, collator, len(questions) - len(fit), adapted)

@@ -21,6 +21,7 @@ from ragmoe.training.decoders import decoder_parameters, is_decoder, open_decode
 from ragmoe.training.generator import GeneratorTrainer
 from ragmoe.training.language import LanguageCollator, LanguageDataset, learned_documents
 from ragmoe.training.language_expert import LanguageExpert, begin_language_expert, recalling
+from ragmoe.training.totals import check_decoder_losses
 from ragmoe.training.trainer import RagmoeTrainer
 
 
@@ -83,8 +84,10 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
     if length > positions:
         raise ConfigError(f"a chunk with its context has {length} tokens, but the base has {positions} positions")
     cache = cache or (index.folder / CACHE_NAME if index is not None else Path(CACHE_NAME))
+    documents = learned_documents(config)[0]
+    check_decoder_losses(model.config, documents, sees_neighbours=sees_neighbours(model))
     dataset = LanguageDataset(
-        learned_documents(config)[0],
+        documents,
         index if sees_neighbours(model) else None,
         tokenizer,
         settings,

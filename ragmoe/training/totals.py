@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ragmoe._errors import ConfigError, ModelError
-from ragmoe.corpus.types import Question
+from ragmoe.corpus.types import Passage, Question
 from ragmoe.moe import routing_loss
 from ragmoe.moe.losses import loss_inputs
 from ragmoe.moe.probe import Swap, swap_in_step
@@ -69,6 +69,24 @@ def step_swaps(config: Any, batches: Iterable[Mapping[str, Tensor]]) -> list[Swa
     return swap_in_step([neighbours for neighbours in found if neighbours is not None])
 
 
+def check_decoder_losses(config: Any, learned: Sequence[Question | Passage], *, sees_neighbours: bool) -> None:
+    """``check_losses`` for a causal language model, of questions or documents; a model without gates has none.
+
+    Raises:
+        ConfigError: a loss is told the domain together with the neighbours, which the gate does not see.
+        ModelError: nothing belongs to a domain that an expert is named after.
+    """
+    losses = config.further_losses() if hasattr(config, "further_losses") else {}
+    for name in (name for name, loss in losses.items() if loss.needs_domain):
+        if not sees_neighbours:
+            raise ConfigError(
+                f"the loss {name!r} is told the domain together with the neighbours, which a language model's gate "
+                f"{config.gate!r} does not see",
+                hint="model.gate=retrieval, or leave the loss out",
+            )
+        _check_domains(name, config, learned)
+
+
 def check_losses(config: Any, questions: Sequence[Question], step_size: int) -> None:
     """Refuse losses that these questions, or optimiser steps of this size, would teach nothing.
 
@@ -77,14 +95,19 @@ def check_losses(config: Any, questions: Sequence[Question], step_size: int) -> 
         ConfigError: a step holds no second question.
     """
     for name, loss in config.further_losses().items():
-        if loss.needs_domain and not {question.domain for question in questions} & set(config.expert_names or ()):
-            raise ModelError(
-                f"the loss {name!r} learns from domains, and none of the questions belongs to one that an expert is "
-                f"named after; the experts are {', '.join(config.expert_names or ())}",
-                hint="name the experts after the domains: model.expert_names=[...]",
-            )
+        if loss.needs_domain:
+            _check_domains(name, config, questions)
         if loss.needs_swapped and step_size < 2:
             raise ConfigError(
                 f"a step has {step_size} question, but the loss {name!r} compares two",
                 hint="set train.batch_size or train.accumulation to 2 or more",
             )
+
+
+def _check_domains(name: str, config: Any, learned: Sequence[Question | Passage]) -> None:
+    if not {one.domain for one in learned} & set(config.expert_names or ()):
+        raise ModelError(
+            f"the loss {name!r} learns from domains, and nothing that is learned from belongs to one that an expert is "
+            f"named after; the experts are {', '.join(config.expert_names or ()) or 'unnamed'}",
+            hint="name the experts after the domains: model.expert_names=[...]",
+        )

@@ -13,7 +13,7 @@ from one_step import DECODER, Step, ready, two_ranks
 from tiny_decoder import byte_tokenizer, tiny_llama
 from transformers import TrainerCallback
 
-from ragmoe import ConfigError, DataError, Index
+from ragmoe import ConfigError, DataError, Index, ModelError
 from ragmoe.generation import Generator
 from ragmoe.training import load_config, prepare, train
 from ragmoe.training import run as run_module
@@ -221,3 +221,18 @@ def test_what_makes_it_a_model_is_written_last(
 def test_a_dense_base_has_nothing_to_balance(content: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no sparse layer to balance"):
         train(content(**{"train.balance_bias_rate": 0.01}), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("gate", "names", "error", "said"),
+    [
+        ("token", ["a", "b", "c", "d"], ConfigError, "which a language model's gate 'token' does not see"),
+        ("retrieval", ["a", "b", "c", "d"], ModelError, "nothing that is learned from belongs to one that an expert"),
+    ],
+)
+def test_a_loss_that_would_teach_nothing_is_refused(
+    content: Config, gate: str, names: list[str], error: type[Exception], said: str
+) -> None:
+    model = {"gate": gate, "experts": 4, "expert_rank": 8, "expert_names": names, "losses": {"domain": 0.1}}
+    with pytest.raises(error, match=said):
+        prepare(load_config(content(model=model)))

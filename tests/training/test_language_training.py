@@ -227,3 +227,18 @@ def test_adapters_are_trained_beside_gates_and_experts_and_merged(
     train(given, out=tmp_path / "torn", resume=True)
     again = Generator.load(tmp_path / "torn").model.state_dict()
     assert all(torch.equal(x, again[name]) for name, x in after.items())
+
+
+@pytest.mark.parametrize(
+    ("gate", "names", "error", "said"),
+    [
+        ("token", ["a", "b", "c", "d"], ConfigError, "which a language model's gate 'token' does not see"),
+        ("retrieval", ["a", "b", "c", "d"], ModelError, "nothing that is learned from belongs to one that an expert"),
+    ],
+)
+def test_a_loss_that_would_teach_nothing_is_refused(
+    content: Config, gate: str, names: list[str], error: type[Exception], said: str
+) -> None:
+    model = {"gate": gate, "experts": 4, "expert_rank": 8, "expert_names": names, "losses": {"domain": 0.1}}
+    with pytest.raises(error, match=said):
+        prepare(load_config(content(model=model)))

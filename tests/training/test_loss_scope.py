@@ -120,7 +120,7 @@ def test_further_losses_are_learned_by_and_written_down(config: Config, tmp_path
         (
             {"model.losses": {"domain": 1.0}, "model.expert_names": ["a", "b", "c", "d"]},
             ModelError,
-            "none of the questions belongs to one that an expert is named after; the experts are a, b, c, d",
+            "nothing that is learned from belongs to one that an expert is named after; the experts are a, b, c, d",
         ),
         (
             {"model.losses": {"context": 1.0}, "train.batch_size": 1},
