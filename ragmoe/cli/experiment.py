@@ -109,7 +109,7 @@ def report(
         else:
             outcome = report_experiment(loaded, out=out, plots=plots, say=show.say)
     _tell(outcome, as_json)
-    complain(outcome.results, outcome.folder, again=command_of(loaded))
+    complain(outcome.results, outcome.folder, again=command_of(loaded, out=out))
 
 
 def _tell(outcome: Outcome, as_json: bool) -> None:

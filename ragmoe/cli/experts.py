@@ -159,6 +159,12 @@ def merge(
     weights = " and ".join(f"{weight:.2f}" for weight in merged.weights)
     typer.echo(f"{bundle}: version {version}, expert {merged.expert.id} ({name}) in the place of {a} and {b}")
     typer.echo(f"weights {weights}; {100 * merged.kept:.1f} % of the norm of their mean is kept")
+    if "memory" in str(merged.map.extra.get("config", {}).get("gate")):
+        # It has an id of its own, under which nothing was recorded.
+        typer.echo(
+            "what indexes recorded of the two is not carried over: record it anew with ragmoe index annotate DIR "
+            f"--model {bundle} --questions FILE"
+        )
 
 
 @app.command()

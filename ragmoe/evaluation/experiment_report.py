@@ -89,7 +89,7 @@ def report_experiment(
     if folder.index is None:
         raise DataError(
             f"{root} holds nothing of the experiment {experiment.name}: no arm was trained or evaluated there",
-            hint=command_of(experiment),
+            hint=command_of(experiment, out=out),
         )
     for arm in experiment.arm_names:
         for seed in experiment.seeds:
@@ -183,8 +183,14 @@ def arm_result(runs: Sequence[Results], seconds: float | None) -> ArmResult:
     )
 
 
-def command_of(experiment: Experiment, only: Sequence[str] = (), *, verb: str = "experiment") -> str:
-    """The command that runs it again, or reports on it, without anything that is only true of this machine."""
+def command_of(
+    experiment: Experiment, only: Sequence[str] = (), *, verb: str = "experiment", out: str | Path | None = None
+) -> str:
+    """The command that runs it again, or reports on it, without anything that is only true of this machine.
+
+    Args:
+        out: for a hint, where it was or is to be run, in the place of its own folder.
+    """
     path = experiment.path
     if path.is_absolute():
         inside = Path.cwd().resolve() in path.resolve().parents
@@ -192,6 +198,7 @@ def command_of(experiment: Experiment, only: Sequence[str] = (), *, verb: str = 
     words = ["ragmoe", "eval", verb, str(path), *experiment.overrides]
     words += [word for arm in only for word in ("--only", arm)]
     words += ["--seeds", ",".join(map(str, experiment.seeds))]
+    words += [] if out is None else ["--out", str(out)]
     return shlex.join(words) + (' --data "$RAGMOE_DATA"' if os.environ.get("RAGMOE_DATA") else "")
 
 

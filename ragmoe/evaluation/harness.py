@@ -51,7 +51,8 @@ class HarnessModel:
             generator.check_index(index)
         self.generator, self.index = generator, index
         self.tokenizer: Any = generator.tokenizer
-        self.max_length = int(generator.config.max_position_embeddings)
+        # Some families know no limit: there it is what a prompt may have.
+        self.max_length = int(getattr(generator.config, "max_position_embeddings", generator.style.max_length))
         self.batch_tokens = 8192 if batch_size is None else self.max_length * batch_size
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -42,7 +42,7 @@ def report_language_experiment(experiment: LanguageExperiment, *, out: str | Pat
     if not digests:
         raise DataError(
             f"{root} holds nothing of the experiment {experiment.name}: no arm has predicted a document there",
-            hint=command_of(experiment),
+            hint=command_of(experiment, out=out),
         )
     folder.index = folder.used_index([])
     for arm in experiment.arm_names:

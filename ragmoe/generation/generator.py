@@ -202,6 +202,11 @@ class Generator:
     def memory(self, index: Any) -> Any:
         return self.model.memory(index) if hasattr(self.model, "memory") else None
 
+    def forget_memory(self) -> None:
+        """Look again, with the next question, at what is recorded with an index."""
+        if hasattr(self.model, "forget_memory"):
+            self.model.forget_memory()
+
     def recall(self, neighbours: Neighbours, index: Any, domains: Sequence[str] | None = None) -> Neighbours:
         """The neighbours with what the gates want beside their embeddings."""
         return self.model.recall(neighbours, index, domains) if hasattr(self.model, "recall") else neighbours

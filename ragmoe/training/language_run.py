@@ -80,8 +80,9 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
     settings, train = config.language or LanguageConfig(), config.train
     index = None if config.data.index is None else Index.open(config.data.index)
     model, tokenizer, adapted = open_decoder(config, index, settings.neighbours)
-    length, positions = settings.context_tokens + settings.chunk_tokens, model.config.max_position_embeddings
-    if length > positions:
+    length = settings.context_tokens + settings.chunk_tokens
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
         raise ConfigError(f"a chunk with its context has {length} tokens, but the base has {positions} positions")
     cache = cache or (index.folder / CACHE_NAME if index is not None else Path(CACHE_NAME))
     documents = learned_documents(config)[0]

@@ -50,11 +50,14 @@ def test_the_starter_answers(ragmoe: Any, small_city: Path) -> None:
 
 
 @pytest.mark.usefixtures("packaged")
-def test_the_starter_is_changed_in_a_copy_alone(ragmoe: Any, small_city: Path) -> None:
+def test_the_starter_is_changed_in_a_copy_alone(ragmoe: Any, small_city: Path, tmp_path: Path) -> None:
     for words in (("rename", "starter", 0, "x"), ("prune", "starter", 0), ("merge", "starter", 0, 1, "--name", "x")):
         code, _, err = ragmoe("experts", *words)
         assert code == 2 and "ragmoe bundle unpack starter --out my-starter" in err
-    given = ("--name", "coins", "--index", small_city / "index", "--questions", small_city / "questions.jsonl")
+    rows = (small_city / "questions.jsonl").read_text().splitlines()
+    coins = tmp_path / "coins.jsonl"
+    coins.write_text("\n".join(row for row in rows if json.loads(row)["domain"] == "coins"))
+    given = ("--name", "coins", "--index", small_city / "index", "--questions", coins)
     code, _, err = ragmoe("experts", "add", "starter", *given)
     assert code == 2 and "--out NEW_BUNDLE makes one" in err
     code, out, _ = ragmoe("experts", "add", "starter", *given, "--out", "mine", "--dry-run")

@@ -107,7 +107,10 @@ def test_adding_an_expert(add: Any, ragmoe: Any, small_city: Path, bundle: Path,
 
 
 def test_adding_to_a_copy(add: Any, small_city: Path, bundle: Path, tmp_path: Path) -> None:
-    code, out, err = add("--steps", 20, "--out", tmp_path / "new", "--json", "--corpus", small_city / "corpus.jsonl")
+    rows = (small_city / "corpus.jsonl").read_text().splitlines()
+    corpus = tmp_path / "coin_passages.jsonl"
+    corpus.write_text("\n".join(row for row in rows if json.loads(row)["domain"] == "coins"))
+    code, out, err = add("--steps", 20, "--out", tmp_path / "new", "--json", "--corpus", corpus)
     assert code == 0, err
     found = json.loads(out)
     assert (found["version"], found["id"], found["name"], found["old"]) == (2, 4, "coins", [])

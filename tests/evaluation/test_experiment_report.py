@@ -114,6 +114,7 @@ def test_where_nothing_was_run(write: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="out holds nothing of the experiment small") as error:
         report_experiment(load_experiment(write()), out=tmp_path / "out")
     assert error.value.hint is not None and error.value.hint.startswith("ragmoe eval experiment ")
+    assert error.value.hint.endswith(f"--out {tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
