@@ -226,12 +226,13 @@ def new_expert_config(
 def _expert_rate(has_rank: bool, *, language: bool) -> float:
     """The learning rate of a new expert.
 
-    Low-rank deltas start at zero and want larger steps than copies of whole networks. In a language model they want far
-    larger ones than in a reader, for a whole domain's words are new to them (eval/results/lm_late.md).
+    Low-rank deltas start at zero and want larger steps than copies of whole networks (eval/results/starter_health.md has
+    twice 5e-4 beside it). In a language model they want far larger ones than in a reader, for a whole domain's words are
+    new to them (eval/results/lm_late.md).
     """
     if not has_rank:
         return 5e-5
-    return 4e-3 if language else 5e-4
+    return 4e-3 if language else 1e-3
 
 
 def _reader_material(index: str | os.PathLike[str] | None, questions: Sequence[str], judges: Judges) -> dict[str, Any]:
