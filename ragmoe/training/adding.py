@@ -226,8 +226,8 @@ def new_expert_config(
 def _expert_rate(has_rank: bool, *, language: bool) -> float:
     """The learning rate of a new expert.
 
-    Low-rank deltas start at zero and want larger steps than copies of whole networks (eval/results/starter_health.md has
-    twice 5e-4 beside it). In a language model they want far larger ones than in a reader, for a whole domain's words are
+    Low-rank deltas start at zero and want larger steps than copies of whole networks (eval/results/starter_health.md
+    compares two rates). In a language model they want far larger ones than in a reader, for a whole domain's words are
     new to them (eval/results/lm_late.md).
     """
     if not has_rank:

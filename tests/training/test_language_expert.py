@@ -24,7 +24,11 @@ from ragmoe.training import TrainingConfig, load_config, prepare, train
 from ragmoe.training.adding import Judges, add_expert, new_expert_config
 from ragmoe.training.language_expert import cut_excerpts, indexed_documents
 
-WORDS = {"river": "ferry quay tide barge mast rope", "hill": "stone path sheep heath pine fog", "market": "bread " * 6}
+WORDS = {
+    "river": "ferry quay tide barge mast rope",
+    "hill": "stone path sheep heath pine fog",
+    "market": "bread bread bread bread bread cheese",
+}
 QUICK = (
     "train.batch_size=4", "train.precision=fp32", "log_every=1", "language.chunk_tokens=40",
     "language.context_tokens=8", "language.neighbours=3", "train.gate_learning_rate=0.3",
