@@ -22,14 +22,11 @@ import yaml
 from torch import Tensor
 
 from ragmoe._differences import differences
-from ragmoe._errors import BundleError, ConfigError, DataError, UsageError
-from ragmoe._words import many
+from ragmoe._errors import BundleError, ConfigError, UsageError
 from ragmoe.bundle import THRESHOLDS, BundleMap, is_bundle, read_bundle, read_map
 from ragmoe.bundle.experts import CERTIFICATES, publish, recorded_thresholds
 from ragmoe.corpus import write_questions
 from ragmoe.evaluation import Retrieval, Task
-from ragmoe.evaluation.items import check_gold
-from ragmoe.evaluation.items import prepare as prepare_items
 from ragmoe.evaluation.task import parse_task
 from ragmoe.experts import experts_class
 from ragmoe.generation.tokenizer import open_tokenizer
@@ -38,7 +35,7 @@ from ragmoe.models import load
 from ragmoe.models.families import load_decoder
 from ragmoe.training.adding_language import certify_language, language_material
 from ragmoe.training.callbacks import Shows
-from ragmoe.training.certificate import Models, Progress, certify_new, certify_old
+from ragmoe.training.certificate import Models, Progress, certify_new, certify_old, check_judging
 from ragmoe.training.config import TrainingConfig, load_config
 from ragmoe.training.data import hold_out, learnable, load_questions
 from ragmoe.training.decoders import is_decoder
@@ -312,23 +309,11 @@ def _check_judges(config: TrainingConfig, judges: Judges) -> None:
     index = Index.open(config.data.required_index)
     of_tasks = index if judges.index is None else Index.open(judges.index)
     for task in judges.tasks:
-        _check_task(task, of_tasks, "--task-index")
+        check_judging(task, of_tasks, "--task-index")
     if judges.dev:
         with tempfile.TemporaryDirectory() as folder:
             if (dev := _dev_task(config, index, judges, Path(folder))) is not None:
-                _check_task(dev, index, "--index")
-
-
-def _check_task(task: Task, index: Index, option: str) -> None:
-    check_gold(task, task.load_questions())
-    try:
-        items = prepare_items(task, index)
-    except DataError as error:
-        raise DataError(error.message, hint=f"give the index of these questions' corpus with {option} DIR") from None
-    scored = [item.question for item in items if item.problem is None]
-    if not any(question.answers for question in scored):
-        lacking = next((item.problem for item in items if item.problem), "they are all unanswerable")
-        raise DataError(f"task {task.name}: none of its {many(len(items), 'question')} can be scored: {lacking}")
+                check_judging(dev, index, "--index")
 
 
 def _in_precision(state: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,9 +17,11 @@ from ragmoe._errors import DataError, ModelError
 from ragmoe._words import many
 from ragmoe.bundle import read_map
 from ragmoe.evaluation import Results, Retrieval, Sample, Task, compare, evaluate
+from ragmoe.evaluation.items import check_gold, prepare
 from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.statistics import macro
 from ragmoe.generation.generator import Generator, is_generator
+from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering, load
 from ragmoe.moe import MOST
 
@@ -64,6 +66,25 @@ def certify_new(models: Models, task: Task, retrieval: Retrieval, progress: Prog
     before = _read(models.before, "before", task, retrieval, progress)
     live = _read(models.live, "with the expert", task, retrieval, progress)
     return {**_change(task, before, live, "live"), "routed": routed(live, models.live)}
+
+
+def check_judging(task: Task, index: Index, option: str) -> None:
+    """Make sure, before anything is trained, that a task can be read over an index and some of it be scored.
+
+    Args:
+        option: of the command, which names that index.
+
+    Raises:
+        DataError: it cannot.
+    """
+    check_gold(task, task.load_questions())
+    try:
+        items = prepare(task, index)
+    except DataError as error:
+        raise DataError(error.message, hint=f"give the index of these questions' corpus with {option} DIR") from None
+    if not any(item.question.answers for item in items if item.problem is None):
+        lacking = next((item.problem for item in items if item.problem), "they are all unanswerable")
+        raise DataError(f"task {task.name}: none of its {many(len(items), 'question')} can be scored: {lacking}")
 
 
 def measure_prune(

@@ -134,7 +134,7 @@ class RoutingConfig(PreTrainedConfig):
             raise ModelError(
                 f"the gate {self.gate!r} learns which group to choose by the group's probability, which cancels where "
                 f"weights sum to one as in {self.model_type} with {self.expert_kind!r} experts",
-                hint="expert_kind=lora, or another gate",
+                hint="another gate, or of a dense base expert_kind=lora",
             )
         if gate_class(self.gate).is_fitted:
             raise ModelError(

@@ -47,7 +47,7 @@ class RagmoeGlm4MoeConfig(RoutingConfig, Glm4MoeConfig):
     @property
     def normalise_weights(self) -> bool:
         """Whether the weights of the chosen experts sum to one, before they are scaled."""
-        return bool(self.norm_topk_prob)
+        return bool(self.norm_topk_prob) and super().normalise_weights
 
     @property
     def weight_scale(self) -> float:

@@ -32,7 +32,7 @@ class RagmoeOlmoeConfig(RoutingConfig, OlmoeConfig):
     @property
     def normalise_weights(self) -> bool:
         """Whether the weights of the chosen experts sum to one; by the family's own default they do not."""
-        return bool(self.norm_topk_prob)
+        return bool(self.norm_topk_prob) and super().normalise_weights
 
 
 class RagmoeOlmoeGate(NeighbourGate, OlmoeTopKRouter):

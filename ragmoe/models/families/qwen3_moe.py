@@ -32,7 +32,7 @@ class RagmoeQwen3MoeConfig(RoutingConfig, Qwen3MoeConfig):
     @property
     def normalise_weights(self) -> bool:
         """Whether the weights of the chosen experts sum to one; by the family's own default they do not."""
-        return bool(self.norm_topk_prob)
+        return bool(self.norm_topk_prob) and super().normalise_weights
 
     def family_sparse_layers(self) -> list[int]:
         """The layers that are sparse by ``decoder_sparse_step`` and ``mlp_only_layers``."""
