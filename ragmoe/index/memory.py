@@ -138,27 +138,45 @@ def recorded_with(known: Sequence[OldIndex]) -> list[tuple[int, ExpertMemory]]:
 
 
 def carry_over(
-    folder: Path, digest: str, recorded: Sequence[tuple[int, ExpertMemory]], origins: Sequence[NDArray[np.int64]]
+    folder: Path,
+    digest: str,
+    recorded: Sequence[tuple[int, ExpertMemory]],
+    origins: Sequence[NDArray[np.int64]],
+    shared: Sequence[tuple[int, int]] = (),
 ) -> None:
     """Write what was recorded anew for an index whose rows are others'; it counts once that index is in force.
 
-    A passage that stays keeps what was recorded of it, and of a new one nothing is recorded.
+    A passage that stays keeps what was recorded of it, and of a new one nothing is recorded. Of one that two indexes
+    held it is the mean of both, weighed by the questions that were asked about it in each.
 
     Args:
         digest: of the new index.
         recorded: what `recorded_with` found.
         origins: for each new row the old one, -1 where there is none; in pieces.
+        shared: old rows that are the same passage, the one in ``origins`` first.
     """
+    if not recorded:
+        return
+    at_P = np.concatenate(origins)
+    ends = [first + len(memory.questions_P) for first, memory in recorded]
+    # The new row of each old one, -1 where it goes.
+    place = np.full(max(at_P.max() + 1, *ends, *(other + 1 for _, other in shared)), -1)
+    place[at_P[at_P >= 0]] = np.flatnonzero(at_P >= 0)
+    for taken, other in shared:
+        place[other] = place[taken]
     for bundle in dict.fromkeys(memory.bundle for _, memory in recorded):
         # All of one bundle have its experts and layers.
         parts = [(first, memory) for first, memory in recorded if memory.bundle == bundle]
-        at_P = np.concatenate(origins)
         affinity_PLE = np.zeros((len(at_P), *parts[0][1].affinity_PLE.shape[1:]), dtype=np.float16)
         questions_P = np.zeros(len(at_P), dtype=np.int32)
         for first, memory in parts:
-            mine = np.flatnonzero((at_P >= first) & (at_P < first + len(memory.questions_P)))
-            affinity_PLE[mine] = memory.affinity_PLE[at_P[mine] - first]
-            questions_P[mine] = memory.questions_P[at_P[mine] - first]
+            place_O = place[first : first + len(memory.questions_P)]
+            old = np.flatnonzero(place_O >= 0)
+            new, asked = place_O[old], memory.questions_P[old]
+            total = questions_P[new] + asked
+            share = np.divide(asked, total, out=np.ones(len(old)), where=total > 0).astype(np.float32)[:, None, None]
+            affinity_PLE[new] = share * memory.affinity_PLE[old] + (1 - share) * affinity_PLE[new]
+            questions_P[new] = total
         moved = replace(parts[0][1], affinity_PLE=affinity_PLE, questions_P=questions_P, index=digest)
         _write(_path(folder, bundle, digest), moved)
 

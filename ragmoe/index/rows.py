@@ -112,6 +112,7 @@ class Rows(ABC):
         known: the indexes that vectors come from; ``at`` counts through all of them.
         skipped: bad lines passed over, as of the last time that all was read.
         duplicates: passages passed over because they are there already, likewise.
+        shared: of each passage that two of ``known`` hold, the row that is taken and the other, likewise.
         keeps_memory: what is recorded of the passages of ``known`` goes with them.
     """
 
@@ -120,6 +121,7 @@ class Rows(ABC):
     def __init__(self, known: Sequence[OldIndex] = ()) -> None:
         self.known = tuple(known)
         self.duplicates = 0
+        self.shared: list[tuple[int, int]] = []
 
     @abstractmethod
     def __iter__(self) -> Iterator[Row]: ...
@@ -261,18 +263,20 @@ class MergedRows(Rows):
     """The rows of two indexes, one behind the other; what both have under one id must be the same, and comes once."""
 
     def __iter__(self) -> Iterator[Row]:
-        self.duplicates = 0
+        self.duplicates, self.shared = 0, []
         ids = KeyTable()
         first = 0
         for old in self.known:
             for row in old.rows(first):
                 passage = row.chunk.passage
                 digest = key(passage).hex()
-                other = ids.put(passage.id, digest)
-                if other is None:
+                there = ids.put(passage.id, f"{digest} {row.at}")
+                other, _, at = (there or "").partition(" ")
+                if there is None:
                     yield row
                 elif other == digest:
                     self.duplicates += 1
+                    self.shared.append((int(at), row.at))
                 else:
                     raise DataError(
                         f"id {passage.id!r} is in both {self.known[0].folder} and {old.folder}, with different texts; "

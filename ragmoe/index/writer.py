@@ -120,7 +120,7 @@ class Writer:
         manifests.sync_folder(self.folder / bm25.bm25_name(generation))
         manifest = self._manifest(generation, names, faiss_record)
         trust.remember(manifest.files[faiss_name(generation)].sha256)
-        memory.carry_over(self.folder, manifest.digest, self.recorded, self.origins)
+        memory.carry_over(self.folder, manifest.digest, self.recorded, self.origins, self.plan.rows.shared)
         manifests.write_manifest(self.folder, manifest)
         reached("manifest-written")
         manifests.commit(self.folder)

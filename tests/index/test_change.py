@@ -305,12 +305,22 @@ def test_what_was_recorded_goes_with_the_passages(make: Build, tmp_path: Path) -
 
 
 def test_merging_keeps_what_both_have_recorded(make: Build, tmp_path: Path) -> None:
-    a, b = make("a", rows()[:10]), make("b", rows()[8:])
+    a, b = make("a", rows()[:10]), make("b", rows()[7:])
     remember(a, "b")
     remember(b, "b", scale=-1.0)
     expected = recorded(b, "b") | recorded(a, "b")
+    # Of these three that are in both, the first index knows one, and the second the two others.
+    expected |= {"river-7": (-8.0, 1), "market-0": (9.0, 9), "market-1": (-10.0, 3)}
     ran(plan_merge(a, b, tmp_path / "c"))
     assert recorded(tmp_path / "c", "b") == expected
+
+
+def test_what_both_indexes_recorded_of_a_passage_is_weighed_by_its_questions(make: Build, tmp_path: Path) -> None:
+    a, b = make("a", rows()[:10]), make("b", rows()[8:])
+    remember(a, "b")
+    remember(b, "b", scale=-1.0)
+    ran(plan_merge(a, b, tmp_path / "c"))
+    assert recorded(tmp_path / "c", "b")["market-0"] == (pytest.approx((9 * 9 - 1 * 9) / 10, rel=1e-3), 10)
 
 
 def test_until_the_commit_the_old_memory_counts(make: Build) -> None:
