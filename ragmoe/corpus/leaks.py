@@ -47,7 +47,8 @@ class LeakGuard:
                 self._short[len(self._passages) - 1] = length
             self._owners.append(document_of(passage))
             parts.setdefault(self._owners[-1], []).append(self._passages[-1])
-        self.banned = self._near(documents, parts)
+        self._ids = [document_of(document) for document in documents]
+        self._near(parts)
 
     def allows(self, document: int, chunk: Grams, row: int) -> bool:
         """Whether a chunk of a document may be predicted with a passage.
@@ -57,7 +58,7 @@ class LeakGuard:
             chunk: what ``grams`` makes of the chunk.
             row: of the passage in the index.
         """
-        if self._owners[row] in self.banned[document]:
+        if self._hides(document, self._owners[row]):
             return False
         passage = self._passages[row]
         return (
@@ -73,15 +74,32 @@ class LeakGuard:
             self._shorter[document, words] = self.grams(self._texts[document], words)
         return self._shorter[document, words]
 
-    def _near(self, documents: Sequence[Passage], parts: dict[str, list[Grams]]) -> list[set[str]]:
-        """For each document the documents of the index that are it, or nearly it."""
-        banned = [{document_of(document)} for document in documents]
-        names, own = list(parts), len(self._documents)
-        whole = [np.unique(np.concatenate(pieces)) for pieces in parts.values()]
-        for i, j in near_duplicates([*self._documents, *whole], self.threshold):
-            if i < own <= j:
-                banned[i].add(names[j - own])
-        return banned
+    def hidden(self) -> set[str]:
+        """The documents of the index that are one of those predicted, or nearly one."""
+        ids = set(self._ids)
+        contents = set().union(*(self._alike.get(content, ()) for content in set(self._contents)))
+        return {owner for owner, content in self._content.items() if owner in ids or content in contents}
+
+    def _near(self, parts: dict[str, list[Grams]]) -> None:
+        """Find what is nearly the same; documents of one content count once, however many they are."""
+        sets: dict[bytes, Grams] = {}
+        places: dict[bytes, int] = {}
+
+        def content(grams: Grams) -> int:
+            key = grams.tobytes()
+            sets.setdefault(key, grams)
+            return places.setdefault(key, len(places))
+
+        self._contents = [content(grams) for grams in self._documents]
+        self._content = {name: content(np.unique(np.concatenate(pieces))) for name, pieces in parts.items()}
+        # Nothing is nearly the same as what has no words.
+        self._alike = {place: {place} for key, place in places.items() if key}
+        for i, j in near_duplicates(list(sets.values()), self.threshold):
+            self._alike[i].add(j)
+            self._alike[j].add(i)
+
+    def _hides(self, document: int, owner: str) -> bool:
+        return owner == self._ids[document] or self._content[owner] in self._alike.get(self._contents[document], ())
 
 
 def document_of(passage: Passage) -> str:

@@ -182,7 +182,7 @@ def _other_chunks(
         found = indexed_documents(index) if index is not None else []
     found = [document for document in found if document_of(document) not in hidden]
     # The same text may be there under another name: ids of files depend on the folder that was named.
-    hidden = set().union(*LeakGuard([*own, *unseen], found).banned)
+    hidden = LeakGuard([*own, *unseen], found).hidden()
     found = [document for document in found if document_of(document) not in hidden]
     if not found:
         raise DataError(
