@@ -174,3 +174,6 @@ _TENSORS = {
     "keys_BNLA": "neighbour_keys",
     "values_BNLA": "neighbour_values",
 }
+
+#: What ``forward`` takes of neighbours and of the question that they were found for.
+NEIGHBOUR_ARGUMENTS = frozenset(_TENSORS.values())

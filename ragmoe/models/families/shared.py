@@ -33,7 +33,7 @@ from ragmoe.models.sparse import SparseModel
 from ragmoe.moe import NeighbourSummary, StepTotals
 from ragmoe.moe.block import BlockParts, NeighbourGate, SparseBlock, block_class
 from ragmoe.moe.losses import LossInputs, loss_inputs
-from ragmoe.neighbours import Neighbours
+from ragmoe.neighbours import NEIGHBOUR_ARGUMENTS, Neighbours
 
 # What transformers calls the keys and values of the tokens before: past_key_values until 5.24.
 _CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -295,6 +295,15 @@ class DecoderForCausalLM(Decoder, GenerationMixin):
         if neighbours is not None and neighbours.keys_BNLA is None:
             kwargs |= self.prepare_neighbours(neighbours)
         return super()._expand_inputs_for_generation(*args, **kwargs)
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        # An assistant is asked for its guesses with the arguments of this model, and mostly is none of ours. One of ours
+        # makes keys and votes of its own.
+        assistant = kwargs.get("assistant_model")
+        width = getattr(assistant.config, "neighbour_width", None) if isinstance(assistant, Decoder) else None
+        kept = ("neighbour_embeddings", "neighbour_scores", "neighbour_mask") * (width == self.config.neighbour_width)
+        given = {k: v for k, v in model_kwargs.items() if k in kept or k not in NEIGHBOUR_ARGUMENTS}
+        return super()._get_candidate_generator(*args, model_kwargs=given, **kwargs)
 
     # generate asks its signature whether it takes inputs_embeds.
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())

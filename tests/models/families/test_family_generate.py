@@ -145,3 +145,16 @@ def test_it_goes_on_from_embeddings_as_from_their_tokens(family: str) -> None:
         how = {"max_new_tokens": 5, "min_new_tokens": 5, "attention_mask": torch.ones_like(x), **MODES[mode]}
         want = written(model, x, dict(named), **MODES[mode])
         assert torch.equal(model.generate(inputs_embeds=embedded, **dict(named), **how), want), mode
+
+
+@pytest.mark.parametrize("assistant", ["plain", "of ours", "of another width"])
+def test_an_assistant_changes_nothing_of_what_is_written(assistant: str) -> None:
+    model, x, named = make("mixtral"), prompts()[:1], some_neighbours().rows([0]).tensors()
+    helper = {
+        "plain": lambda: native("mixtral"),
+        "of ours": lambda: make("qwen3_moe"),
+        "of another width": lambda: make("mixtral", neighbour_width=24),
+    }[assistant]()
+    want = written(model, x, dict(named), do_sample=False)
+    assert torch.equal(written(model, x, dict(named), do_sample=False, assistant_model=helper), want)
+    assert torch.equal(written(model, x, dict(named), do_sample=False, prompt_lookup_num_tokens=2), want)
