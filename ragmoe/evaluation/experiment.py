@@ -29,7 +29,8 @@ class Goal(BaseModel):
     """What is hoped for: arm a is better than arm b by ``at_least`` points of a metric.
 
     With ``at_least`` above zero it is met where the difference reaches it and its 95 % interval lies above zero. With
-    zero or less it says how much worse a may be, and is met where the difference reaches it.
+    zero or less it says how much worse a may be, and is met where the whole interval reaches it. Where the difference
+    alone does, it is not shown.
 
     Attributes:
         setting: of the task, as comparisons name it.

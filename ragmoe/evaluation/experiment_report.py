@@ -183,9 +183,7 @@ def arm_result(runs: Sequence[Results], seconds: float | None) -> ArmResult:
     )
 
 
-def command_of(
-    experiment: Experiment, only: Sequence[str] = (), *, verb: str = "experiment", out: str | Path | None = None
-) -> str:
+def command_of(experiment: Experiment, *, verb: str = "experiment", out: str | Path | None = None) -> str:
     """The command that runs it again, or reports on it, without anything that is only true of this machine.
 
     Args:
@@ -196,7 +194,6 @@ def command_of(
         inside = Path.cwd().resolve() in path.resolve().parents
         path = path.resolve().relative_to(Path.cwd().resolve()) if inside else Path(path.name)
     words = ["ragmoe", "eval", verb, str(path), *experiment.overrides]
-    words += [word for arm in only for word in ("--only", arm)]
     words += ["--seeds", ",".join(map(str, experiment.seeds))]
     words += [] if out is None else ["--out", str(out)]
     return shlex.join(words) + (' --data "$RAGMOE_DATA"' if os.environ.get("RAGMOE_DATA") else "")
@@ -215,9 +212,10 @@ def write(outcome: Outcome, drawn: Sequence[Picture] = ()) -> list[Path]:
 
 
 def _committed(outcome: Outcome) -> Path | None:
-    """Where the result worth keeping goes; None unless everything ran, and as the file says."""
+    """Where the result worth keeping goes; None unless everything ran without an error, and as the file says."""
     experiment = outcome.experiment
-    if not experiment.result or outcome.missing or not experiment.as_committed:
+    failed = any(run.errors for run in outcome.results)
+    if not experiment.result or outcome.missing or failed or not experiment.as_committed:
         return None
     return experiment.resolve(experiment.result)
 

@@ -69,7 +69,7 @@ def run_experiment(
                 say(f"{arm}, seed {seed}: evaluating {task.name}")
                 place = folder.place(arm, seed) / task.name
                 evaluate(model, task, index, out=place, progress=progress, retrieval=retrieval, name=arm)
-    outcome = gather(folder, tasks, command or command_of(experiment, only))
+    outcome = gather(folder, tasks, command or command_of(experiment))
     outcome.written = write(outcome)
     return outcome
 

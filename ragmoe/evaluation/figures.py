@@ -15,7 +15,7 @@ import numpy as np
 from ragmoe.evaluation.experiment import DENSE, UNTRAINED
 from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.results import Results
-from ragmoe.evaluation.statistics import compare, interval
+from ragmoe.evaluation.statistics import compare, interval, lost_domains
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +82,11 @@ def differences(runs: Arms, baseline: str) -> Drawn | None:
     if baseline not in runs or not others:
         return None
     of_base = [run.samples[REAL] for run in runs[baseline]]
-    found = [compare([run.samples[REAL] for run in runs[arm]], of_base) for arm in others]
+    samples = {arm: [run.samples[REAL] for run in runs[arm]] for arm in others}
+    others = [arm for arm in others if not lost_domains([*samples[arm], *of_base])]
+    if not others:
+        return None
+    found = [compare(samples[arm], of_base) for arm in others]
     domains = list(found[0].per_domain)
     cells_AD = [[(c.difference, c.low, c.high), *(c.per_domain[d] for d in domains)] for c in found]
     bound = max(1.0, *(abs(value) for row in cells_AD for value, _, _ in row))

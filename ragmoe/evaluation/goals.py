@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ragmoe.evaluation.experiment import Experiment, Goal
 from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.results import Results
-from ragmoe.evaluation.statistics import Comparison, compare
+from ragmoe.evaluation.statistics import Comparison, compare, lost_domains
 from ragmoe.evaluation.tables import NONE, Table, bounds, number
 from ragmoe.evaluation.task import Task
 
@@ -29,7 +29,10 @@ Compared = dict[Pair, Comparison]
 def compare_arms(
     experiment: Experiment, tasks: Sequence[Task], runs: Mapping[str, Mapping[str, Sequence[Results]]]
 ) -> Compared:
-    """The experiment's comparisons on every task, then what its goals need beyond them; of finished arms only."""
+    """The experiment's comparisons on every task, then what its goals need beyond them.
+
+    Of finished arms only, and not where every question of a domain failed in one of them.
+    """
     settings = {task.name: task.setting_name for task in tasks}
     wanted = [Pair(a, b, "f1", task.name, REAL) for task in tasks for a, b in experiment.comparisons]
     wanted += [pair_of(goal, experiment, tasks) for goal in experiment.goals]
@@ -41,6 +44,8 @@ def compare_arms(
         of_b = [run.samples[REAL] for run in runs[pair.b][pair.task]]
         # A gate that sees no neighbours is the same whatever it is shown.
         shown = [own or run.samples[REAL] for own, run in zip(of_a, runs[pair.a][pair.task], strict=True)]
+        if lost_domains([*shown, *of_b], pair.metric):
+            continue
         setting = settings[pair.task] + ("" if pair.neighbours == REAL else f"+{pair.neighbours}")
         found[pair] = compare(shown, of_b, metric=pair.metric, setting=setting)
     return found
@@ -52,9 +57,12 @@ def pair_of(goal: Goal, experiment: Experiment, tasks: Sequence[Task]) -> Pair:
     return Pair(goal.a, goal.b, goal.metric.removeprefix("macro_"), task.name, goal.neighbours)
 
 
-def is_met(goal: Goal, found: Comparison) -> bool:
-    """Whether a difference is what a goal asks for; see ``Goal``."""
-    return found.difference >= goal.at_least and (goal.at_least <= 0 or found.low > 0)
+def verdict(goal: Goal, found: Comparison) -> str:
+    """Whether a difference is what a goal asks for: ``met``, ``not shown`` or ``not met``; see ``Goal``."""
+    if found.difference < goal.at_least:
+        return "not met"
+    shown = found.low > 0 if goal.at_least > 0 else found.low >= goal.at_least
+    return "met" if shown else "not shown"
 
 
 def goal_table(experiment: Experiment, tasks: Sequence[Task], compared: Compared) -> Table | None:
@@ -71,7 +79,7 @@ def goal_table(experiment: Experiment, tasks: Sequence[Task], compared: Compared
                 f"≥ {goal.at_least:+g}",
                 number(found.difference if found else None, 2, sign=True),
                 bounds(found.low, found.high, sign=True) if found else NONE,
-                "not finished" if found is None else "met" if is_met(goal, found) else "not met",
+                "not finished" if found is None else verdict(goal, found),
             ]
         )
     if not rows:
@@ -80,6 +88,7 @@ def goal_table(experiment: Experiment, tasks: Sequence[Task], compared: Compared
         "Goals",
         ["arms", "setting", "metric", "asked", "difference", "95 % interval", "goal"],
         rows,
-        note="Met: the difference is what was asked for and, where that is above zero, its interval is above zero too.",
+        note="Met: the difference is what was asked for, and so is all of its interval; where more than zero was asked "
+        "for, all of the interval is above zero. Not shown: the difference alone is.",
         labels=3,
     )

@@ -13,7 +13,7 @@ from ragmoe._words import many
 from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.results import Results
 from ragmoe.evaluation.retrieval import METRICS
-from ragmoe.evaluation.statistics import FEW, Comparison, compare, interval
+from ragmoe.evaluation.statistics import FEW, Comparison, compare, interval, lost_domains
 from ragmoe.evaluation.tables import NONE, Table, bounds, markdown, number
 
 Arms = Mapping[str, Sequence[Results]]
@@ -196,7 +196,7 @@ def comparison_table(comparisons: Sequence[tuple[str, str, Comparison]]) -> Tabl
             # A tenth of a point says little of F1, and much of a perplexity.
             bounds(c.low, c.high, 2 if c.metric.endswith("percent") else 1, sign=True),
             f"{number(c.seed_spread.get('a'), 2)} / {number(c.seed_spread.get('b'), 2)}",
-            str(c.n),
+            str(c.n) + (f" of {c.n + c.left_out}" if c.left_out else ""),
         ]
         for a, b, c in comparisons
     ]
@@ -275,7 +275,7 @@ def _change(runs: Sequence[Results], condition: str) -> list[str]:
         return _mean(runs, lambda run: get(run.conditions[condition]))
 
     real, other = ([run.samples[name] for run in runs] for name in (REAL, condition))
-    change = compare(other, real) if all(run.real["interval"] for run in runs) else None
+    change = None if lost_domains([*other, *real]) else compare(other, real)
     return [
         number(mean(lambda b: b["macro"]["f1"])),
         number(change.difference if change else None, 2, sign=True),

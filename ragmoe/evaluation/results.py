@@ -116,7 +116,7 @@ def find_runs(folder: str | Path) -> dict[str, Results]:
     """The runs in a folder, by task name: its own, or those of its sub-folders.
 
     Raises:
-        DataError: there is none; names the folders beside it that hold some.
+        DataError: there is none, and the folders beside it that hold some are named; or there are two of one task.
     """
     folder = Path(folder)
     places = _places(folder)
@@ -130,8 +130,18 @@ def find_runs(folder: str | Path) -> dict[str, Results]:
             f"evaluations in {folder.parent}: {', '.join(beside) or 'none'}",
             hint=_WRITES,
         )
-    runs = [Results.load(place) for place in places]
-    return {run.name: run for run in runs}
+    runs: dict[str, Results] = {}
+    found: dict[str, Path] = {}
+    for place in places:
+        run = Results.load(place)
+        if run.name in runs:
+            # As with and without some experts, or with fewer questions.
+            raise DataError(
+                f"{folder} holds two evaluations of the task {run.name}, in {found[run.name].name} and {place.name}",
+                hint=f"name one of them: {found[run.name]} or {place}",
+            )
+        runs[run.name], found[run.name] = run, place
+    return runs
 
 
 def _places(folder: Path) -> list[Path]:

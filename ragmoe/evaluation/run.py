@@ -20,7 +20,7 @@ from ragmoe.evaluation.retrieval import DEPTH, Retrieval, score_retrieval
 from ragmoe.evaluation.routing import routing_shift, summarise_routing
 from ragmoe.evaluation.samples import Sample, SampleFile, digest_of
 from ragmoe.evaluation.scoring import score, score_citations, summarise
-from ragmoe.evaluation.statistics import compare, interval
+from ragmoe.evaluation.statistics import compare, interval, lost_domains
 from ragmoe.evaluation.task import Task, load_task
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ def _figures(condition: str, samples: dict[str, list[Sample]], model: Reader) ->
         "routing": summarise_routing(own, list(model.sparse_layers), list(model.expert_names)),
     }
     if condition != REAL:
-        change = compare([own], [real]) if bounds else None
+        change = None if lost_domains([own, real]) else compare([own], [real])
         figures["change"] = {
             "f1": {key: getattr(change, key) for key in ("difference", "low", "high", "n")} if change else None,
             "routing_shift": routing_shift(real, own),

@@ -86,17 +86,26 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Comparison:
-    """Compare two arms, each one list of samples a seed. DataError where they did not ask the same questions."""
+    """Compare two arms, each one list of samples a seed.
+
+    Raises:
+        DataError: they did not ask the same questions, or a domain has none that has a score in every run: without it
+            the mean over domains would be another one.
+    """
     runs = [*a_samples, *b_samples]
     _require_same_questions(runs)
     tables = [scores_of(run, metric) for run in runs]
     ids = [sample.id for sample in runs[0] if all(sample.id in table for table in tables)]
-    answerable = {sample.id for run in runs for sample in run if sample.answerable or metric.endswith("thresholded")}
     if not ids:
         raise DataError(f"no question has a {metric} in every run: there is nothing to compare")
+    place = {sample.id: sample for sample in runs[0]}
+    if lost := lost_domains(runs, metric):
+        raise DataError(
+            f"of {', '.join(lost)} no question has a {metric} in every run: the mean over domains would be another one",
+            hint="what failed is read again by the command that evaluated it",
+        )
     of_a, of_b = tables[: len(a_samples)], tables[len(a_samples) :]
     differences = [fmean(t[i] for t in of_a) - fmean(t[i] for t in of_b) for i in ids]
-    place = {sample.id: sample for sample in runs[0]}
     result = _interval(differences, [place[i] for i in ids], resamples, seed)
     return Comparison(
         metric=metric,
@@ -108,7 +117,7 @@ def compare(
         n=len(ids),
         documents=result.documents,
         per_domain_documents=result.per_domain_documents,
-        left_out=len(answerable) - len(ids),
+        left_out=len(_counting(runs, metric)) - len(ids),
         seeds=(len(of_a), len(of_b)),
         seed_spread={"a": seed_spread(a_samples, metric), "b": seed_spread(b_samples, metric)},
     )
@@ -117,14 +126,30 @@ def compare(
 def interval(
     runs: Sequence[Sequence[Sample]], *, metric: str = "f1", resamples: int = RESAMPLES, seed: int = SEED
 ) -> Interval | None:
-    """The macro figure of one arm, given as one list of samples a seed; None where nothing has a score."""
+    """The macro figure of one arm, given as one list of samples a seed; None where a whole domain has no score."""
     _require_same_questions(runs)
+    if lost_domains(runs, metric):
+        return None
     tables = [scores_of(run, metric) for run in runs]
     place = {sample.id: sample for sample in runs[0]}
     ids = [name for name in place if all(name in table for table in tables)]
     if not ids:
         return None
     return _interval([fmean(t[i] for t in tables) for i in ids], [place[i] for i in ids], resamples, seed)
+
+
+def lost_domains(runs: Sequence[Sequence[Sample]], metric: str = "f1") -> list[str]:
+    """The domains that have questions which count, and none that has a score in every run."""
+    tables = [scores_of(run, metric) for run in runs]
+    counting = _counting(runs, metric)
+    kept = {domain for name, domain in counting.items() if all(name in table for table in tables)}
+    return sorted(set(counting.values()) - kept)
+
+
+def _counting(runs: Sequence[Sequence[Sample]], metric: str) -> dict[str, str]:
+    """The domain of each question that a metric counts, by its id: past the threshold also those nothing answers."""
+    every = metric.endswith("thresholded")
+    return {sample.id: sample.domain for run in runs for sample in run if sample.answerable or every}
 
 
 def macro(run: Sequence[Sample], metric: str = "f1") -> float | None:

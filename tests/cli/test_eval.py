@@ -111,6 +111,18 @@ def test_runs_over_other_questions_are_not_compared(
     assert "but it holds notes.txt; evaluations in" in err
 
 
+def test_two_evaluations_of_one_task_are_not_taken_for_each_other(
+    ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path
+) -> None:
+    for out in ("whole", "less"):
+        run = ("eval", "run", small_city / "task.yaml", "--model", bundle, "--out", tmp_path / "all" / out)
+        assert ragmoe(*run, *(("--limit", 1) if out == "less" else ()))[0] == 0
+        (tmp_path / "all" / out / "small").rename(tmp_path / "all" / f"small-{out}")
+    code, _, err = ragmoe("eval", "compare", tmp_path / "all", tmp_path / "all" / "small-whole")
+    assert code == 1 and "holds two evaluations of the task small, in small-less and small-whole" in err
+    assert f"hint: name one of them: {tmp_path / 'all' / 'small-less'} or" in err
+
+
 def test_failed_questions_are_in_no_mean_and_in_the_exit_code(
     ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

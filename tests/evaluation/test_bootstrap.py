@@ -8,7 +8,7 @@ import pytest
 from ragmoe import DataError
 from ragmoe.evaluation import statistics
 from ragmoe.evaluation.samples import Sample
-from ragmoe.evaluation.statistics import compare, interval, macro, seed_spread
+from ragmoe.evaluation.statistics import compare, interval, lost_domains, macro, seed_spread
 
 Make = Callable[..., Sample]
 
@@ -124,6 +124,22 @@ def test_what_one_run_could_not_read_is_left_out_of_both(sample: Make) -> None:
     assert (found.difference, found.n, found.left_out) == (100.0, 1, 1)
     with pytest.raises(DataError, match="nothing to compare"):
         compare([a[1:]], [b[1:]])
+
+
+def test_without_a_whole_domain_there_is_no_mean_over_domains(sample: Make) -> None:
+    """Of the others alone it would be another figure, and may be of another sign."""
+    a = [sample("1", 1.0), sample("2", 0.0, domain="b")]
+    b = [sample("1", 0.5), sample("2", 1.0, domain="b")]
+    failed = [a[0], sample("2", None, domain="b", status="error")]
+    assert compare([a], [b]).difference == pytest.approx(-25.0)
+    with pytest.raises(DataError, match="of b no question has a f1 in every run"):
+        compare([failed], [b])
+    assert lost_domains([a, failed]) == ["b"] and not lost_domains([a, b])
+    assert interval([a, failed]) is None and interval([a]) is not None
+    # A domain that nothing answers counts in no mean but past the threshold.
+    unanswerable = sample("3", None, domain="c", answers=(), f1_thresholded=1.0)
+    assert compare([[*a, unanswerable]], [[*b, unanswerable]]).difference == pytest.approx(-25.0)
+    assert not lost_domains([[*a, unanswerable]], "f1_thresholded")
 
 
 def test_macro_and_spread_over_seeds(sample: Make) -> None:

@@ -183,7 +183,7 @@ def test_goals_are_met_or_not(write: Any, make_task: Any, trained: list[str], tm
     assert [(row[0], row[3], row[4], row[6]) for row in rows] == [
         ("dense − retrieval", "≥ +30", "+37.50", "met"),
         ("dense − retrieval", "≥ +40", "+37.50", "not met"),
-        ("retrieval with null neighbours − dense", "≥ -40", "-37.50", "met"),
+        ("retrieval with null neighbours − dense", "≥ -40", "-37.50", "not shown"),
         ("dense − untrained", "≥ +0", "–", "not finished"),
     ]
     # What the goals compare beyond the experiment's own comparisons is in the result too, and under its own name.
@@ -194,15 +194,41 @@ def test_goals_are_met_or_not(write: Any, make_task: Any, trained: list[str], tm
     ]
 
 
-@pytest.mark.parametrize(("low", "at_least", "met"), [(0.1, 1.0, True), (-0.1, 1.0, False), (-0.1, -0.5, True)])
-def test_a_gain_counts_when_its_interval_is_above_zero(low: float, at_least: float, met: bool) -> None:
+def test_where_a_domain_failed_nothing_is_compared_nor_kept(write: Any, trained: list[str], tmp_path: Path) -> None:
+    goals = [{"a": "dense", "b": "retrieval", "at_least": -100.0}]
+    experiment = load_experiment(write(goals=goals, result="kept.json"))
+    run_experiment(experiment, out=tmp_path / "out")
+    assert (tmp_path / "kept.json").is_file()
+    (tmp_path / "kept.json").unlink()
+    for seed in (0, 1):
+        place = tmp_path / "out" / "dense" / f"seed-{seed}" / "small" / "samples.jsonl"
+        rows = [json.loads(line) for line in place.read_text().splitlines()]
+        lost = [{**row, "status": "error", "error": "lost"} if row["domain"] == "coins" else row for row in rows]
+        place.write_text("".join(json.dumps(row) + "\n" for row in lost))
+    outcome = report_experiment(experiment, out=tmp_path / "out")
+    assert not outcome.result.comparisons and table_of(outcome, "Goals").rows[0][-1] == "not finished"
+    assert not (tmp_path / "kept.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("low", "at_least", "said"),
+    [
+        (0.1, 1.0, "met"),
+        (-0.1, 1.0, "not shown"),
+        (-0.1, -0.5, "met"),
+        (-0.6, -0.5, "not shown"),
+        (0.0, 0.0, "met"),
+        (1.0, 1.6, "not met"),
+    ],
+)
+def test_a_goal_is_met_where_its_interval_says_so(low: float, at_least: float, said: str) -> None:
     from ragmoe.evaluation.experiment import Goal
-    from ragmoe.evaluation.goals import is_met
+    from ragmoe.evaluation.goals import verdict
     from ragmoe.evaluation.statistics import Comparison
 
     found = Comparison("f1", "gold", 1.5, low, 3.0, {}, 1, 1, {})
     goal = Goal(a="a", b="b", at_least=at_least)
-    assert is_met(goal, found) is met
+    assert verdict(goal, found) == said
 
 
 def test_sizes_are_told_against_the_dense_arm(

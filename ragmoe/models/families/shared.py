@@ -297,8 +297,8 @@ class DecoderForCausalLM(Decoder, GenerationMixin):
         return super()._expand_inputs_for_generation(*args, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        # An assistant is asked for its guesses with the arguments of this model, and mostly is none of ours. One of ours
-        # makes keys and votes of its own.
+        # An assistant is handed the arguments of this model, and mostly is none of ours. One of ours makes keys and
+        # votes of its own.
         assistant = kwargs.get("assistant_model")
         width = getattr(assistant.config, "neighbour_width", None) if isinstance(assistant, Decoder) else None
         kept = ("neighbour_embeddings", "neighbour_scores", "neighbour_mask") * (width == self.config.neighbour_width)
