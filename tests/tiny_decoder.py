@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ CHAT = (
 )
 
 
-def byte_tokenizer(*, chat: bool = False) -> Any:
-    """A byte is a token, so that what is decoded is what was encoded; with a chat template or without."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate([*SPECIALS, *alphabet])}, merges=[]))
+def byte_tokenizer(*, chat: bool = False, merges: Sequence[tuple[str, str]] = ()) -> Any:
+    """A byte is a token, so that what is decoded is what was encoded; with a chat template or without.
+
+    Args:
+        merges: pairs of bytes that are a token of their own where they stand together.
+    """
+    pieces = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    made = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=list(merges)))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

@@ -65,6 +65,10 @@ class Thrift:
         self.model.output_cache = OutputCache(self.output_cache) if self.output_cache is not None else None
         return self.model
 
+    def name(self, bundle: Path) -> str:
+        """What the model is called in results."""
+        return f"{bundle} without {', '.join(sorted(self.without))}" if self.without else str(bundle)
+
     def found(self) -> dict[str, Any]:
         """What it has brought, by the names that --json has for it; empty where nothing was wished."""
         found: dict[str, Any] = {}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ragmoe.evaluation.results import Results
     from ragmoe.evaluation.tables import Table
     from ragmoe.evaluation.task import Task
+    from ragmoe.index import Index
 
 app = typer.Typer(help="Run and compare evaluations.", no_args_is_help=True)
 
@@ -59,7 +60,9 @@ def run(
     ] = None,
     without: WithoutOption = None,
     data: DataOption = None,
-    resume: Annotated[bool, typer.Option(help="Take over questions that were read already.")] = True,
+    resume: Annotated[
+        bool, typer.Option(help="Take over questions that were read already; --no-resume replaces what is there.")
+    ] = True,
     resident_experts: ResidentOption = None,
     output_cache: CacheOption = None,
     as_json: JsonOption = False,
@@ -229,6 +232,9 @@ def _evaluate(
         check_bundle(model)
     shared: dict[Path, Retrieval] = {}
     opened = [index_of_task(task, given=index, progress=show.stage) for task, _ in tasks]
+    name = thrift.name(model)
+    if resume:
+        _require_same(tasks, name, opened[0] if index else None)
     reader = thrift.load(model)
     results = []
     for (task, folder), its_index in zip(tasks, opened, strict=True):
@@ -241,11 +247,35 @@ def _evaluate(
             resume=resume,
             progress=show.questions,
             retrieval=retrieval,
-            name=str(model),
+            name=name,
         )
         _write_report(result, folder)
         results.append(result)
     return results
+
+
+def _require_same(tasks: list[tuple[Task, Path]], model: str, given: Index | None) -> None:
+    """UsageError where the command asks for another evaluation than the finished one that it would replace.
+
+    Weights, questions or documents that have changed since make no other one: there its figures are out of date.
+    """
+    from ragmoe.evaluation.results import RESULTS_NAME, Results
+
+    for task, folder in tasks:
+        if not (folder / RESULTS_NAME).is_file():
+            continue
+        there = Results.load(folder)
+        limit, now = there.task["limit_per_domain"], task.limit_per_domain
+        said = {
+            f"--limit {limit}" if limit else "all questions of each domain": limit != now,
+            f"the model {there.model}": there.model != model,
+            "another index": given is not None and there.index_digest != given.digest,
+        }
+        if differing := [what for what, differs in said.items() if differs]:
+            raise UsageError(
+                f"{folder} holds a finished evaluation of {' and '.join(differing)}, which would be replaced",
+                hint="give another folder with --out, or --no-resume to replace it",
+            )
 
 
 def _pairs(

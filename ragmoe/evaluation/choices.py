@@ -97,7 +97,11 @@ def accuracy(choices: Sequence[Choice]) -> dict[str, dict[str, float | int]]:
 
 def _right(question: Question) -> frozenset[int]:
     choices = question.meta.get("choices")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) for text in choices):
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(text, str) and text.strip() for text in choices)
+    ):
         raise DataError(
             f"question {question.id}: meta.choices is {choices!r}; expected a list of two texts or more",
             hint='{"id": ..., "question": ..., "answers": ["one"], "meta": {"choices": ["one", "other"]}}',

@@ -10,8 +10,10 @@ Nothing is trained or evaluated here; see experiment_run.py.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path, PurePath
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -24,8 +26,8 @@ from ragmoe._errors import ConfigError
 from ragmoe.bundle import is_bundle, read_map
 from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.machine import commit, machine
-from ragmoe.evaluation.results import RESULTS_NAME, Results
-from ragmoe.evaluation.samples import write_text
+from ragmoe.evaluation.results import RESULTS_NAME, SCORING_VERSION, Results
+from ragmoe.evaluation.samples import digest_of, write_text
 from ragmoe.evaluation.task import Task
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 # Where an arm of a language experiment has been measured (language_results.py).
 _PERPLEXITIES = "perplexity.json"
+_OF_BASE = ("*.safetensors", "*.bin", "config.json", "tokenizer*")
 # What a history calls the loss of what is learned, the first that is there.
 _LOSSES = ("answer_loss", "language_loss", "loss")
 
@@ -58,24 +61,48 @@ class ExperimentFolder:
     def note(self, arm: str, seed: int) -> dict[str, Any]:
         """What is known of its training; empty before it began.
 
-        Keys are ``index``, ``seconds``, ``machine``, ``commit`` and ``base``, a digest of the bundle that it began from
-        (None where that was none).
+        Keys are ``index``, ``seconds``, ``machine``, ``commit``, ``base``, a digest of the folder that it began from
+        (None where that was none), and ``before``, machine and commit of those runs of a training that were stopped. An
+        untrained arm has ``index``, ``base`` and ``config``, the configuration that made it.
         """
         return _read_json(self.place(arm, seed) / "arm.json")
 
     def begin(self, arm: str, seed: int, config: TrainingConfig) -> None:
         """Record that an arm's training begins, from what, and where; one that is taken up again began from that."""
         where = {"machine": machine(), "commit": commit(self.experiment.folder)}
-        base = None
+        base, before = None, []
         if (self.bundle(arm, seed) / "training.yaml").is_file():
-            base = self.note(arm, seed).get("base")
+            note = self.note(arm, seed)
+            earlier = {key: note[key] for key in where if key in note}
+            base, before = note.get("base"), [*note.get("before", []), *([earlier] if earlier else [])]
         else:
-            # What an earlier model of this arm was measured to be is not this one's.
-            for name in (RESULTS_NAME, _PERPLEXITIES):
-                for stale in self.place(arm, seed).rglob(name):
-                    stale.unlink()
+            self._forget_figures(arm, seed)
         base = base or _digest_of_base(config)
-        self._write_note(arm, seed, {"index": self.index, "base": base, "seconds": None, **where})
+        before = [one for one in before if one != where]
+        self._write_note(arm, seed, {"index": self.index, "base": base, "seconds": None, **where, "before": before})
+
+    def begin_untrained(self, arm: str, seed: int, config: TrainingConfig) -> None:
+        """Record what an untrained arm is made of; figures of one that was made otherwise go."""
+        if not self._is_current(arm, seed, config):
+            self._forget_figures(arm, seed)
+        made = {"index": self.index, "base": _digest_of_base(config), "config": config.model_dump(mode="json")}
+        self._write_note(arm, seed, made)
+
+    def _is_current(self, arm: str, seed: int, config: TrainingConfig) -> bool:
+        """Whether an untrained arm is made as its note says; what has no note, or no base here, says nothing."""
+        note = self.note(arm, seed)
+        made = note.get("config")
+        if made is None:
+            return True
+        bases = (note.get("base"), _digest_of_base(config))
+        alike = _portable(_as(type(config), made)) == _portable(config.model_dump(mode="json"))
+        return alike and (None in bases or bases[0] == bases[1])
+
+    def _forget_figures(self, arm: str, seed: int) -> None:
+        """What an earlier model of an arm was measured to be is not this one's."""
+        for name in (RESULTS_NAME, _PERPLEXITIES):
+            for stale in self.place(arm, seed).rglob(name):
+                stale.unlink()
 
     def end(self, arm: str, seed: int, seconds: float | None) -> None:
         """Record how long it took; None where that is not known."""
@@ -83,6 +110,29 @@ class ExperimentFolder:
 
     def _write_note(self, arm: str, seed: int, content: dict[str, Any]) -> None:
         write_text(self.place(arm, seed) / "arm.json", json.dumps(content) + "\n")
+
+    def check_arms(self, index: Path, *, moved: bool = False) -> None:
+        """``check`` every arm and seed, and that those which name the same files learned from the same material.
+
+        Args:
+            index: folder of the index that configurations are resolved with.
+        """
+        learned: dict[str, tuple[str, str]] = {}
+        for seed in self.experiment.seeds:
+            for arm in self.experiment.arm_names:
+                config = self.experiment.training(arm, seed, index)
+                self.check(arm, seed, config, moved=moved)
+                material = _read_json(self.bundle(arm, seed) / "started.json").get("questions")
+                if arm in self.experiment.untrained_arms or material is None:
+                    continue
+                named = json.dumps([config.data.model_dump(mode="json"), config.new_expert is None])
+                first, where = learned.setdefault(named, (material, f"{arm}, seed {seed}"))
+                if first != material:
+                    raise ConfigError(
+                        f"{where} and {arm}, seed {seed} in {self.root} name the same files and learned from others: "
+                        "their content has changed between",
+                        hint=f"train again what is older: remove {self.place(arm, seed)}, or that of the other",
+                    )
 
     def check(self, arm: str, seed: int, config: TrainingConfig, *, moved: bool = False) -> None:
         """Refuse to mix what was trained otherwise into this experiment; nothing is written or removed here.
@@ -113,15 +163,20 @@ class ExperimentFolder:
             )
 
     def trained(self, arm: str, seed: int) -> bool:
-        """Whether an arm has its model, saved whole; an untrained one needs none."""
+        """Whether an arm has its model, saved whole; an untrained one needs none, but must be made as it was."""
         from ragmoe.training.folder import is_finished
 
-        return arm in self.experiment.untrained_arms or is_finished(self.bundle(arm, seed))
+        if arm in self.experiment.untrained_arms:
+            return self._is_current(arm, seed, self.experiment.training(arm, seed, self.root))
+        return is_finished(self.bundle(arm, seed))
 
     def evaluated(self, arm: str, seed: int, task: Task) -> bool:
-        """Whether an arm's evaluation on a task is whole, and of this task and index."""
-        block = self._evaluation(arm, seed, task)
-        return block.get("index_digest") == self.index and _as(Task, block.get("task")) == task.model_dump(mode="json")
+        """Whether an arm's evaluation on a task is whole, of this task and index, and scored as today."""
+        content = _read_json(self.place(arm, seed) / task.name / RESULTS_NAME)
+        block = _block_of(content, task)
+        scored = content.get("versions", {}).get(task.name) == SCORING_VERSION
+        of_index = block.get("index_digest") == self.index
+        return scored and of_index and _as(Task, block.get("task")) == task.model_dump(mode="json")
 
     def finished(self, arm: str, seed: int, tasks: Sequence[Task]) -> bool:
         """Whether an arm is trained, and evaluated on every task."""
@@ -183,7 +238,8 @@ class ExperimentFolder:
 
     def _recorded(self, key: str) -> list[tuple[str, Any]]:
         """Each arm with what a training of it recorded under a key."""
-        found = [(arm, self.note(arm, seed).get(key)) for arm in self.experiment.arms for seed in self.experiment.seeds]
+        notes = [(arm, self.note(arm, seed)) for arm in self.experiment.arms for seed in self.experiment.seeds]
+        found = [(arm, one.get(key)) for arm, note in notes for one in (*note.get("before", ()), note)]
         return [(arm, value) for arm, value in found if value]
 
     def used_index(self, tasks: Sequence[Task]) -> str | None:
@@ -204,8 +260,11 @@ class ExperimentFolder:
 
     def _evaluation(self, arm: str, seed: int, task: Task) -> dict[str, Any]:
         """The task's block of ``results.json``; empty where there is none."""
-        content = _read_json(self.place(arm, seed) / task.name / "results.json")
-        return content.get("ragmoe", {}).get("tasks", {}).get(task.name, {})
+        return _block_of(_read_json(self.place(arm, seed) / task.name / RESULTS_NAME), task)
+
+
+def _block_of(results: dict[str, Any], task: Task) -> dict[str, Any]:
+    return results.get("ragmoe", {}).get("tasks", {}).get(task.name, {})
 
 
 def _as(model: type[BaseModel], content: Any) -> Any:
@@ -244,8 +303,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _digest_of_base(config: TrainingConfig) -> str | None:
-    """A digest of what the bundle that training begins from answers by; None where it is none, or not here."""
-    return read_map(config.base).content if is_bundle(config.base) else None
+    """A digest of what training begins from: of a bundle what it answers by, of another folder its weights, settings
+    and tokenizer. None where it is no folder, or not here."""
+    if is_bundle(config.base):
+        return read_map(config.base).content
+    files = sorted(path for name in _OF_BASE for path in Path(config.base).glob(name))
+    return digest_of([(path.name, _content(path, path.stat().st_mtime_ns)) for path in files]) if files else None
+
+
+@lru_cache
+def _content(path: Path, changed: int) -> str:
+    """sha256 of a file, read once for all arms that begin from it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_yaml(path: Path) -> dict[str, Any] | None:

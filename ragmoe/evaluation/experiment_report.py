@@ -91,9 +91,7 @@ def report_experiment(
             f"{root} holds nothing of the experiment {experiment.name}: no arm was trained or evaluated there",
             hint=command_of(experiment, out=out),
         )
-    for arm in experiment.arm_names:
-        for seed in experiment.seeds:
-            folder.check(arm, seed, experiment.training(arm, seed, root), moved=True)
+    folder.check_arms(root, moved=True)
     say("gathering and comparing")
     outcome = gather(folder, tasks, command_of(experiment))
     committed = _committed(outcome)

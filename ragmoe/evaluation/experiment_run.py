@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ragmoe._errors import UsageError
+from ragmoe._errors import ConfigError, UsageError
 from ragmoe._folders import expect_folder
 from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
@@ -20,6 +20,7 @@ from ragmoe.evaluation.opening import index_of_recipe
 from ragmoe.evaluation.protocols import Reader
 from ragmoe.evaluation.retrieval import Retrieval
 from ragmoe.evaluation.run import Progress, evaluate
+from ragmoe.evaluation.task import Task
 
 if TYPE_CHECKING:
     from ragmoe.index import Index
@@ -60,6 +61,8 @@ def run_experiment(
         if told := check_gold(task, task.load_questions()):
             say(told)
     index = index_of_recipe(experiment.resolve(experiment.index), progress=index_progress)
+    for task in tasks:
+        _require_index(task, index, experiment)
     folder = open_folder(experiment, root, index)
     retrieval = Retrieval(index)
     for seed in experiment.seeds:
@@ -74,6 +77,21 @@ def run_experiment(
     return outcome
 
 
+def _require_index(task: Task, index: Index, experiment: Experiment) -> None:
+    """ConfigError where a task names another index than the experiment's, over which all of its tasks are evaluated."""
+    if task.corpus:
+        other = f"a corpus of its own, {', '.join(task.corpus)}"
+    elif task.index and (own := index_of_recipe(task.resolve(task.index))).digest != index.digest:
+        other = f"the index {own.folder} ({own.digest[:12]})"
+    else:
+        return
+    raise ConfigError(
+        f"the task {task.name} is over {other}, but the experiment {experiment.name} evaluates every task over "
+        f"{index.folder} ({index.digest[:12]})",
+        hint="leave it out of the task, or name the same index in both",
+    )
+
+
 def begin(experiment: Experiment, out: str | Path | None, only: Sequence[str]) -> Path:
     """The folder that an experiment runs in, once it is known that it can be one, and that the arms are there."""
     if unknown := [name for name in only if name not in experiment.arm_names]:
@@ -86,9 +104,7 @@ def begin(experiment: Experiment, out: str | Path | None, only: Sequence[str]) -
 def open_folder(experiment: Experiment, root: Path, index: Index) -> ExperimentFolder:
     """The experiment's folder, in which no arm was trained otherwise; ConfigError where one was."""
     folder = ExperimentFolder(experiment, root, index.digest)
-    for seed in experiment.seeds:
-        for arm in experiment.arm_names:
-            folder.check(arm, seed, experiment.training(arm, seed, index.folder))
+    folder.check_arms(index.folder)
     return folder
 
 
@@ -125,6 +141,8 @@ def _model(
     from ragmoe.training.generator import open_generator, trains_generator
 
     config = folder.experiment.training(arm, seed, index.folder)
+    if arm in folder.experiment.untrained_arms:
+        folder.begin_untrained(arm, seed, config)
     if trains_generator(config):
         if arm in folder.experiment.untrained_arms:
             return open_generator(config, index)

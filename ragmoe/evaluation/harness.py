@@ -164,13 +164,18 @@ class HarnessModel:
         return Neighbours.stack([rows.get(query, hidden) for query in queries])
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Context and continuation as tokens, cut where the whole text's tokens are cut; of the context what fits."""
+        """Context and continuation as tokens, cut where the whole text's tokens are cut; of the context what fits.
+
+        Where one token spans both (``1`` and ``0`` as ``10``), each has its own, so that all of the continuation is
+        judged, and that alone.
+        """
         # A space that ends the context belongs to the word after it.
         spaces = context[len(context.rstrip()) :]
         context, continuation = context.rstrip(), spaces + continuation
         if context:
-            before = self._tokens(context)
-            after = self._tokens(context + continuation)[len(before) :]
+            before, whole = self._tokens(context), self._tokens(context + continuation)
+            apart = len(whole) <= len(before) or whole[: len(before)] != before
+            after = self._tokens(continuation, special=False) if apart else whole[len(before) :]
         else:
             before, after = [self._first()], self._tokens(continuation, special=False)
         room = self.max_length - len(after)

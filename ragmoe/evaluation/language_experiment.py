@@ -20,7 +20,7 @@ from ragmoe.evaluation.language_report import gather_language
 from ragmoe.evaluation.language_results import LanguageResults, documents_digest, results_place
 from ragmoe.evaluation.opening import Progress, index_of_recipe
 from ragmoe.evaluation.perplexity import document_losses
-from ragmoe.evaluation.perturbation import REAL
+from ragmoe.evaluation.perturbation import REAL, is_shown
 from ragmoe.evaluation.samples import digest_of
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run_language_experiment(
     for seed in experiment.seeds:
         for arm in only or experiment.arm_names:
             model, tokenizer, config = _model(folder, arm, seed, index, say, show_training)
-            wanted = {REAL, *(experiment.perturbations if _is_shown(model) else ())}
+            wanted = {REAL, *(experiment.perturbations if is_shown(model) else ())}
             of_model = _digest(model, config)
             for setting, found in documents.items():
                 place = results_place(folder, arm, seed, setting)
@@ -92,6 +92,7 @@ def _model(
 
     config = folder.experiment.training(arm, seed, index.folder)
     if arm in folder.experiment.untrained_arms:
+        folder.begin_untrained(arm, seed, config)
         # What is drawn at the start is drawn as in training.
         set_seed(config.seed)
         opened = open_decoder(config, index, (config.language or LanguageConfig()).neighbours)
@@ -106,14 +107,6 @@ def _digest(model: Any, config: TrainingConfig) -> str:
     from ragmoe.training.config import LanguageConfig
 
     return digest_of(weights_digest(model), (config.language or LanguageConfig()).model_dump(mode="json"))
-
-
-def _is_shown(model: Any) -> bool:
-    """Whether other neighbours would be anything else to a model; what the oracle sees is no neighbour."""
-    from ragmoe.gates import gate_class
-    from ragmoe.generation.batches import sees_neighbours
-
-    return sees_neighbours(model) and not gate_class(model.config.gate).uses_domain
 
 
 def _dataset(

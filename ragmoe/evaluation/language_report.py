@@ -45,9 +45,7 @@ def report_language_experiment(experiment: LanguageExperiment, *, out: str | Pat
             hint=command_of(experiment, out=out),
         )
     folder.index = folder.used_index([])
-    for arm in experiment.arm_names:
-        for seed in experiment.seeds:
-            folder.check(arm, seed, experiment.training(arm, seed, root), moved=True)
+    folder.check_arms(root, moved=True)
     outcome = gather_language(folder, digests, command_of(experiment))
     outcome.written = write(outcome)
     return outcome

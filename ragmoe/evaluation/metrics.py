@@ -47,9 +47,14 @@ def best_over(metric: Callable[[str, str], float], prediction: str, answers: Seq
     return max(metric(prediction, answer) for answer in answers)
 
 
-def citation_precision(cited: Sequence[str], gold: Sequence[str]) -> float | None:
-    """The share of the passages cited that are gold, 0.0 to 1.0; None where none is cited."""
-    return len({*cited} & {*gold}) / len({*cited}) if cited else None
+def citation_precision(cited: Sequence[str], gold: Sequence[str], invented: int = 0) -> float | None:
+    """The share of the passages cited that are gold, 0.0 to 1.0; None where none is cited.
+
+    Args:
+        invented: how many numbers are cited that no passage has; none of them is gold.
+    """
+    said = len({*cited}) + invented
+    return len({*cited} & {*gold}) / said if said else None
 
 
 def citation_recall(cited: Sequence[str], gold: Sequence[str], read: Sequence[str]) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ragmoe._errors import ConfigError
 
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
 REAL = "real"
 SEED = 20
+
+
+def is_shown(model: Any) -> bool:
+    """Whether other neighbours would be anything else to a model; an oracle is told the domain, which is none."""
+    from ragmoe.gates import gate_class
+    from ragmoe.generation.batches import sees_neighbours
+
+    if not sees_neighbours(model):
+        return False
+    return bool(model.config.neighbour_summary) or not gate_class(model.config.gate).uses_domain
 
 
 def partners(questions: Sequence[Question], asked: Sequence[str], perturbation: str) -> list[int] | None:

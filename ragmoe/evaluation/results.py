@@ -19,7 +19,8 @@ from ragmoe._version import __version__
 from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.samples import Sample, read_samples, write_text
 
-SCORING_VERSION = 2
+#: Raised where the same answer is scored otherwise, or means are taken otherwise.
+SCORING_VERSION = 3
 #: The file by which an evaluation is finished.
 RESULTS_NAME = "results.json"
 _WRITES = "ragmoe eval run TASK --model BUNDLE --out DIR writes one, or finishes one that was stopped"

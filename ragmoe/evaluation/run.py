@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ragmoe._errors import DataError, ModelError, RagmoeError
 from ragmoe.evaluation.items import Item, prepare
-from ragmoe.evaluation.perturbation import REAL, partners
+from ragmoe.evaluation.perturbation import REAL, is_shown, partners
 from ragmoe.evaluation.protocols import AnswerLike, Reader, Searchable
 from ragmoe.evaluation.results import RESULTS_NAME, Results, samples_name
 from ragmoe.evaluation.retrieval import DEPTH, Retrieval, score_retrieval
@@ -63,10 +63,9 @@ def evaluate(
     task = (task if isinstance(task, Task) else load_task(task)).limited(limit)
     model.check_index(index)
     run = _Run(model, task, index, retrieval or Retrieval(index), Path(out) if out is not None else None, progress)
-    shown = [REAL, *(p for p in task.perturbations if run.seen)]
+    shown = [REAL, *(task.perturbations if run.seen and is_shown(model) else ())]
     prepared = {condition: run.plan(condition) for condition in shown}
     samples = {condition: run.read_all(condition, plan, resume) for condition, plan in prepared.items()}
-    gold = {item.question.id: item.question.gold_ids for item in run.items}
     results = Results(
         task=task.model_dump(mode="json"),
         setting=task.setting_name,
@@ -75,7 +74,7 @@ def evaluate(
         index_digest=index.digest,
         parameters=dict(model.parameter_counts()),
         conditions={c: _figures(c, samples, model) if c in samples else None for c in [REAL, *task.perturbations]},
-        retrieval=score_retrieval(samples[REAL], gold, run.out),
+        retrieval=score_retrieval(samples[REAL], run.gold, run.out),
         samples=samples,
     )
     if run.out is not None:
@@ -108,6 +107,7 @@ class _Run:
         self.seen = (task.neighbours or int(model.config.neighbours)) if model.gate_sees_neighbours else 0
         self.depth = max(DEPTH, self.seen, task.passages)
         self.items = prepare(task, index)
+        self.gold = {item.question.id: item.question.gold_ids for item in self.items}
         self.model_digest = model_digest(model)
         memory = model.memory(index) if self.seen else None
         self.memory_digest = memory.digest if memory is not None else ""
@@ -136,6 +136,8 @@ class _Run:
         if todo and self.out is not None:
             # What stood for another model, or another question, is none of this one's.
             (self.out / RESULTS_NAME).unlink(missing_ok=True)
+        items = {item.question.id: item for item in self.items}
+        file.renew(lambda sample: self._anew(sample, items[sample.id]), done)
         total, finished = len(self.items), len(self.items) - len(todo)
         self.progress(finished, total, condition)
         for at in range(0, len(todo), CHUNK):
@@ -147,6 +149,23 @@ class _Run:
             finished += len(chunk)
             self.progress(finished, total, condition)
         return file.finish([item.question.id for item in self.items])
+
+    def _anew(self, sample: Sample, item: Item) -> Sample:
+        """A record that is taken over, with what may have changed since without anything being read otherwise: which
+        passages are gold, the document, and how answers are scored."""
+        found = replace(sample, doc_id=item.doc_id, **self._gold(item, sample.read, sample.retrieved))
+        if sample.status != "ok" or sample.prediction is None:
+            return found
+        return replace(found, **self._outcome(found, _Recorded(sample)))
+
+    def _gold(self, item: Item, read: Sequence[str], retrieved: Sequence[str]) -> dict[str, Any]:
+        """What is gold among the passages read and retrieved."""
+        gold = item.question.gold_ids
+        ranks = [rank for rank, name in enumerate(retrieved, start=1) if name in gold]
+        return {
+            "gold_rank": ranks[0] if ranks else None,
+            "gold_read": tuple(name for name in read if name in gold),
+        }
 
     def _read_chunk(self, chunk: Sequence[int], condition: str, plan: _Plan) -> list[Sample]:
         items = [self.items[i] for i in chunk]
@@ -162,7 +181,6 @@ class _Run:
         """A sample with everything that is known before the model reads."""
         question, is_open = item.question, self.task.setting == "open"
         read = tuple(retrieved[: self.task.passages]) if is_open else item.read
-        ranks = [rank for rank, name in enumerate(retrieved, start=1) if name in question.gold_ids]
         blank = Sample(
             id=question.id,
             digest=plan.digests[question.id],
@@ -176,14 +194,13 @@ class _Run:
             error=item.problem,
             read=read,
             retrieved=tuple(retrieved) if condition == REAL else (),
-            gold_rank=ranks[0] if ranks else None,
-            gold_read=tuple(name for name in read if name in question.gold_ids),
+            **self._gold(item, read, retrieved if condition == REAL else ()),
         )
         # Where a search finds nothing, as bm25 may, there is no answer: that is the search's fault, and it counts.
         if not is_open or read or item.problem:
             return blank
         cites = () if getattr(self.model, "style", None) is not None else None
-        return replace(blank, **_outcome(blank, _Silence(cites)))
+        return replace(blank, **self._outcome(blank, _Silence(cites)))
 
     def _shown(self, found: Neighbours, chunk: Sequence[int], condition: str, plan: _Plan) -> Neighbours | None:
         """What the gate is shown: N neighbours of each question, or what the condition puts in their place."""
@@ -238,9 +255,30 @@ class _Run:
         )
         counted = counts.of_domain if counts is not None else {}
         return [
-            replace(sample, **_outcome(sample, answer), **_routed(counted.get(sample.id)))
+            replace(sample, **self._outcome(sample, answer), **_routed(counted.get(sample.id)))
             for sample, answer in zip(samples, answers, strict=True)
         ]
+
+    def _outcome(self, sample: Sample, answer: AnswerLike) -> dict[str, Any]:
+        # A generator's prompt may have no room for all: the last ones, which are the worst, were not read then.
+        shortened, left_out = (getattr(answer, name, None) for name in ("shortened", "left_out"))
+        read = sample.read[: len(sample.read) - (left_out or 0)]
+        gold = tuple(name for name in sample.gold_read if name in read)
+        # Of what nothing answers every citation is wrong.
+        known = bool(self.gold[sample.id]) or not sample.answers
+        return {
+            "gold_read": gold,
+            "shortened": shortened,
+            "left_out": left_out,
+            "prediction": answer.text,
+            "passage_id": answer.passage_id,
+            "answered": answer.answered,
+            "score": answer.score,
+            # An infinite score has no place in JSON, nor on a ROC curve; no finite one comes near the bound.
+            "no_answer_score": max(-_BOUND, min(_BOUND, answer.no_answer_score)),
+            **score(answer, sample.answers, sample.answer_type),
+            **score_citations(answer, sample.answers, sample.answer_type, gold, known=known),
+        }
 
 
 @dataclass(frozen=True)
@@ -256,6 +294,21 @@ class _Silence:
     answered: bool = False
 
 
+class _Recorded:
+    """The answer that a record holds."""
+
+    start = None
+
+    def __init__(self, sample: Sample) -> None:
+        self.text = sample.prediction or ""
+        self.passage_id = sample.passage_id
+        self.score = sample.score or 0.0
+        self.no_answer_score = sample.no_answer_score or 0.0
+        self.answered = bool(sample.answered)
+        self.cited, self.invented = sample.cited, sample.invented
+        self.shortened, self.left_out = sample.shortened, sample.left_out
+
+
 def _routed(counted: SequenceRouting | None) -> dict[str, Any]:
     """What a sample says of its routing; nothing where it was not routed."""
     if counted is None:
@@ -265,26 +318,6 @@ def _routed(counted: SequenceRouting | None) -> dict[str, Any]:
         "gate_entropy": tuple((counted.entropy_L / max(counted.tokens, 1)).tolist()),
         "tokens": int(counted.tokens),
         "lost": tuple(tuple(row) for row in counted.lost_L2.astype(int).tolist()) if counted.lost_L2.any() else (),
-    }
-
-
-def _outcome(sample: Sample, answer: AnswerLike) -> dict[str, Any]:
-    # A generator's prompt may have no room for all: the last ones, which are the worst, were not read then.
-    shortened, left_out = (getattr(answer, name, None) for name in ("shortened", "left_out"))
-    read = sample.read[: len(sample.read) - (left_out or 0)]
-    gold = tuple(name for name in sample.gold_read if name in read)
-    return {
-        "gold_read": gold,
-        "shortened": shortened,
-        "left_out": left_out,
-        "prediction": answer.text,
-        "passage_id": answer.passage_id,
-        "answered": answer.answered,
-        "score": answer.score,
-        # An infinite score has no place in JSON, nor on a ROC curve; no finite one comes near the bound.
-        "no_answer_score": max(-_BOUND, min(_BOUND, answer.no_answer_score)),
-        **score(answer, sample.answers, sample.answer_type),
-        **score_citations(answer, sample.answers, sample.answer_type, gold),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,8 @@ class Sample:
         gold_read: those of the passages read that are gold.
         shortened, left_out: passages that were, for want of room in a generator's prompt; None for a reader, which
             reads all.
-        cited: passages that a generator cites; None for a reader, which does not.
+        cited: passages that a generator cites; None for a reader, which does not. ``invented``: how many numbers it
+            cites that no passage has.
         rouge_l: 0 to 1, of a generator, where the answer is no yes, no or maybe; ``citation_precision`` and
             ``citation_recall`` likewise, see ``metrics``.
         routing: for each of L sparse layers how many choices fell on each of E experts while the question was read.
@@ -68,6 +69,7 @@ class Sample:
     shortened: int | None = None
     left_out: int | None = None
     cited: tuple[str, ...] | None = None
+    invented: int | None = None
     rouge_l: float | None = None
     citation_precision: float | None = None
     citation_recall: float | None = None
@@ -159,6 +161,10 @@ class SampleFile:
             for name, digest in digests.items()
             if (have := self._records.get(name)) is not None and have.digest == digest and have.status != "error"
         }
+
+    def renew(self, made: Callable[[Sample], Sample], names: Iterable[str]) -> None:
+        """Put in the place of some records what is made of them; on the disk when they are finished."""
+        self._records.update((name, made(self._records[name])) for name in names)
 
     def finish(self, ids: Sequence[str]) -> list[Sample]:
         """The records of these ids, in this order; the file is left with exactly them."""

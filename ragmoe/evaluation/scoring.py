@@ -49,21 +49,24 @@ def score(answer: AnswerLike, answers: Sequence[str], answer_type: str) -> dict[
 
 
 def score_citations(
-    answer: AnswerLike, answers: Sequence[str], answer_type: str, gold: Sequence[str]
+    answer: AnswerLike, answers: Sequence[str], answer_type: str, gold: Sequence[str], *, known: bool = True
 ) -> dict[str, Any]:
     """What a generator's answer has beside: ROUGE-L and citations; nothing for a reader's, which cites no passage.
 
     Args:
         gold: the gold passages among those read.
+        known: whether it is known which passages are; without, citations have no score.
     """
     cited: Sequence[str] | None = getattr(answer, "cited", None)
     if cited is None:
         return {}
+    invented = getattr(answer, "invented", None) or 0
     in_words = bool(answers) and answer_type != "yesno"
     return {
         "cited": tuple(cited),
         "rouge_l": best_over(rouge_l, answer.text, answers) if in_words else None,
-        "citation_precision": citation_precision(cited, gold),
+        "invented": invented,
+        "citation_precision": citation_precision(cited, gold, invented) if known else None,
         "citation_recall": citation_recall(cited, gold, gold),
     }
 

@@ -19,7 +19,8 @@ class GeneratedAnswer:
 
     Attributes:
         text: what it says, without citations; empty where it refuses.
-        cited: the passages it cites, each once, in its order; numbers that no passage has are passed over.
+        cited: the passages it cites, each once, in its order.
+        invented: how many numbers it cites that no passage has.
         passage_id: the first of them, None where there is none.
         score: probability of exactly these words, citations included, 0 to 1.
         no_answer_score: log odds that it refuses rather than says anything else.
@@ -35,6 +36,7 @@ class GeneratedAnswer:
     said: str
     shortened: int = 0
     left_out: int = 0
+    invented: int = 0
 
     answer_type = "text"
     start = None
@@ -64,15 +66,17 @@ def read_answer(prompt: Prompt, said: str, nats: float, refusal_nats: float) -> 
     if text.strip("\"'.! ").casefold().startswith(REFUSAL):
         text = ""
     ids = [passage.id for passage in prompt.passages]
-    cited = [ids[number - 1] for number in cited_numbers(spoken) if 1 <= number <= len(ids)]
+    numbers = cited_numbers(spoken) if text else []
+    cited = [ids[number - 1] for number in numbers if 1 <= number <= len(ids)]
     return GeneratedAnswer(
         text=text,
-        cited=tuple(dict.fromkeys(cited)) if text else (),
+        cited=tuple(dict.fromkeys(cited)),
         score=math.exp(min(0.0, nats)),
         no_answer_score=_log_odds(refusal_nats),
         said=said,
         shortened=prompt.shortened,
         left_out=prompt.left_out,
+        invented=len(numbers) - len(cited),
     )
 
 

@@ -123,6 +123,33 @@ def test_two_evaluations_of_one_task_are_not_taken_for_each_other(
     assert f"hint: name one of them: {tmp_path / 'all' / 'small-less'} or" in err
 
 
+def test_a_finished_evaluation_is_not_replaced_by_another(
+    ragmoe: Any, small_city: Path, bundle: Path, make_bundle: Any, tmp_path: Path
+) -> None:
+    token = make_bundle("token", gate="token", sparse_layers=[1])
+
+    def run(*words: object, model: Path = bundle) -> tuple[int, str, str]:
+        return ragmoe("eval", "run", small_city / "task.yaml", "--model", model, "--out", tmp_path / "a", *words)
+
+    assert run()[0] == 0
+    before = (tmp_path / "a" / "small" / "samples.jsonl").read_bytes()
+    (tmp_path / "corpus.jsonl").write_text((small_city / "corpus.jsonl").read_text().replace("barges", "boats"))
+    assert ragmoe("index", "build", tmp_path / "corpus.jsonl", "--out", tmp_path / "other")[0] == 0
+    for words, model, said in (
+        (("--limit", 1), bundle, "all questions of each domain"),
+        (("--without", "expert0"), bundle, f"the model {bundle}"),
+        ((), token, f"the model {bundle}"),
+        (("--index", tmp_path / "other"), bundle, "another index"),
+    ):
+        code, _, err = run(*words, model=model)
+        assert code == 2 and f"holds a finished evaluation of {said}, which would be replaced" in err, words
+        assert "hint: give another folder with --out, or --no-resume to replace it" in err
+        assert (tmp_path / "a" / "small" / "samples.jsonl").read_bytes() == before
+    assert run()[0] == 0
+    assert run("--limit", 1, "--no-resume")[0] == 0
+    assert len((tmp_path / "a" / "small" / "samples.jsonl").read_text().splitlines()) == 2
+
+
 def test_failed_questions_are_in_no_mean_and_in_the_exit_code(
     ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,8 @@ class FakeIndex:
 class FakeConfig:
     neighbours: int = 2
     no_answer_threshold: float = 0.0
+    gate: str = "retrieval"
+    neighbour_summary: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {"neighbours": self.neighbours, "no_answer_threshold": self.no_answer_threshold}

@@ -135,6 +135,34 @@ def test_what_has_changed_is_read_again(
     assert len(reader.calls) == 1
 
 
+def test_what_is_taken_over_is_scored_as_of_now(
+    make_reader: MakeReader, make_task: MakeTask, index: Any, tmp_path: Path
+) -> None:
+    """Other gold passages, and another way to score, make nothing to read anew and leave nothing old."""
+    questions = [{"id": "q1", "question": "When did the long bridge open?", "answers": ["1911"], "gold_ids": ["c2"]}]
+    task = {"setting": "open", "passages": 2}
+    evaluate(make_reader(), make_task(questions, **task), index, out=tmp_path / "out")
+    file = tmp_path / "out" / "samples.jsonl"
+    rows = [{**json.loads(line), "f1": 0.25, "doc_id": "old"} for line in file.read_text().splitlines()]
+    assert rows[0]["gold_rank"] is None or rows[0]["gold_rank"] > 2
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = make_reader()
+    mended = make_task([{**questions[0], "gold_ids": ["r1"]}], **task)
+    sample = by_id(evaluate(reader, mended, index, out=tmp_path / "out"))["q1"]
+    assert not reader.calls
+    assert (sample.f1, sample.gold_rank, sample.gold_read, sample.doc_id) == (1.0, 1, ("r1",), "doc-r1")
+    assert sample.routing and sample == read_samples(file)[0]
+
+
+def test_an_oracle_is_shown_no_other_neighbours(make_reader: MakeReader, make_task: MakeTask, index: Any) -> None:
+    """What it is told is the domain; with a summary of the neighbours it sees these too."""
+    for summary, shown in ((False, None), (True, dict)):
+        reader = make_reader()
+        reader.config.gate, reader.config.neighbour_summary = "oracle", summary
+        found = evaluate(reader, make_task(perturbations=["null"]), index).conditions["null"]
+        assert found is None if shown is None else isinstance(found, shown)
+
+
 def test_one_bad_question_is_an_error_and_the_others_are_read(
     make_reader: MakeReader, make_task: MakeTask, index: Any, tmp_path: Path
 ) -> None:

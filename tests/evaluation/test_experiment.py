@@ -143,6 +143,82 @@ def test_a_model_that_is_trained_anew_has_no_figures_yet(write: Any, trained: li
     assert not (place / "small" / "results.json").exists()
 
 
+def test_figures_of_an_untrained_arm_go_with_what_it_was_made_of(
+    write: Any, trained: list[str], tmp_path: Path
+) -> None:
+    path = write(untrained=True)
+    run_experiment(load_experiment(path, seeds=[0]), out=tmp_path / "out", only=["untrained"])
+    figures = tmp_path / "out" / "untrained" / "seed-0" / "small" / "results.json"
+    other = load_experiment(path, overrides=["model.experts=6"], seeds=[0])
+    outcome = run_experiment(other, out=tmp_path / "out", only=["dense", "retrieval"])
+    assert figures.is_file() and outcome.missing == ["untrained seed 0"]
+    outcome = run_experiment(other, out=tmp_path / "out", only=["untrained"])
+    assert not outcome.missing
+
+
+def test_arms_that_learned_from_other_content_of_the_same_files_are_not_mixed(
+    write: Any, trained: list[str], tmp_path: Path
+) -> None:
+    run_experiment(load_experiment(write(), seeds=[0]), out=tmp_path / "out")
+    for arm, material in (("dense", "one"), ("retrieval", "other")):
+        started = tmp_path / "out" / arm / "seed-0" / "bundle" / "started.json"
+        started.write_text(json.dumps({"index": "index-digest", "questions": material, "bf16": False}))
+    with pytest.raises(ConfigError, match=r"dense, seed 0 and retrieval, seed 0 in .* learned from others"):
+        run_experiment(load_experiment(write(), seeds=[0]), out=tmp_path / "out")
+
+
+def test_a_base_that_is_no_bundle_is_known_by_its_files(write: Any, trained: list[str], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"weights")
+    train = {**yaml.safe_load(write().read_text())["train"], "base": str(base)}
+    run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out")
+    (base / "notes.txt").touch()
+    run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out")
+    (base / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ConfigError, match=r"dense/seed-0 was .* the base's content"):
+        run_experiment(load_experiment(write(train=train), seeds=[0]), out=tmp_path / "out")
+
+
+def test_a_training_that_was_stopped_keeps_where_it_began(
+    write: Any, trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ragmoe.evaluation import experiment_folder
+
+    experiment = load_experiment(write(), seeds=[0])
+    folder = experiment_folder.ExperimentFolder(experiment, tmp_path / "out", "index-digest")
+    config = experiment.training("dense", 0, tmp_path)
+    for name in ("first", "first", "second"):
+        monkeypatch.setattr(experiment_folder, "commit", lambda folder, name=name: name)
+        folder.begin("dense", 0, config)
+        (folder.bundle("dense", 0)).mkdir(exist_ok=True)
+        (folder.bundle("dense", 0) / "training.yaml").touch()
+    assert folder.commits() == {"first": ["dense"], "second": ["dense"]}
+
+
+def test_a_task_over_another_index_is_refused(
+    write: Any, make_task: Any, trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: Any
+) -> None:
+    from types import SimpleNamespace
+
+    path = write()
+    other = SimpleNamespace(digest="other-digest", folder=tmp_path / "other")
+    monkeypatch.setattr(
+        "ragmoe.evaluation.experiment_run.index_of_recipe",
+        lambda path, progress=None: other if path.name == "other" else index,
+    )
+    make_task(index="other")
+    with pytest.raises(ConfigError, match=r"task small is over the index .*other \(other-digest\), but the experiment"):
+        run_experiment(load_experiment(path), out=tmp_path / "out")
+    make_task(corpus=["corpus.jsonl"])
+    with pytest.raises(ConfigError, match=r"task small is over a corpus of its own, corpus\.jsonl"):
+        run_experiment(load_experiment(path), out=tmp_path / "out")
+    make_task(index="idx")
+    run_experiment(load_experiment(path), out=tmp_path / "out")
+    assert trained
+
+
 def test_tasks_of_one_setting_want_labels(write: Any, make_task: Any, tmp_path: Path) -> None:
     tasks = [{"name": name, "questions": ["questions.jsonl"]} for name in ("one", "two")]
     with pytest.raises(ConfigError, match="the tasks one, two are of one setting, 'gold'"):

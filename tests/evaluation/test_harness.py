@@ -71,6 +71,19 @@ def logs(made: Generator, ids: list[int]) -> torch.Tensor:
         return made.model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
 
+def test_a_token_that_spans_both_is_not_made_use_of() -> None:
+    """Else nothing of the continuation would be left to judge, which is likelier than anything."""
+    tokenizer = byte_tokenizer(merges=[("1", "0")])
+    made = Generator(tiny_llama(vocab_size=len(tokenizer)), tokenizer, PromptStyle(max_length=64))
+    assert len(tokenizer("x10")["input_ids"]) == len(tokenizer("x1")["input_ids"])
+    model = HarnessModel(made)
+    (merged, greedy), (other, _) = model.loglikelihood([ask("x1", "0"), ask("x1", "5")])
+    context, zero = tokenizer("x1")["input_ids"], tokenizer("0")["input_ids"]
+    table = logs(made, [*context, *zero])
+    assert merged == pytest.approx(table[len(context) - 1, zero[0]].item(), rel=1e-4) and merged < 0 and other < 0
+    assert greedy == (int(table[len(context) - 1].argmax()) == zero[0])
+
+
 def test_likelihoods_are_those_of_the_whole_text() -> None:
     made = generator()
     model, tokenizer = HarnessModel(made, batch_size=2), made.tokenizer

@@ -103,6 +103,8 @@ def test_losses_of_documents_equal_those_of_their_tokens(tmp_path: Path) -> None
 def test_citations_by_hand() -> None:
     assert citation_precision(["a", "b"], ["b", "c"]) == 0.5
     assert citation_precision([], ["b"]) is None and citation_precision(["a"], []) == 0.0
+    # A number that no passage has is a citation too, and a wrong one.
+    assert citation_precision(["b"], ["b"], invented=1) == 0.5 and citation_precision([], ["b"], invented=2) == 0.0
     assert citation_recall(["b"], ["b", "c"], ["a", "b", "c"]) == 0.5
     # What was not read cannot be cited.
     assert citation_recall(["b"], ["b", "c"], ["a", "b"]) == 1.0

@@ -202,6 +202,8 @@ def test_a_taught_answer_is_chosen(anna: Generator, index: Index) -> None:
         "accuracy_by_length": 100.0,
         "n": 1,
     }
+    with pytest.raises(DataError, match=r"meta\.choices is \['Anna', ' '\]"):
+        multiple_choice(anna, [Question("n", "?", ("Anna",), meta={"choices": ["Anna", " "]})], index)
     with pytest.raises(DataError, match=r"meta\.choices is None"):
         multiple_choice(anna, [Question("n", "?", ("a",))], index)
     with pytest.raises(DataError, match="none of its choices"):
