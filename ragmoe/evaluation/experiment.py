@@ -224,7 +224,8 @@ class LanguageExperiment(Experiment):
     Attributes:
         documents: sources of those that are predicted, in the place of tasks; or several such lists by the name of
             their setting, as ``{old: [...], new: [...]}``. The first stands in the result as tasks' first does.
-        perturbations: what else the gates are shown: no neighbours (``null``), or those of another document's chunk.
+        perturbations: what else the gates are shown: no neighbours (``null``), or those of the chunk that lies half of
+            all chunks further on (``shuffled``): where documents come domain by domain, of another domain.
     """
 
     tasks: list[str | dict[str, Any]] = Field([], max_length=0)

@@ -234,12 +234,14 @@ class ExpertStore:
     Attributes:
         resident, experts: N and E.
         prefetching: whether experts are brought in ahead of the first layer, by what the gates foresee of neighbours.
+            Off at first: more of them are then there when they are asked for, but more is read, and where the system
+            has the files in its cache that costs more than it saves (``eval/bench/experts_on_demand.py``).
     """
 
     def __init__(self, layers: Sequence[tuple[Gate, OnDemandExperts]], resident: int) -> None:
         self.resident = resident
         self.experts = layers[0][1].experts
-        self.prefetching = True
+        self.prefetching = False
         self.layers = [layer for _, layer in layers]
         self._gates = [gate for gate, _ in layers]
         self._pool: ThreadPoolExecutor | None = None

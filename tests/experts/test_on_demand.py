@@ -260,6 +260,8 @@ def test_what_was_read_for_nothing_is_no_use() -> None:
     whole = build("ffn")
     layer = on_demand(whole, "ffn", 2)
     store = ExpertStore([(memory_gate(), layer)], 2)
+    assert not store.prefetching
+    store.prefetching = True
     for expert in (1, 2):
         store.prefetch(voting(expert))
     for expert in (3, 4, 1):
@@ -274,6 +276,7 @@ def test_foresight_that_fails_is_nobodys_fault() -> None:
     whole = build("ffn")
     layer = on_demand(whole, "ffn", 2)
     store, layer._source.broken = ExpertStore([(memory_gate(), layer)], 2), {4}
+    store.prefetching = True
     store.prefetch(voting(4))
     x_SD = torch.randn(1, D)
     assert torch.equal(layer(x_SD, send(1), None), whole(x_SD, send(1), None))

@@ -80,12 +80,13 @@ def test_votes_bring_experts_in_before_the_first_layer(bundle: Path) -> None:
         first.settle()
         seen.append(first.resident)
 
+    store = model.expert_store
+    store.prefetching = True
     handle = model.bert.encoder.layer[0].register_forward_pre_hook(look)
     for expert in (3, 0, 5):
         model(**tokens(1), **voting(expert).tensors())
     handle.remove()
     assert [expert in there for expert, there in zip((3, 0, 5), seen, strict=True)] == [True] * 3
-    store = model.expert_store
     assert store.counters().prefetched >= 3 * L and store.counters().prefetched_used >= 3 * L
     store.reset_counters()
     store.prefetching = False
@@ -95,6 +96,7 @@ def test_votes_bring_experts_in_before_the_first_layer(bundle: Path) -> None:
 
 def test_without_neighbours_nothing_is_foreseen(bundle: Path) -> None:
     model = load(bundle, resident_experts=3)
+    model.expert_store.prefetching = True
     model(**tokens())
     assert model.expert_store.counters().prefetched == 0
 
