@@ -153,6 +153,8 @@ class Neighbours:
     def from_tensors(cls, tensors: Mapping[str, Tensor | None]) -> Neighbours | None:
         """What ``tensors`` gave, as ``forward`` receives it; None where there are no embeddings.
 
+        A mask may be of numbers, as attention masks are.
+
         Raises:
             ValueError: embeddings without scores or mask.
         """
@@ -161,6 +163,7 @@ class Neighbours:
             return None
         if given["scores_BN"] is None or given["mask_BN"] is None:
             raise ValueError("neighbour_embeddings came without neighbour_scores or neighbour_mask")
+        given["mask_BN"] = given["mask_BN"].bool()
         return cls(**given)  # type: ignore[arg-type]
 
 

@@ -150,6 +150,9 @@ def test_from_the_named_tensors_and_back() -> None:
     for field in ("embeddings_BNR", "scores_BN", "mask_BN", "votes_BNLE", "domain_B"):
         assert getattr(back, field) is getattr(whole, field)
     assert Neighbours.from_tensors({}) is None
+    # A mask of numbers, as attention masks are.
+    numbers = Neighbours.from_tensors({**whole.tensors(), "neighbour_mask": whole.mask_BN.long()})
+    assert numbers is not None and torch.equal(numbers.mask_BN, whole.mask_BN)
     with pytest.raises(ValueError, match="without neighbour_scores or neighbour_mask"):
         Neighbours.from_tensors({"neighbour_embeddings": whole.embeddings_BNR})
 
