@@ -27,7 +27,7 @@ _NEVER = -1e4
 class DomainGate(TokenGate):
     """One domain's expert and the common experts beside it, weighed by the token state.
 
-    A token takes the best K of these. With K - 1 in common its domain's own is always among them; with more it need not.
+    A token takes the best K of these: with K - 1 in common its domain's own is one of them, with more it may not be.
     Where the domain is not known, or has no expert, all experts are open: it is the token gate.
     Source: Gururangan et al. 2021 (DEMix).
     """
