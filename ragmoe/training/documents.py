@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from ragmoe._errors import DataError
-from ragmoe.corpus import cloze_questions, read_passages
-from ragmoe.corpus.types import Question
+from ragmoe.corpus import chunk_passage, cloze_questions, read_documents
+from ragmoe.corpus.types import Passage, Question
 from ragmoe.index import Index
+from ragmoe.index.rows import key
 from ragmoe.training.config import NewExpertConfig
 from ragmoe.training.data import digest, gold_ids, load_questions
 
@@ -126,18 +127,55 @@ def _sides(config: NewExpertConfig, index: Index, questions: Sequence[Question])
 
 
 def _rows_of(sources: Sequence[str], index: Index) -> set[int]:
-    """The rows of some sources, however they were cut; DataError where they are not all there."""
-    wanted = {chunk.source_id for chunk in read_passages(sources).chunks()}
-    rows: dict[str, list[int]] = defaultdict(list)
+    """The rows of some sources, however they were cut; DataError where they are not all there.
+
+    A document is known by its text: its id is only its name within these sources.
+    """
+    documents = {document.id: document for document in read_documents(sources)}
+    rows: dict[str, set[int]] = defaultdict(set)
+    ended: set[str] = set()
+    other: set[str] = set()
     for row, chunk in enumerate(index.chunks()):
-        rows[chunk.source_id].append(row)
-    if missing := sorted(wanted - rows.keys()):
+        name, text = chunk.source_id, chunk.passage.text
+        if name not in documents:
+            continue
+        if documents[name].text.startswith(text, chunk.start):
+            rows[name].add(row)
+            if chunk.start + len(text) >= len(documents[name].text.rstrip()):
+                ended.add(name)
+        else:
+            other.add(name)
+    found = {name: rows[name] for name in ended - other}
+    found |= _rows_by_text([documents[name] for name in documents.keys() - found.keys()], index)
+    if missing := sorted(documents.keys() - found.keys()):
+        there = ", whose name is that of another text there" if missing[0] in rows.keys() | other else ""
         raise DataError(
-            f"{len(missing)} of {len(wanted)} documents of {', '.join(sources)} are not in {index.folder}, "
-            f"for example {missing[0]!r}",
+            f"{len(missing)} of {len(documents)} documents of {', '.join(sources)} are not in {index.folder}, "
+            f"for example {missing[0]!r}{there}",
             hint=f"ragmoe index build {' '.join(sources)} OTHER_SOURCES --out {index.folder} --overwrite",
         )
-    return set(chain.from_iterable(rows[source] for source in wanted))
+    return set().union(*found.values())
+
+
+def _rows_by_text(documents: Sequence[Passage], index: Index) -> dict[str, set[int]]:
+    """The rows of those documents of which all is there, cut as the index was built, under whatever ids.
+
+    `index add` passes over a text that is there already.
+    """
+    if not documents:
+        return {}
+    cut = index.manifest.chunking
+    ways: dict[str, list[set[bytes]]] = {}
+    for document in documents:
+        chunks = chunk_passage(document, words=cut.words, overlap=cut.overlap)
+        ways[document.id] = [{key(document)}, {key(chunk.passage) for chunk in chunks}]
+    wanted = set().union(*chain.from_iterable(ways.values()))
+    rows: dict[bytes, set[int]] = defaultdict(set)
+    for row, passage in enumerate(index.iterate()):
+        if (text := key(passage)) in wanted:
+            rows[text].add(row)
+    whole = {name: next((way for way in both if way <= rows.keys()), None) for name, both in ways.items()}
+    return {name: set().union(*(rows[text] for text in way)) for name, way in whole.items() if way}
 
 
 def _cut(rows: Iterable[int], index: Index, hidden: set[str], limit: int) -> list[Document]:

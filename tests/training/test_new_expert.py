@@ -641,7 +641,9 @@ def test_what_cannot_be_added(
     said: str,
 ) -> None:
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text('{"id": "market0", "text": "known"}\n{"id": "p99", "text": "unknown"}\n')
+    corpus.write_text(
+        "".join(json.dumps(row) + "\n" for row in (_rows("market", 0)[0], {"id": "p99", "text": "unknown"}))
+    )
     settings = {key: [str(corpus)] if value == ["CORPUS"] else value for key, value in settings.items()}
     folder = bundle()
     with pytest.raises(error, match=said):
