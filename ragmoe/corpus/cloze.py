@@ -4,7 +4,8 @@
 
 What is left out recurs in the document (Ram et al. 2021, "Few-Shot Question Answering by Pretraining Span Selection"),
 and a question word takes its place (Lewis et al. 2019, "Unsupervised Question Answering by Cloze Translation").
-The passage to be read shares words with the sentence beyond the answer, and does not hold the sentence itself.
+The passage to be read shares words with the sentence beyond the answer, and does not hold the sentence itself, nor a
+part of it about the answer, as passages do that were cut with an overlap.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ _RARE_WEIGHT = -math.log(0.005)
 # Words that question and passage share at least near the answer, and of the question's at most: or they are copies.
 _SHARED_NEAR = 2
 _SHARED_AT_MOST = 0.8
+# Words on either side by which two places are known to be one, which both passages have.
+_AROUND = 3
 
 
 class _Word(NamedTuple):
@@ -126,8 +129,10 @@ def _of_document(
             (value, asking, told)
             for asking in free
             if (wanted := _wanted(texts, span, asking))
+            # Its own passage is among those that have it.
+            for copies in [{place.text for place in places if _is_copy(texts, asking, place, len(span))}]
             for told in open_to
-            if told.text != asking.text and (value := _relatedness(texts, wanted, told, weights)) is not None
+            if told.text not in copies and (value := _relatedness(texts, wanted, told, weights)) is not None
         ]
         if pairs:
             _, asking, told = max(pairs)
@@ -197,6 +202,19 @@ def _relatedness(texts: Sequence[_Text], wanted: set[str], told: _Place, weights
     if len(near) < _SHARED_NEAR:
         return None
     return sum(weights[word] for word in near) / math.sqrt(len(wanted))
+
+
+def _is_copy(texts: Sequence[_Text], asking: _Place, other: _Place, words: int) -> bool:
+    """Whether the same stands around two places, as far as both passages go."""
+    around = zip(_around(texts, asking, words), _around(texts, other, words), strict=True)
+    return all(mine == theirs for sides in around for mine, theirs in zip(*sides, strict=False))
+
+
+def _around(texts: Sequence[_Text], place: _Place, words: int) -> tuple[list[str], list[str]]:
+    """The words before and behind a span, the nearest first."""
+    all_words, end = texts[place.text].words, place.word + words
+    before, behind = all_words[max(0, place.word - _AROUND) : place.word], all_words[end : end + _AROUND]
+    return [word.text for word in reversed(before)], [word.text for word in behind]
 
 
 def _tells_itself(asks: _Text, asked: int, words: int) -> bool:

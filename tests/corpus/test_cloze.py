@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from ragmoe.corpus import Passage, cloze_questions
+from ragmoe.corpus import Passage, chunk_passage, cloze_questions
 
 # One document whose passages tell of the same things in other words, beside documents that tell of nothing in common.
 TIN = (
@@ -65,6 +65,21 @@ def test_no_passage_answers_more_than_its_share(passages: list[Passage]) -> None
 def test_copies_ask_nothing_of_each_other() -> None:
     twins = [Passage(f"t{i}", TIN[0], doc_id="tin") for i in range(2)]
     assert cloze_questions([*twins, *FILLER]) == []
+
+
+def test_what_two_chunks_share_tells_nothing() -> None:
+    more = "Tinsmiths melted it in a crucible by the quay. "
+    whole = Passage("tin", f"{more}{TIN[0]} {more}", doc_id="tin")
+    first, second = (chunk.passage for chunk in chunk_passage(whole, words=24, overlap=8))
+    shared = "flatware from the Bronze Age until modern times."
+    assert first.text.endswith(shared) and second.text.startswith(shared)
+    assert cloze_questions([first, second, *FILLER]) == []
+    # Nor where the chunk tells it once more elsewhere; another passage does.
+    again = replace(second, text=f"{second.text} Bronze Age plates and flatware.")
+    assert cloze_questions([first, again, *FILLER]) == []
+    other = Passage("tin1", TIN[1], doc_id="tin")
+    asked = {q.answers[0]: q.gold_ids for q in cloze_questions([first, again, other, *FILLER])}
+    assert asked["Bronze Age"] == ("tin1",)
 
 
 def test_documents_of_one_passage_give_none() -> None:
