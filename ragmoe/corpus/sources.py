@@ -51,7 +51,7 @@ def _files(source: str) -> Named:
     if path.is_dir():
         files = _folder_files(path)
         if not files:
-            raise DataError(f"folder {source} holds no file of a known format ({_formats()})")
+            raise DataError(f"folder {source} holds no file of a known format ({_formats()}) outside an index")
         return [(file, file.relative_to(path).as_posix()) for file in files]
     if not path.exists():
         return _matches(source, path)
@@ -69,10 +69,12 @@ def _matches(source: str, pattern: Path) -> Named:
         there = f"; in {pattern.parent} there is: {', '.join(near)}" if near else ""
         raise DataError(f"source {source}: there is no such file, folder or match of a pattern{there}")
     files = [file for match in found for file in (_folder_files(match) if match.is_dir() else [match])]
-    files = [file for file in files if reader_of(file)]
-    if not files:
-        raise DataError(f"source {source}: {len(found)} matches, none of a known format ({_formats()})")
     root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+    files = _outside_indexes([file for file in files if reader_of(file)], root)
+    if not files:
+        raise DataError(
+            f"source {source}: {len(found)} matches, none of a known format ({_formats()}) outside an index"
+        )
     return [(file, file.relative_to(root).as_posix()) for file in files]
 
 
@@ -81,17 +83,28 @@ def _folder_files(folder: Path) -> list[Path]:
 
     In a folder that holds a ``corpus`` file (as BEIR's and ours do, questions beside it) only that one is read.
     """
-    indexes = {path.parent for path in folder.rglob("manifest.json") if any(path.parent.glob("passages-*.parquet"))}
     files = [
         path
         for path in sorted(folder.rglob("*"))
         if reader_of(path)
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not indexes.intersection(path.parents)
     ]
+    files = _outside_indexes(files, folder)
     corpora = {path.parent for path in files if stem(path) == "corpus"}
     return [path for path in files if stem(path) == "corpus" or path.parent not in corpora]
+
+
+def _outside_indexes(files: Sequence[Path], root: Path) -> list[Path]:
+    """The files that are no part of an index at a folder or below it, be it only half built, as by who reads them."""
+    folders = {folder for file in files for folder in file.parents if folder.is_relative_to(root)}
+    indexes = {
+        folder
+        for folder in folders
+        if any(folder.glob("passages-*.parquet"))
+        and any((folder / name).exists() for name in ("manifest.json", "build.lock"))
+    }
+    return [file for file in files if not indexes.intersection(file.parents)]
 
 
 def _absolute(path: Path) -> Path:

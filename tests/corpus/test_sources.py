@@ -73,3 +73,14 @@ def test_an_index_in_the_folder_is_left_out_with_its_card(docs: Path) -> None:
     assert ids("docs") == ["fees/index.md", "index.md"]
     (docs / "docs/index/passages-1.parquet").unlink()
     assert "index/README.md" in ids("docs")
+
+
+def test_an_index_is_left_out_of_what_a_pattern_matches(docs: Path) -> None:
+    for name in ("manifest.json", "passages-1.parquet", "README.md", "memory/notes.md"):
+        (docs / "docs/index" / name).parent.mkdir(parents=True, exist_ok=True)
+        (docs / "docs/index" / name).write_text("{}")
+    assert ids("docs/**/*.md") == ids("docs/**/*") == ids("docs/*") == ["fees/index.md", "index.md"]
+    with pytest.raises(DataError, match=r"index/\*\.parquet: 1 matches, none of a known format .* outside an index"):
+        ids("docs/index/*.parquet")
+    (docs / "docs/index/manifest.json").rename(docs / "docs/index/build.lock")
+    assert ids("docs") == ids("docs/**/*") == ["fees/index.md", "index.md"]

@@ -173,6 +173,17 @@ def test_folders_that_hold_other_things_are_left_alone(build: Build, tmp_path: P
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
 
 
+def test_an_index_may_lie_in_the_folder_it_is_built_of(build: Build, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    corpus.rename(tmp_path / "docs" / "notes.jsonl")
+    given: dict[str, Any] = {"sources": (str(tmp_path / "docs"),), "out": tmp_path / "docs" / "index"}
+    built = build(**given)
+    assert built.passages == 24 and build(**given, overwrite=True).corpus_digest == built.corpus_digest
+    # Nor is what a build left that died.
+    (tmp_path / "docs" / "index" / "manifest.json").unlink()
+    assert build(**given).corpus_digest == built.corpus_digest
+
+
 def test_two_builds_of_one_index_exclude_each_other(build: Build, tmp_path: Path) -> None:
     (tmp_path / "index").mkdir()
     with (
