@@ -189,7 +189,7 @@ class AddedRows(Rows):
     """An index's rows, and behind them what a reader reads that is not among them.
 
     A passage is there already if the same is encoded of one of them; one of another text under an id that is taken
-    is a bad line.
+    is a bad line, with all the other pieces of what it was cut from.
     """
 
     def __init__(self, old: OldIndex, reader: PassageReader, on_error: OnError) -> None:
@@ -201,17 +201,22 @@ class AddedRows(Rows):
 
     def __iter__(self) -> Iterator[Row]:
         self.duplicates, self._taken = 0, []
-        ids, texts = KeyTable(), KeyTable()
+        ids, texts, sources = KeyTable(), KeyTable(), KeyTable()
+        refused: set[str] = set()
         for row in self._old.rows():
             ids.put(row.chunk.passage.id)
             texts.put(key(row.chunk.passage))
+            sources.put(row.chunk.source_id, _kind(row.chunk))
             yield row
         for chunk in self._reader.chunks():
-            passage = chunk.passage
+            passage, source = chunk.passage, chunk.source_id
             if texts.get(key(passage)) is not None:
                 self.duplicates += 1
-            elif ids.put(passage.id) is not None:
-                self._refuse(passage.id)
+            elif source in refused:
+                continue
+            elif _is_other(chunk, sources) or ids.put(passage.id) is not None:
+                refused.add(source)
+                self._refuse(source)
             else:
                 texts.put(key(passage))
                 yield Row(chunk)
@@ -223,7 +228,10 @@ class AddedRows(Rows):
     def _refuse(self, name: str) -> None:
         problem = f"id {name!r} is in {self._old.folder} already, with another title or text"
         if self._on_error == "fail":
-            hint = f"remove that one first: ragmoe index remove {self._old.folder} --ids FILE; or --on-error skip"
+            hint = (
+                f"remove that one first, with all its pieces if it was cut: ragmoe index remove {self._old.folder} "
+                "--ids FILE; or --on-error skip"
+            )
             raise DataError(problem, hint=hint)
         self._taken.append(problem)
 
@@ -264,7 +272,7 @@ class MergedRows(Rows):
 
     def __iter__(self) -> Iterator[Row]:
         self.duplicates, self.shared = 0, []
-        ids = KeyTable()
+        ids, sources = KeyTable(), KeyTable()
         first = 0
         for old in self.known:
             for row in old.rows(first):
@@ -273,17 +281,33 @@ class MergedRows(Rows):
                 there = ids.put(passage.id, f"{digest} {row.at}")
                 other, _, at = (there or "").partition(" ")
                 if there is None:
+                    if old is self.known[0]:
+                        sources.put(row.chunk.source_id, _kind(row.chunk))
+                    elif _is_other(row.chunk, sources):
+                        raise self._differ(row.chunk.source_id, old)
                     yield row
                 elif other == digest:
                     self.duplicates += 1
                     self.shared.append((int(at), row.at))
                 else:
-                    raise DataError(
-                        f"id {passage.id!r} is in both {self.known[0].folder} and {old.folder}, with different texts; "
-                        "nothing was written",
-                        hint=f"remove it from one of them: ragmoe index remove {old.folder} --ids FILE",
-                    )
+                    raise self._differ(passage.id, old)
             first += old.manifest.passages
+
+    def _differ(self, name: str, old: OldIndex) -> DataError:
+        return DataError(
+            f"id {name!r} is in both {self.known[0].folder} and {old.folder}, with different texts; "
+            "nothing was written",
+            hint=f"remove it from one of them: ragmoe index remove {old.folder} --ids FILE",
+        )
+
+
+def _kind(chunk: Chunk) -> str:
+    return "whole" if chunk.passage.id == chunk.source_id else "cut"
+
+
+def _is_other(chunk: Chunk, sources: KeyTable) -> bool:
+    """Whether what a chunk comes from was whole in an index and is cut now, or the other way: it is another text."""
+    return sources.get(chunk.source_id) not in (None, _kind(chunk))
 
 
 def key(passage: Passage) -> bytes:

@@ -113,6 +113,39 @@ def test_an_id_that_is_taken_by_another_text(make: Build, tmp_path: Path) -> Non
     assert Index.open(folder).passage("river-1").text.startswith("The quay")
 
 
+def text(words: int, kind: str) -> str:
+    return " ".join(f"{kind}{number}." for number in range(words))
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 30), (30, 8), (25, 40)])
+def test_two_versions_of_a_document_are_not_mixed(make: Build, tmp_path: Path, before: int, after: int) -> None:
+    """Nor where one of them was cut, and the other was not or has more pieces."""
+    note = tmp_path / "note.txt"
+    note.write_text(text(before, "old"))
+    options: dict[str, Any] = {"chunk_words": 10, "chunk_overlap": 2}
+    folder = make("index", [], sources=(str(note),), **options)
+    ids = Index.open(folder).passage_ids
+    note.write_text(text(after, "new"))
+    more = [str(note), str(write(tmp_path / "more.jsonl", rows()[:1]))]
+    with pytest.raises(DataError, match=r"id 'note\.txt' is in .* already, with another title or text"):
+        plan_add(folder, more, encoder=StubEncoder())
+    other = make("other", [], sources=(str(note),), **options)
+    with pytest.raises(DataError, match=r"id 'note\.txt.* is in both .* with different texts"):
+        plan_merge(folder, other, tmp_path / "both")
+    assert ran(plan_add(folder, more, encoder=StubEncoder(), on_error="skip")).skipped == 1
+    assert Index.open(folder).passage_ids == [*ids, "river-0"]
+
+
+def test_a_piece_that_was_passed_over_or_removed_can_be_added(make: Build, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text(text(30, "word"))
+    options: dict[str, Any] = {"chunk_words": 10, "chunk_overlap": 2, "sources": (str(tmp_path / "note.txt"),)}
+    whole, part = make("whole", [], **options), make("part", [], **options)
+    ids = Index.open(whole).passage_ids
+    ran(plan_remove(part, ids=ids[:1]))
+    assert ran(plan_merge(part, whole, tmp_path / "both")).passages == len(ids)
+    assert ran(plan_add(part, options["sources"], encoder=StubEncoder())).passages == len(ids)
+
+
 def test_text_is_cut_and_read_as_the_index_was_built(make: Build, tmp_path: Path) -> None:
     options = {"chunk_words": 10, "chunk_overlap": 2, "rechunk": True, "long_passages": "truncate", "domain": "d"}
     folder, built = make("part", rows()[:10], **options), make("whole", rows(), **options)
