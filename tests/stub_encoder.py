@@ -28,7 +28,8 @@ class StubEncoder:
         self.encoded += [prompt + text for text in texts]
         vectors = np.zeros((len(texts), self.width), dtype=np.float32)
         for i, text in enumerate(texts):
-            for word in re.findall(r"\w+", (prompt + text).lower())[: self.max_length]:
+            # What has no word has a vector too, as that of any encoder with special tokens.
+            for word in re.findall(r"\w+", (prompt + text).lower())[: self.max_length] or [text]:
                 vectors[i] += self._word(word)
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 

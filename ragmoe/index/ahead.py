@@ -8,10 +8,12 @@ from types import TracebackType
 
 import numpy as np
 
+from ragmoe._errors import ModelError
 from ragmoe.corpus.types import Passage
 from ragmoe.index.blocks import Encoded
 from ragmoe.index.encoder import Encoder, token_encoder
 from ragmoe.index.manifest import EncodingRecord
+from ragmoe.index.vectors import without_direction
 from ragmoe.index.windows import LongPassages, Prepared, encode_prepared, prepare_passages
 
 
@@ -46,10 +48,20 @@ class BlockEncoder:
             self._ready[number] = self._thread.submit(self._prepared, passages)
 
     def encode(self, number: int, passages: Sequence[Passage]) -> Encoded:
-        """The vectors of a block, as stored, and the windows that each passage would need."""
+        """The vectors of a block, as stored, and the windows that each passage would need.
+
+        Raises:
+            ModelError: the encoder gave a vector that is zero or not finite.
+        """
         ready = self._ready.pop(number, None)
         prepared = self._prepared(passages) if ready is None else ready.result()
         vectors = encode_prepared(prepared, self._encoder, prompt=self._prompt, how=self._how)
+        if len(bad := without_direction(vectors)):
+            raise ModelError(
+                f"encoder {self._encoder.id!r} gave {len(bad)} of {len(passages)} passages a vector that is zero or "
+                f"not finite, the first is {passages[bad[0]].id!r}; nothing was committed",
+                hint="leave the passage out, or encode by another: --encoder NAME",
+            )
         return vectors.astype(np.float16), prepared.per_passage
 
     def _prepared(self, passages: Sequence[Passage]) -> Prepared:

@@ -23,7 +23,7 @@ from ragmoe.index.encoder import DEFAULT_ENCODER, Encoder, load_encoder
 from ragmoe.index.plan import BuildPlan, How, make_plan, read_contents
 from ragmoe.index.rows import Row, Rows, SourceRows, blocks
 from ragmoe.index.target import NewIndex
-from ragmoe.index.vectors import unit_rows
+from ragmoe.index.vectors import unit_rows, without_direction
 from ragmoe.index.verify import ALIKE
 from ragmoe.index.windows import LongPassages, cut_windows, encode_passages
 
@@ -222,8 +222,7 @@ def _check_numbers(path: Path, vectors: NDArray[Any], encoder: Encoder) -> None:
             f"{path} holds vectors of width {vectors.shape[1]}, encoder {encoder.id!r} makes such of {encoder.width}"
         )
     for start in range(0, len(vectors), _BATCH):
-        norms = np.linalg.norm(np.asarray(vectors[start : start + _BATCH], dtype=np.float32), axis=1)
-        bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+        bad = without_direction(vectors[start : start + _BATCH])
         if len(bad):
             raise DataError(f"{path}: vector {start + bad[0] + 1} is zero or not finite")
 

@@ -154,6 +154,12 @@ def _add_all(index: Any, embeddings: NDArray[np.float16], progress: Callable[[in
         progress(min(start + _BLOCK, rows))
 
 
+def without_direction(vectors: NDArray[Any]) -> NDArray[np.int64]:
+    """Which of some vectors (rows, R) are zero or not finite, int64 (of them,): nothing has a cosine with these."""
+    norms = np.linalg.norm(np.asarray(vectors, dtype=np.float32), axis=1)
+    return np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+
+
 def unit_rows(embeddings: NDArray[np.float16], rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """Some stored rows as float32 of unit length (rounding to half precision left them slightly off)."""
     vectors = np.asarray(embeddings[rows], dtype=np.float32)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from filelock import FileLock
+from numpy.typing import NDArray
 from small_corpus import rows
 from stub_encoder import StubEncoder
 
-from ragmoe import DataError, Index, IndexFolderError, IndexLockedError
+from ragmoe import DataError, Index, IndexFolderError, IndexLockedError, ModelError
 from ragmoe.index import BuildOptions, Manifest, _crash, plan_build, verify_index
 from ragmoe.index import blocks as blocks_module
 from ragmoe.index.manifest import read_manifest
@@ -89,6 +90,19 @@ def test_bad_lines_stop_before_anything_is_written(build: Build, tmp_path: Path)
     assert not (tmp_path / "index").exists()
     manifest = build(sources=(str(source),), on_error="skip")
     assert (manifest.passages, manifest.skipped) == (1, 1)
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.0])
+def test_vectors_that_are_none_are_not_stored(build: Build, tmp_path: Path, value: float) -> None:
+    class Broken(StubEncoder):
+        def encode(self, texts: Sequence[str], *, prompt: str = "") -> NDArray[np.float32]:
+            vectors = super().encode(texts, prompt=prompt)
+            vectors[["honey of market" in text for text in texts]] = value
+            return vectors
+
+    with pytest.raises(ModelError, match=r"'stub-0' gave 1 of 24 passages a vector .* the first is 'market-5'"):
+        build(encoder=Broken())
+    assert not (tmp_path / "index" / "manifest.json").exists()
 
 
 def test_no_passages_at_all(build: Build, tmp_path: Path) -> None:
