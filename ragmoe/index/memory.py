@@ -187,6 +187,7 @@ def _path(folder: Path, bundle: str, index: str) -> Path:
 
 
 def _write(path: Path, memory: ExpertMemory) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     part = path.with_suffix(f".{os.getpid()}.part")
@@ -202,9 +203,11 @@ def _write(path: Path, memory: ExpertMemory) -> None:
         path.parent.mkdir(exist_ok=True)
         save_file({"affinity": memory.affinity_PLE, "questions": memory.questions_P}, part, metadata=about)
         part.replace(path)
-    except OSError as error:
+    # Of a full disk safetensors says so in an error of its own.
+    except (OSError, SafetensorError) as error:
+        raise IndexFolderError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
         part.unlink(missing_ok=True)
-        raise IndexFolderError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _read(path: Path) -> ExpertMemory:
@@ -237,9 +240,11 @@ def sidecars(folder: Path, digest: str) -> list[Path]:
 
 
 def forget(folder: Path, digest: str) -> None:
-    """Remove what was recorded with an index that stood in a folder before the one of this digest."""
+    """Remove what was recorded with an index that stood in a folder before the one of this digest, and what was not
+    written to its end.
+    """
     kept = sidecars(folder, digest)
-    for path in (folder / FOLDER).glob("*.safetensors"):
+    for path in [path for pattern in ("*.safetensors", "*.part") for path in (folder / FOLDER).glob(pattern)]:
         if path not in kept:
             path.unlink(missing_ok=True)
 

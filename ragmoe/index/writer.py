@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ragmoe._errors import DataError, IndexFolderError
+from ragmoe._errors import DataError, IndexFolderError, RagmoeError
 from ragmoe._ranks import Meeting, Ranks
 from ragmoe._version import __version__
 from ragmoe.index import bm25, memory, trust
@@ -91,7 +91,7 @@ class Writer:
             self.plan.check_room()
             try:
                 return self._write(generation)
-            except OSError:
+            except (OSError, RagmoeError):
                 sweep(self.folder)
                 raise
 

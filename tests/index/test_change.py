@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from filelock import FileLock
+from safetensors import SafetensorError
 from small_corpus import rows
 from stub_encoder import StubEncoder
 
@@ -379,3 +380,28 @@ def test_until_the_commit_the_old_memory_counts(make: Build) -> None:
         assert {name: int(memory.questions_P[index.row(name)]) for name in index.passage_ids} == {
             name: before[name][1] for name in index.passage_ids
         }
+
+
+def test_a_disk_that_is_full_at_the_memory_leaves_the_index_as_it_was(
+    make: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make("whole", rows())
+    memory = remember(folder, "b")
+    # What an annotation left that was killed; it goes with the next change.
+    (folder / "memory" / "x.1.part").touch()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.numpy.save_file", full)
+        with pytest.raises(IndexFolderError, match=r"cannot write .*memory.*\.safetensors: .* No space left"):
+            memory.save(Index.open(folder))
+        with pytest.raises(IndexFolderError, match="No space left"):
+            ran(plan_remove(folder, domain="river"))
+    left = {path for path in folder.rglob("*") if path.is_file()} - {folder / "partial" / "state.json"}
+    assert left == before.keys() and all(path.read_bytes() == content for path, content in before.items())
+    ran(plan_remove(folder, domain="river"))
+    assert len(recorded(folder, "b")) == 16
