@@ -12,11 +12,11 @@ from pathlib import Path
 from ragmoe._errors import IndexFolderError
 from ragmoe.corpus.passages import OnError, read_passages
 from ragmoe.index.calibrate import Asked, asked_record
-from ragmoe.index.encoder import DEFAULT_ENCODER, Encoder, load_encoder
+from ragmoe.index.encoder import DEFAULT_ENCODER, Encoder, load_encoder, settings_of
 from ragmoe.index.manifest import EncoderRecord, Manifest
 from ragmoe.index.plan import BuildPlan, How, Wanted, make_plan, read_contents
 from ragmoe.index.rows import OldIndex, SourceRows
-from ragmoe.index.target import NewIndex, current, encoding_of
+from ragmoe.index.target import NewIndex, alike, current, encoding_of
 from ragmoe.index.windows import LongPassages
 from ragmoe.index.writer import Progress
 
@@ -103,28 +103,33 @@ def encoder_record(encoder: Encoder) -> EncoderRecord:
         max_length=encoder.max_length,
         query_prompt=encoder.prompts["query"],
         passage_prompt=encoder.prompts["passage"],
+        settings=settings_of(encoder),
     )
 
 
 def _how(options: BuildOptions) -> tuple[How, Encoder]:
     """How the index will be made: what nobody asked for, as the one that stands in the folder."""
     encoder = load_encoder(options.encoder)
+    record = encoder_record(encoder)
     made = asked_record(encoder, options.precision, options.batch_tokens)
     old = current(options.out)
     if options.precision == "auto" and made is not None:
         # Earlier versions recorded nothing: theirs are float32, and what is new must not become something else.
-        made = (old.encoding or made) if old is not None and old.encoder == encoder_record(encoder) else None
+        if old is None or not alike([old.encoder.model_dump()], [record.model_dump()]):
+            made = None
+        elif old.encoding is not None:
+            made = old.encoding
         if made is not None and options.batch_tokens is not None:
             made = made.model_copy(update={"batch_tokens": options.batch_tokens})
     words, overlap = options.chunk_words, options.chunk_overlap
-    how = How(encoder_record(encoder), options.long_passages, words, overlap, options.rechunk, made=made)
+    how = How(record, options.long_passages, words, overlap, options.rechunk, made=made)
     return how, encoder
 
 
 def _same(folder: Path, how: How) -> OldIndex | None:
     """The index in force, where vectors may be taken over: it is whole, and they were made in the same way."""
     now = current(folder)
-    if now is None or encoding_of(now) != how.encoding:
+    if now is None or not alike(encoding_of(now), how.encoding):
         return None
     try:
         return OldIndex(folder, now)

@@ -146,22 +146,18 @@ def clear_up(folder: Folder) -> None:
 
 
 def _encoder_of(manifest: Manifest, encoder: str | Encoder | None, folder: Path) -> Encoder:
-    record = manifest.encoder
-    made = load_encoder(record.id if encoder is None else encoder)
-    check_same(built_with=(record.id, record.digest, record.width), got=made, folder=folder)
-    if made.max_length != record.max_length:
-        raise EncoderMismatchError(
-            f"{folder} was built with encoder {record.id!r} reading {record.max_length} tokens, "
-            f"but {made.id!r} reads {made.max_length} now"
-        )
+    made = load_encoder(manifest.encoder.id if encoder is None else encoder)
+    check_same(manifest.encoder, made, folder)
     return made
 
 
 def _check_alike(a: Path, b: Path, first: Manifest, second: Manifest) -> None:
     """Refuse to mix vectors that cannot be compared. The encoder's id is only what its weights were called."""
+    # Earlier versions recorded no settings.
+    unknown = {"settings"} if None in (first.encoder.settings, second.encoder.settings) else set()
     kinds = [
         {
-            **manifest.encoder.model_dump(exclude={"id"}),
+            **manifest.encoder.model_dump(exclude={"id", *unknown}),
             "metric": manifest.metric,
             "normalised": manifest.normalised,
             "long passages": manifest.long_passages.mode,

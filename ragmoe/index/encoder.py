@@ -7,6 +7,7 @@ Does not cut anything itself: passages longer than an encoder's maximum length a
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from ragmoe._errors import ConfigError, EncoderMismatchError
 from ragmoe._quiet import quiet_loading
 from ragmoe._threads import import_torch
+from ragmoe.index.manifest import EncoderRecord, digest_of
 from ragmoe.index.tokens import TokenEncoder, length_batches
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class SentenceEncoder:
         folder: where its files are.
 
     Attributes:
+        settings: sha256, in hex, of what besides the weights decides a text's vector.
         by_tokens: what takes tokens in place of texts, None where the model does more than read text.
 
     Raises:
@@ -74,6 +77,7 @@ class SentenceEncoder:
     def __init__(self, name: str, folder: Path) -> None:
         self.id = name
         self.digest = weight_digest(folder)
+        self.settings = settings_digest(folder)
         import_torch()
         from sentence_transformers import SentenceTransformer
 
@@ -173,15 +177,47 @@ def weight_digest(folder: Path) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def check_same(*, built_with: tuple[str, str, int], got: Encoder, folder: Path) -> None:
-    """Refuse an encoder other than the one an index was built with: (id, digest, width)."""
-    name, digest, width = built_with
-    if (digest, width) != (got.digest, got.width):
+def settings_digest(folder: Path) -> str:
+    """sha256 of what an encoder's files say of its modules, their pooling among them, and of its tokens."""
+    said = {}
+    for path in (folder / "modules.json", *sorted(folder.glob("*/config.json")), folder / "tokenizer.json"):
+        if path.is_file():
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"encoder file {path} is damaged: {error}", hint=_HINT) from error
+            # Whoever tokenizes sets these two himself.
+            if isinstance(content, dict):
+                content = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
+            said[path.relative_to(folder).as_posix()] = content
+    return digest_of(said)
+
+
+def settings_of(encoder: Encoder) -> str | None:
+    """The digest of an encoder's settings, None where it does not say."""
+    return getattr(encoder, "settings", None)
+
+
+def check_same(record: EncoderRecord, got: Encoder, folder: Path) -> None:
+    """Refuse an encoder other than the one an index was built with."""
+    if (record.digest, record.width) != (got.digest, got.width):
         raise EncoderMismatchError(
-            f"{folder} was built with encoder {name!r} (weights {digest[:12]}, width {width}), "
+            f"{folder} was built with encoder {record.id!r} (weights {record.digest[:12]}, width {record.width}), "
             f"but was opened with {got.id!r} (weights {got.digest[:12]}, width {got.width})",
-            hint=f"open it with {name!r}, or build anew: "
+            hint=f"open it with {record.id!r}, or build anew: "
             f"ragmoe index build ... --out {folder} --encoder {got.id} --overwrite",
+        )
+    if record.max_length != got.max_length:
+        raise EncoderMismatchError(
+            f"{folder} was built with encoder {record.id!r} reading {record.max_length} tokens, "
+            f"but {got.id!r} reads {got.max_length} now"
+        )
+    settings = settings_of(got)
+    if None not in (record.settings, settings) and record.settings != settings:
+        raise EncoderMismatchError(
+            f"{folder} was built with encoder {record.id!r} of other settings than {got.id!r} has now: of the same "
+            "weights, but another modules.json, config.json of a module, or tokenizer.json",
+            hint=f"mend its folder, or build anew: ragmoe index build ... --out {folder} --overwrite",
         )
 
 

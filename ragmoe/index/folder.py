@@ -359,8 +359,7 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 
 
 def _checked(encoder: Encoder, manifest: Manifest, folder: Path) -> Encoder:
-    record = manifest.encoder
-    check_same(built_with=(record.id, record.digest, record.width), got=encoder, folder=folder)
+    check_same(manifest.encoder, encoder, folder)
     return encoder
 
 

@@ -52,7 +52,11 @@ class _Strict(BaseModel):
 
 
 class EncoderRecord(_Strict):
-    """The encoder: id as users name it, sha256 of its weights, R, tokens it reads, and the prompts applied."""
+    """The encoder: id as users name it, sha256 of its weights, R, tokens it reads, and the prompts applied.
+
+    Attributes:
+        settings: sha256 of its pooling and other settings; None where it has none to say, and of earlier versions.
+    """
 
     id: str
     digest: str
@@ -60,6 +64,9 @@ class EncoderRecord(_Strict):
     max_length: int
     query_prompt: str
     passage_prompt: str
+    settings: str | None = None
+
+    later = frozenset({"settings"})
 
 
 class EncodingRecord(_Strict):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from ragmoe._ranks import Ranks
 from ragmoe._room import check_room
@@ -59,7 +60,7 @@ class How:
         )
 
     @property
-    def encoding(self) -> list[object]:
+    def encoding(self) -> list[Any]:
         """What decides a passage's vector, as `ragmoe.index.target.encoding_of` has it."""
         return encoding_key(self.encoder, self.long_passages, self.window_overlap, self.made)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -52,7 +53,7 @@ class Target(ABC):
     def check(self) -> None:
         """Refuse a folder that is not to be written to; asked before anything is read, and again under the lock."""
 
-    def finished(self, corpus_digest: str, encoding: list[object], begun: bool) -> Manifest | None:
+    def finished(self, corpus_digest: str, encoding: list[Any], begun: bool) -> Manifest | None:
         """With ``resume``: the index in force if it is what is to be written (what was stopped, was so at the end).
 
         Args:
@@ -91,11 +92,11 @@ class NewIndex(Target):
         if (self.folder / manifests.NAME).exists() and not (self.overwrite or self.resume):
             raise IndexFolderError(f"{self.folder} holds an index already", hint=_REPLACE)
 
-    def finished(self, corpus_digest: str, encoding: list[object], begun: bool) -> Manifest | None:
+    def finished(self, corpus_digest: str, encoding: list[Any], begun: bool) -> Manifest | None:
         now = current(self.folder)
         if not self.resume or now is None:
             return None
-        if (now.corpus_digest, encoding_of(now)) == (corpus_digest, encoding):
+        if now.corpus_digest == corpus_digest and alike(encoding_of(now), encoding):
             return now
         if not (self.overwrite or begun):
             raise OtherIndexError(
@@ -160,16 +161,22 @@ def refuse_links(folder: Path) -> None:
                     refuse_link(Path(place, name), IndexFolderError)
 
 
-def encoding_of(manifest: Manifest) -> list[object]:
+def encoding_of(manifest: Manifest) -> list[Any]:
     """What decides a passage's vector: two builds with the same have the same vectors for the same text."""
     long = manifest.long_passages
     return encoding_key(manifest.encoder, long.mode, long.window_overlap, manifest.encoding)
 
 
-def encoding_key(encoder: EncoderRecord, mode: str, overlap: int, made: EncodingRecord | None) -> list[object]:
+def encoding_key(encoder: EncoderRecord, mode: str, overlap: int, made: EncodingRecord | None) -> list[Any]:
     """`encoding_of` what is yet to be made. Batches of another size change a vector by less than it is rounded."""
     precision = [] if made is None or made.precision == "fp32" else [made.precision]
     return [encoder.model_dump(), mode, overlap, *precision]
+
+
+def alike(one: list[Any], other: list[Any]) -> bool:
+    """Whether two encodings are the same as far as both say: earlier versions recorded no settings of an encoder."""
+    (mine, *how), (theirs, *as_well) = one, other
+    return how == as_well and all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
 
 
 def current(folder: Path) -> Manifest | None:

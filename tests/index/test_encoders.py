@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stub_encoder import StubEncoder
 
-from ragmoe import ConfigError, Passage
-from ragmoe.index.encoder import Encoder, load_encoder
+from ragmoe import ConfigError, EncoderMismatchError, Passage
+from ragmoe.index import BuildOptions, Index, Manifest, build_index, plan_add, plan_build, plan_merge
+from ragmoe.index.encoder import Encoder, encoder_folder, load_encoder, settings_digest, settings_of
+from ragmoe.index.manifest import read_manifest
 from ragmoe.index.tokens import length_batches
 from ragmoe.index.windows import cut_windows, encode_passages, encoder_text, pool_windows
 
@@ -149,3 +155,60 @@ def test_loading_is_quiet_whatever_the_user_has_set(capsys: pytest.CaptureFixtur
     finally:
         if not bars:
             logging.disable_progress_bar()
+
+
+def test_settings_are_what_the_files_say_of_pooling_and_tokens(minilm: Encoder, tmp_path: Path) -> None:
+    packaged = encoder_folder("minilm")
+    own = shutil.copytree(packaged, tmp_path / "own", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert settings_of(minilm) == settings_digest(packaged) == settings_digest(own)
+    pooling, tokens = own / "1_Pooling" / "config.json", own / "tokenizer.json"
+    said = json.loads(pooling.read_text())
+    # Only how it is written, and what is set anew wherever it is used.
+    pooling.write_text(json.dumps(said))
+    tokens.write_text(json.dumps({**json.loads(tokens.read_text()), "truncation": None}))
+    assert settings_digest(own) == settings_of(minilm)
+    pooling.write_text(json.dumps(said | {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}))
+    assert settings_digest(own) != settings_of(minilm)
+    pooling.write_text("{")
+    with pytest.raises(ConfigError, match=r"1_Pooling/config\.json is damaged: Expecting"):
+        settings_digest(own)
+
+
+class Pooled(StubEncoder):
+    """Of the same weights, whatever its settings."""
+
+    def __init__(self, settings: str) -> None:
+        super().__init__()
+        self.settings = settings
+
+
+def test_an_encoder_of_the_same_weights_and_other_settings_is_another(corpus: Path, tmp_path: Path) -> None:
+    def built(name: str, encoder: Encoder, **options: bool) -> Manifest:
+        return build_index(BuildOptions((str(corpus),), tmp_path / name, encoder=encoder, **options))
+
+    manifest, other = built("mean", Pooled("mean")), built("cls", Pooled("cls"))
+    assert (manifest.encoder.settings, other.encoder.settings) == ("mean", "cls")
+    with pytest.raises(EncoderMismatchError, match=r"of other settings than .* another modules\.json"):
+        Index.open(tmp_path / "mean", encoder=Pooled("cls"))
+    (tmp_path / "more.jsonl").write_text('{"id": "more", "text": "One more."}')
+    with pytest.raises(EncoderMismatchError, match="of other settings"):
+        plan_add(tmp_path / "mean", [str(tmp_path / "more.jsonl")], encoder=Pooled("cls"))
+    with pytest.raises(EncoderMismatchError, match=r"settings 'mean'; .* settings 'cls'"):
+        plan_merge(tmp_path / "mean", tmp_path / "cls", tmp_path / "both")
+
+
+def test_of_an_index_without_settings_nothing_is_asked(corpus: Path, tmp_path: Path) -> None:
+    for name, encoder in (("old", StubEncoder()), ("new", Pooled("mean"))):
+        build_index(BuildOptions((str(corpus),), tmp_path / name, encoder=encoder))
+    old = read_manifest(tmp_path / "old")
+    assert "settings" not in json.loads((tmp_path / "old" / "manifest.json").read_text())["encoder"]
+    assert Index.open(tmp_path / "old", encoder=Pooled("mean")).digest == old.digest
+    assert plan_merge(tmp_path / "old", tmp_path / "new", tmp_path / "both").rows.duplicates == 24
+    # What is finished stays as it is, and no vector is made anew.
+    again = BuildOptions((str(corpus),), tmp_path / "old", encoder=Pooled("mean"), resume=True, overwrite=True)
+    assert plan_build(again).contents.new == 0 and build_index(again) == old
+
+
+def test_an_encoder_that_reads_less_by_now_is_another(folder: Path) -> None:
+    with pytest.raises(EncoderMismatchError, match="'stub-0' reading 20 tokens, but 'stub-0' reads 9 now"):
+        Index.open(folder, encoder=StubEncoder(max_length=9))
