@@ -37,7 +37,7 @@ class Record:
 
 
 # What a passage's record may say; see ``read_passages``.
-FIELDS = ("id", "_id", "doc_id", "title", "text", "domain", "split")
+FIELDS = ("id", "_id", "doc_id", "title", "text", "domain", "split", "metadata")
 RecordReader = Callable[[Path, str], Iterator[Record]]
 # As CommonMark has it: "#tag" and "#!" are no headings.
 _HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)

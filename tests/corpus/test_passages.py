@@ -357,3 +357,10 @@ def test_what_a_corpus_of_beirs_form_says_in_its_metadata(tmp_path: Path) -> Non
         ("3", "", "3", "none"),
         ("4", "", "4", "none"),
     ]
+
+
+def test_metadata_of_beirs_form_is_read_from_parquet_too(tmp_path: Path) -> None:
+    row = {"_id": "1", "text": "a", "metadata": {"domain": "law", "doc_id": "act", "split": "dev"}}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "corpus.parquet")
+    (passage,) = read_passages([tmp_path / "corpus.parquet"])
+    assert (passage.domain, passage.doc_id, passage.split) == ("law", "act", "dev")
