@@ -202,13 +202,23 @@ def clean(folder: Path, manifest: Manifest) -> None:
     """Remove the files of all generations but the manifest's, and the blocks that it was made of; write the card.
 
     Blocks of another run that was stopped stay: it can go on.
+
+    Raises:
+        IndexFolderError: not all could be done; the manifest is in force nevertheless.
     """
-    sweep(folder)
-    card.write_card(folder, manifest)
-    if not blocks.is_wanted(folder / "partial", manifest.generation):
-        shutil.rmtree(folder / "partial", ignore_errors=True)
-    (folder / f"{manifests.NAME}.part").unlink(missing_ok=True)
-    memory.forget(folder, manifest.digest)
+    try:
+        sweep(folder)
+        card.write_card(folder, manifest)
+        if not blocks.is_wanted(folder / "partial", manifest.generation):
+            shutil.rmtree(folder / "partial", ignore_errors=True)
+        (folder / f"{manifests.NAME}.part").unlink(missing_ok=True)
+        memory.forget(folder, manifest.digest)
+    except OSError as error:
+        raise IndexFolderError(
+            f"{folder}: generation {manifest.generation} is in force and whole, but what is left to do in its folder "
+            f"failed: {error.strerror or error}",
+            hint="make room or mend the rights, then give the command again with --resume",
+        ) from error
 
 
 def sweep(folder: Path) -> None:

@@ -7,7 +7,7 @@ then are older generations removed. Whatever writes an index comes through here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -92,7 +92,8 @@ class Writer:
             try:
                 return self._write(generation)
             except (OSError, RagmoeError):
-                sweep(self.folder)
+                with suppress(OSError):
+                    sweep(self.folder)
                 raise
 
     def _write(self, generation: int) -> Manifest:

@@ -238,6 +238,32 @@ def kill_at_block(count: int) -> None:
     _crash.hook = hook
 
 
+@pytest.mark.parametrize("step", ["ragmoe.index.card.os.replace", "ragmoe.index.target.shutil.rmtree"])
+def test_what_fails_after_the_commit_is_not_said_to_be_undone(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    build()
+    write(tmp_path / "corpus.jsonl", rows()[:20])
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def begin_to_fail(point: str) -> None:
+        if point == "committed":
+            patch.setattr(step, full)
+
+    with monkeypatch.context() as patch:
+        _crash.hook = begin_to_fail
+        with pytest.raises(IndexFolderError, match=r"generation 2 is in force and whole, but .* failed: No space left"):
+            build(overwrite=True)
+    _crash.hook = None
+    assert len(Index.open(tmp_path / "index")) == 20
+    manifest = read_manifest(tmp_path / "index")
+    assert build(overwrite=True, resume=True) == manifest
+    assert "generation 2" in (tmp_path / "index" / "README.md").read_text()
+    assert not list((tmp_path / "index").glob("*-1.*"))
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_a_killed_build_goes_on_where_it_was(build: Build, tmp_path: Path) -> None:
     kill_at_block(3)
