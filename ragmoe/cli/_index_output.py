@@ -100,18 +100,31 @@ def reads(encoder: EncoderRecord) -> str:
     return f"width {encoder.width}, reads {encoder.max_length} tokens"
 
 
+def done_summary(plan: BuildPlan, manifest: Manifest) -> dict[str, Any]:
+    """What ``--json`` prints when a plan was run."""
+    return {**_read(plan), "dry_run": False, **manifest.model_dump()}
+
+
+def _read(plan: BuildPlan) -> dict[str, Any]:
+    """What a plan has read, whether or not it is run."""
+    return {
+        "out": str(plan.target.folder),
+        "duplicates": plan.rows.duplicates,
+        "skipped_lines": list(plan.rows.skipped),
+    }
+
+
 def plan_summary(plan: BuildPlan) -> dict[str, Any]:
     """A plan as ``--dry-run --json`` prints it."""
     from ragmoe._ranks import Ranks
 
     return {
+        **_read(plan),
         "dry_run": True,
         "passages": plan.passages,
         "to_encode": plan.contents.new,
-        "duplicates": plan.rows.duplicates,
         "domains": plan.domains,
         "skipped": len(plan.rows.skipped),
-        "skipped_lines": list(plan.rows.skipped),
         "chunks": plan.contents.cut,
         "missing_blocks": plan.missing,
         "encoder": plan.how.encoder.id,

@@ -18,6 +18,7 @@ from ragmoe.cli._index_output import (
     chunking,
     console,
     domains,
+    done_summary,
     kept,
     only_the_first_rank_prints,
     plain,
@@ -185,7 +186,7 @@ def build(
             return
         manifest = run_plan(plan)
     if as_json:
-        print_json({"out": str(options.out), "skipped_lines": list(plan.rows.skipped), **manifest.model_dump()})
+        print_json(done_summary(plan, manifest))
     else:
         typer.echo(built(options.out, manifest))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ragmoe._errors import DataError, UsageError
-from ragmoe.cli._index_output import built, kept, plan_summary, print_plan, run_plan
+from ragmoe._words import many
+from ragmoe.cli._index_output import built, done_summary, kept, plan_summary, print_plan, run_plan
 from ragmoe.cli._output import JsonOption, print_json
 from ragmoe.cli._stopped import on_stop
 
@@ -73,7 +74,7 @@ def add(
     recorded of the others stays.
     """
 
-    def plan() -> BuildPlan | None:
+    def plan() -> BuildPlan:
         from ragmoe.index.change import plan_add
 
         return plan_add(
@@ -86,7 +87,7 @@ def add(
             resume=resume,
         )
 
-    run_command(folder, plan, "nothing to add: all of it is there already", dry_run, as_json, resume=resume)
+    run_command(folder, plan, "nothing to add: all of it is there already", dry_run, as_json)
 
 
 def remove(
@@ -106,12 +107,12 @@ def remove(
         raise UsageError(f"{'neither' if ids is None else 'both'} of --ids and --domain given; expected one of them")
     names = _read_ids(ids) if ids else frozenset()
 
-    def plan() -> BuildPlan | None:
+    def plan() -> BuildPlan:
         from ragmoe.index.change import plan_remove
 
         return plan_remove(folder, ids=names, domain=domain, resume=resume)
 
-    run_command(folder, plan, "nothing to remove: all of it is gone already", dry_run, as_json, resume=resume)
+    run_command(folder, plan, "nothing to remove: all of it is gone already", dry_run, as_json)
 
 
 def merge(
@@ -128,7 +129,7 @@ def merge(
     A passage that both have under one id comes once where its title and text are the same, and is an error otherwise.
     """
 
-    def plan() -> BuildPlan | None:
+    def plan() -> BuildPlan:
         from ragmoe.index.change import plan_merge
 
         return plan_merge(first, second, out, resume=resume, overwrite=overwrite)
@@ -136,38 +137,28 @@ def merge(
     run_command(out, plan, "", dry_run, as_json)
 
 
-def run_command(
-    folder: Path,
-    make: Callable[[], BuildPlan | None],
-    nothing: str,
-    dry_run: bool,
-    as_json: bool,
-    *,
-    resume: bool = False,
-) -> None:
-    """Plan, show the plan, and do it; where there is no plan, clear away what a stopped run of it has left."""
-    from ragmoe.index.change import clear_up
-    from ragmoe.index.manifest import read_manifest
+def run_command(folder: Path, make: Callable[[], BuildPlan], nothing: str, dry_run: bool, as_json: bool) -> None:
+    """Plan, show the plan, and do it.
 
+    Args:
+        nothing: said in place of the plan where the index stays as it is.
+    """
     with on_stop(lambda: kept(folder)):
         plan = make()
-        summary: dict[str, Any] = {"out": str(folder), "duplicates": plan.rows.duplicates if plan else None}
-        if plan is None:
-            typer.echo(f"{folder}: {nothing}", err=True)
-            if resume and not dry_run:
-                clear_up(folder)
-            manifest = read_manifest(folder)
+        if nothing and plan.done is not None:
+            skipped = plan.rows.skipped
+            bad = f"; {many(len(skipped), 'bad line')} skipped, the first: {skipped[0]}" if skipped else ""
+            typer.echo(f"{folder}: {nothing}{bad}", err=True)
         else:
             print_plan(plan)
             plan.check_room()
-            if dry_run:
-                if as_json:
-                    print_json(plan_summary(plan))
-                return
-            manifest = run_plan(plan)
-            summary["skipped_lines"] = list(plan.rows.skipped)
+        if dry_run:
+            if as_json:
+                print_json(plan_summary(plan))
+            return
+        manifest = run_plan(plan)
     if as_json:
-        print_json({**summary, **manifest.model_dump()})
+        print_json(done_summary(plan, manifest))
     else:
         typer.echo(built(folder, manifest))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ragmoe.index.build import BuildOptions, build_index, plan_build
-from ragmoe.index.change import clear_up, plan_add, plan_merge, plan_remove
+from ragmoe.index.change import plan_add, plan_merge, plan_remove
 from ragmoe.index.encoder import Encoder, load_encoder
 from ragmoe.index.export import export_index
 from ragmoe.index.folder import Hit, Index
@@ -24,7 +24,6 @@ __all__ = [
     "build_index",
     "export_index",
     "load_encoder",
-    "clear_up",
     "plan_add",
     "plan_build",
     "plan_import",

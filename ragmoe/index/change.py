@@ -1,7 +1,8 @@
 """Changing an index: add passages, remove some, merge two. Nothing that has a vector is encoded again.
 
 Each writes a new generation, as a build does: readers see the old index or the new one, and what was stopped goes on
-with ``resume``. What `ragmoe index annotate` recorded goes with the passages that stay.
+with ``resume``. Where nothing changes, the index stays as it is. What `ragmoe index annotate` recorded goes with the
+passages that stay.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ragmoe.index.encoder import Encoder, check_same, load_encoder
 from ragmoe.index.manifest import Manifest, read_manifest
 from ragmoe.index.plan import BuildPlan, How, make_plan, read_contents
 from ragmoe.index.rows import AddedRows, KeptRows, MergedRows, OldIndex
-from ragmoe.index.target import NewIndex, SameIndex, clean, locked
+from ragmoe.index.target import NewIndex, SameIndex
 
 Folder = str | os.PathLike[str]
 
@@ -31,8 +32,8 @@ def plan_add(
     on_error: OnError = "fail",
     encoding: str = "utf-8",
     resume: bool = False,
-) -> BuildPlan | None:
-    """Read what is to be added to an index; None where all of it is there already.
+) -> BuildPlan:
+    """Read what is to be added to an index.
 
     Text is cut and encoded as the index was built. A passage of which the same is encoded is passed over and counted.
 
@@ -62,24 +63,23 @@ def plan_add(
     )
     rows = AddedRows(OldIndex(path, base), reader, on_error)
     contents = read_contents(rows)
-    if not contents.new:
-        if not rows.duplicates:
-            lines = rows.skipped
-            bad = f"; {len(lines)} bad lines were skipped, the first: {lines[0]}" if lines else ""
-            raise DataError(f"no passages in {', '.join(sources)}{bad}")
-        return None
-    made = _encoder_of(base, encoder, path)
+    if not (contents.new or rows.duplicates):
+        lines = rows.skipped
+        bad = f"; {len(lines)} bad lines were skipped, the first: {lines[0]}" if lines else ""
+        raise DataError(f"no passages in {', '.join(sources)}{bad}")
+    made = _encoder_of(base, encoder, path) if contents.new else None
     return make_plan(target, rows, How.of(base), made, contents)
 
 
 def plan_remove(
     folder: Folder, *, ids: Collection[str] = (), domain: str | None = None, resume: bool = False
-) -> BuildPlan | None:
-    """Read what is left of an index without some passages; None where ``resume`` finds them gone already.
+) -> BuildPlan:
+    """Read what is left of an index without some passages.
 
     Args:
         ids: of the passages that go; or else
         domain: the passages of this domain go.
+        resume: that all of them are gone already is no error.
 
     Raises:
         UsageError: no ids and no domain, or both; or nothing would be left.
@@ -94,9 +94,7 @@ def plan_remove(
     target.check()
     rows = KeptRows(OldIndex(path, base), ids=frozenset(ids), domain=domain)
     missing, wanted = rows.missing(), len(frozenset(ids)) or 1
-    if missing and resume and len(missing) == wanted:
-        return None
-    if missing:
+    if missing and not (resume and len(missing) == wanted):
         has = ", ".join(name or "(no domain)" for name in base.domains)
         what = f"{len(missing)} of {wanted} ids, such as" if ids else "the domain"
         there = "" if ids else f"; there are: {has}"
@@ -129,20 +127,6 @@ def plan_merge(
         # Of both the one that says less.
         how = replace(how, made=manifests[1].encoding)
     return make_plan(target, rows, how, None, read_contents(rows))
-
-
-def clear_up(folder: Folder) -> None:
-    """Remove what a run left that was stopped after its commit: what to do where a plan with ``resume`` is None.
-
-    Raises:
-        IndexFolderError: there is no index.
-        IndexLockedError: somebody else is writing to it.
-    """
-    path = Path(folder)
-    base = read_manifest(path)
-    with locked(path):
-        SameIndex(path, base=base).check()
-        clean(path, base)
 
 
 def _encoder_of(manifest: Manifest, encoder: str | Encoder | None, folder: Path) -> Encoder:

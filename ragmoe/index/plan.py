@@ -164,6 +164,11 @@ class BuildPlan:
         return Blocks(self._partial, fingerprint(self.contents, self.how, self.rows), self.how.made)
 
     @property
+    def done(self) -> Manifest | None:
+        """The index in force where it is just what this would write, so that nothing will be written."""
+        return self.target.finished(self.contents.digest, self.how.encoding, self.blocks.begun)
+
+    @property
     def missing(self) -> list[int] | None:
         """The numbers of the blocks that a stopped run of just this has not encoded; None where there was no such run.
 

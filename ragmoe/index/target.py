@@ -119,6 +119,10 @@ class SameIndex(Target):
             raise IndexFolderError(f"{self.folder} cannot be written")
         refuse_links(self.folder)
 
+    def finished(self, corpus_digest: str, encoding: list[Any], begun: bool) -> Manifest | None:
+        """The index itself where nothing of it changes, with ``resume`` or without."""
+        return self.base if self.base is not None and self.base.corpus_digest == corpus_digest else None
+
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:

@@ -57,7 +57,7 @@ class Writer:
         self.recorded: list[tuple[int, memory.ExpertMemory]] = []
 
     def run(self) -> Manifest:
-        """Write the generation, unless ``resume`` finds it written; all ranks come back when it is in force."""
+        """Write the generation, unless that is written already; all ranks come back when it is in force."""
         with self.ranks.joined() as self.meeting:
             return self._follow() if self.ranks.rank else self._lead()
 
@@ -76,13 +76,11 @@ class Writer:
         return manifests.read_manifest(self.folder)
 
     def _lead(self) -> Manifest:
-        target, contents = self.plan.target, self.plan.contents
         with locked(self.folder):
             reached("locked")
             # Once more: somebody else may have finished a build since the plan was made.
-            target.check()
-            done = target.finished(contents.digest, self.plan.how.encoding, self.blocks.begun)
-            if done is not None:
+            self.plan.target.check()
+            if (done := self.plan.done) is not None:
                 clean(self.folder, done)
                 self.meeting.hear(False)
                 return done

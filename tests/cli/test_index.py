@@ -45,7 +45,8 @@ def test_build_prints_the_plan_on_stderr_and_the_result_on_stdout(run: Run, corp
 def test_build_json_is_the_manifest(run: Run, corpus: Path, tmp_path: Path) -> None:
     done = run("index", "build", corpus, "--out", tmp_path / "index", "--json")
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
-    assert done.json == {"out": str(tmp_path / "index"), "skipped_lines": [], **manifest}
+    read = {"out": str(tmp_path / "index"), "dry_run": False, "duplicates": 0, "skipped_lines": []}
+    assert done.json == {**read, **manifest}
 
 
 def test_precision_and_batch_are_printed_recorded_and_shown(run: Run, corpus: Path, tmp_path: Path) -> None:

@@ -36,14 +36,28 @@ def test_add(run: Run, folder: Path, tmp_path: Path) -> None:
     assert run("index", "search", folder, "the charter", "-k", 1, "--json").json[0]["id"] == "c"
 
 
+def test_what_was_read_is_told_the_same_way_by_all(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Also where there is nothing to do."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    source = write(tmp_path / "same.jsonl", *PASSAGES[:2], {"id": "d", "text": ""})
+    done = run("index", "add", folder, source, "--on-error", "skip", "--json")
+    bad = f"{source}:3: 'text' is empty"
+    read = {"out": str(folder), "duplicates": 2, "skipped_lines": [bad]}
+    assert done.json == {**read, "dry_run": False, **manifest}
+    assert done.err.splitlines()[-1].endswith(f"all of it is there already; 1 bad line skipped, the first: {bad}")
+    tried = run("index", "add", folder, source, "--on-error", "skip", "--dry-run", "--json").json
+    assert tried.items() >= {**read, "dry_run": True, "to_encode": 0}.items() and "digest" not in tried
+    built = run("index", "build", source, "--out", tmp_path / "new", "--on-error", "skip", "--json").json
+    assert built.items() >= {"dry_run": False, "duplicates": 0, "skipped_lines": [bad]}.items()
+
+
 def test_remove(run: Run, folder: Path, tmp_path: Path) -> None:
     ids = tmp_path / "ids.txt"
     ids.write_bytes(b"\xef\xbb\xbfa\r\n\r\n")
     done = run("index", "remove", folder, "--ids", ids, "--json")
     assert done.code == 0 and done.json["passages"] == 1 and done.json["domains"] == {"market": 1}
-    assert done.json == {
-        "out": str(folder), "duplicates": 0, "skipped_lines": [], **json.loads((folder / "manifest.json").read_text())
-    }  # fmt: skip
+    read = {"out": str(folder), "dry_run": False, "duplicates": 0, "skipped_lines": []}
+    assert done.json == {**read, **json.loads((folder / "manifest.json").read_text())}
     again = run("index", "remove", folder, "--ids", ids, "--resume")
     assert again.code == 0 and "nothing to remove: all of it is gone already" in again.err
 

@@ -32,7 +32,6 @@ from ragmoe.index import (
     _crash,
     blocks,
     build_index,
-    clear_up,
     plan_add,
     plan_merge,
     plan_remove,
@@ -70,14 +69,9 @@ def go(store: Path, command: str, folder: Path, *, resume: bool = False) -> None
     elif command == "merge":
         plan_merge(store / "a", store / "b", folder, resume=resume, overwrite=True).run()
     elif command == "add":
-        if plan := plan_add(folder, [everything], encoder=StubEncoder(), resume=resume):
-            plan.run()
-        else:
-            clear_up(folder)
-    elif plan := plan_remove(folder, domain="market", resume=resume):
-        plan.run()
+        plan_add(folder, [everything], encoder=StubEncoder(), resume=resume).run()
     else:
-        clear_up(folder)
+        plan_remove(folder, domain="market", resume=resume).run()
 
 
 def check(store: Path, command: str, folder: Path) -> str:

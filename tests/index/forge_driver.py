@@ -76,9 +76,7 @@ def use(folder: Path, more: Path) -> None:
     list(index.chunks())
     summarise(index)
     verify_index(folder, encoder=StubEncoder())
-    plan = plan_add(folder, [str(more)], encoder=StubEncoder())
-    if plan is not None:
-        plan.run()
+    plan_add(folder, [str(more)], encoder=StubEncoder()).run()
 
 
 def main(root: Path, seed: int, count: int) -> None:

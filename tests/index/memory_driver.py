@@ -75,8 +75,8 @@ def changes(folder: Path, out: Path, count: int) -> dict[str, Callable[[], objec
     ids = [f"p{number}" for number in range(50)]
     return {
         "build": lambda: build_index(BuildOptions((source,), out, encoder=Quick())),
-        "add": lambda: plan_add(out, [more], encoder=Quick()).run(),  # type: ignore[union-attr]
-        "remove": lambda: plan_remove(out, ids=ids).run(),  # type: ignore[union-attr]
+        "add": lambda: plan_add(out, [more], encoder=Quick()).run(),
+        "remove": lambda: plan_remove(out, ids=ids).run(),
     }
 
 

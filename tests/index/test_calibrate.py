@@ -147,7 +147,7 @@ def test_what_was_chosen_is_used_recorded_and_kept_by_changes(world: SimpleNames
     assert Index.open(world.out, encoder=encoder).search(["the zebra of the city"], 1, retriever="dense")
     assert world.used.pop() == ("fp32", None)
     plan = plan_add(world.out, [world.law], encoder=encoder)
-    assert plan is not None and plan.run().encoding == BF16 and world.used[3:] == [("bf16", 777)]
+    assert plan.run().encoding == BF16 and world.used[3:] == [("bf16", 777)]
     # Built over: what is known stays, so what is new is encoded like it.
     again = world.build(world.city, world.law, world.source("bank", ["open"]), overwrite=True)
     assert again.encoding == BF16 and world.used[4:] == [("bf16", 777)] and world.calibrated == 1

@@ -17,7 +17,6 @@ from stub_encoder import StubEncoder
 from ragmoe import DataError, EncoderMismatchError, Index, IndexFolderError, IndexLockedError, UsageError
 from ragmoe.index import (
     BuildOptions,
-    Manifest,
     _crash,
     blocks,
     build_index,
@@ -28,7 +27,6 @@ from ragmoe.index import (
 )
 from ragmoe.index.manifest import read_manifest
 from ragmoe.index.memory import ExpertMemory, memory_path, read_memory
-from ragmoe.index.plan import BuildPlan
 
 Build = Callable[..., Path]
 
@@ -58,11 +56,6 @@ def make(tmp_path: Path) -> Build:
     return run
 
 
-def ran(plan: BuildPlan | None) -> Manifest:
-    assert plan is not None
-    return plan.run()
-
-
 def same(folder: Path, built: Path) -> None:
     """Two indexes hold the same passages, vectors and words, each in its own generation."""
     assert verify_index(folder, encoder=StubEncoder()) == []
@@ -81,7 +74,7 @@ def test_adding_gives_what_building_all_gives_and_encodes_only_what_is_new(make:
     folder, built = make("part", rows()[:10]), make("whole", rows())
     encoder = StubEncoder()
     plan = plan_add(folder, [str(write(tmp_path / "more.jsonl", rows()[8:]))], encoder=encoder)
-    assert plan is not None and (plan.contents.new, plan.rows.duplicates, plan.passages) == (14, 2, 24)
+    assert (plan.contents.new, plan.rows.duplicates, plan.passages) == (14, 2, 24)
     assert encoder.encoded == []
     assert plan.run().generation == 2
     assert {text.splitlines()[0] for text in encoder.encoded} == {row["title"] for row in rows()[10:]}
@@ -93,11 +86,11 @@ def test_adding_what_is_there_changes_nothing(make: Build, tmp_path: Path) -> No
     before = read_manifest(folder)
     # The same text under another id is there already, also where it comes twice.
     renamed = [{**row, "id": f"new-{number}"} for number, row in enumerate(rows()[:3])]
-    assert plan_add(folder, [str(write(tmp_path / "same.jsonl", renamed))], encoder=StubEncoder()) is None
-    assert read_manifest(folder) == before
+    again = plan_add(folder, [str(write(tmp_path / "same.jsonl", renamed))], encoder=StubEncoder())
+    assert again.rows.duplicates == 3 and again.run() == before == read_manifest(folder)
     fresh = {"id": "x", "text": "A fresh text."}
     twice = write(tmp_path / "twice.jsonl", [fresh, {**fresh, "id": "y"}])
-    assert ran(plan_add(folder, [str(twice)], encoder=StubEncoder())).passages == 25
+    assert plan_add(folder, [str(twice)], encoder=StubEncoder()).run().passages == 25
     assert Index.open(folder).find("y") is None
     with pytest.raises(DataError, match=r"no passages in .*none\.jsonl"):
         plan_add(folder, [str(write(tmp_path / "none.jsonl", []))], encoder=StubEncoder())
@@ -109,7 +102,7 @@ def test_an_id_that_is_taken_by_another_text(make: Build, tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"id 'river-1' is in .*whole already, with another title or text") as caught:
         plan_add(folder, more, encoder=StubEncoder())
     assert "ragmoe index remove" in str(caught.value.hint)
-    manifest = ran(plan_add(folder, more, encoder=StubEncoder(), on_error="skip"))
+    manifest = plan_add(folder, more, encoder=StubEncoder(), on_error="skip").run()
     assert (manifest.passages, manifest.skipped) == (25, 1)
     assert Index.open(folder).passage("river-1").text.startswith("The quay")
 
@@ -133,7 +126,7 @@ def test_two_versions_of_a_document_are_not_mixed(make: Build, tmp_path: Path, b
     other = make("other", [], sources=(str(note),), **options)
     with pytest.raises(DataError, match=r"id 'note\.txt.* is in both .* with different texts"):
         plan_merge(folder, other, tmp_path / "both")
-    assert ran(plan_add(folder, more, encoder=StubEncoder(), on_error="skip")).skipped == 1
+    assert plan_add(folder, more, encoder=StubEncoder(), on_error="skip").run().skipped == 1
     assert Index.open(folder).passage_ids == [*ids, "river-0"]
 
 
@@ -142,16 +135,16 @@ def test_a_piece_that_was_passed_over_or_removed_can_be_added(make: Build, tmp_p
     options: dict[str, Any] = {"chunk_words": 10, "chunk_overlap": 2, "sources": (str(tmp_path / "note.txt"),)}
     whole, part = make("whole", [], **options), make("part", [], **options)
     ids = Index.open(whole).passage_ids
-    ran(plan_remove(part, ids=ids[:1]))
-    assert ran(plan_merge(part, whole, tmp_path / "both")).passages == len(ids)
-    assert ran(plan_add(part, options["sources"], encoder=StubEncoder())).passages == len(ids)
+    plan_remove(part, ids=ids[:1]).run()
+    assert plan_merge(part, whole, tmp_path / "both").run().passages == len(ids)
+    assert plan_add(part, options["sources"], encoder=StubEncoder()).run().passages == len(ids)
 
 
 def test_text_is_cut_and_read_as_the_index_was_built(make: Build, tmp_path: Path) -> None:
     options = {"chunk_words": 10, "chunk_overlap": 2, "rechunk": True, "long_passages": "truncate", "domain": "d"}
     folder, built = make("part", rows()[:10], **options), make("whole", rows(), **options)
     more = [str(write(tmp_path / "more.jsonl", rows()[10:]))]
-    ran(plan_add(folder, more, encoder=StubEncoder(), domain="d"))
+    plan_add(folder, more, encoder=StubEncoder(), domain="d").run()
     same(folder, built)
 
 
@@ -167,7 +160,7 @@ def test_another_encoder_is_refused(make: Build, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [{"domain": "market"}, {"ids": [f"market-{number}" for number in range(8)]}])
 def test_removing_gives_what_building_the_rest_gives(make: Build, how: dict[str, Any]) -> None:
     folder, built = make("whole", rows()), make("rest", [row for row in rows() if row["domain"] != "market"])
-    assert ran(plan_remove(folder, **how)).passages == 16
+    assert plan_remove(folder, **how).run().passages == 16
     same(folder, built)
     assert Index.open(folder).find("market-3") is None
 
@@ -186,10 +179,10 @@ def test_what_cannot_be_removed(make: Build) -> None:
             plan_remove(folder, **how)  # type: ignore[arg-type]
     assert read_manifest(folder) == before
     # Only who goes on with something may ask for what is gone.
-    ran(plan_remove(folder, ids=["river-1"]))
+    plan_remove(folder, ids=["river-1"]).run()
     with pytest.raises(DataError, match="1 of 1 ids"):
         plan_remove(folder, ids=["river-1"])
-    assert plan_remove(folder, ids=["river-1"], resume=True) is None
+    assert plan_remove(folder, ids=["river-1"], resume=True).run() == read_manifest(folder)
 
 
 def test_the_passage_prompt_goes_with_the_index(make: Build, tmp_path: Path) -> None:
@@ -198,7 +191,7 @@ def test_the_passage_prompt_goes_with_the_index(make: Build, tmp_path: Path) -> 
     whole = make("whole", rows(), encoder=StubEncoder(passage_prompt=prompt))
     folder = make("index", rows()[:14], encoder=StubEncoder(passage_prompt=prompt))
     encoder = StubEncoder(passage_prompt="another: ")
-    ran(plan_add(folder, [str(write(tmp_path / "more.jsonl", rows()[14:]))], encoder=encoder))
+    plan_add(folder, [str(write(tmp_path / "more.jsonl", rows()[14:]))], encoder=encoder).run()
     assert len(encoder.encoded) >= 10 and all(text.startswith(prompt) for text in encoder.encoded)
     same(folder, whole)
     assert read_manifest(folder).encoder.passage_prompt == prompt and read_manifest(plain).encoder.passage_prompt == ""
@@ -266,10 +259,10 @@ def test_a_plan_that_came_too_late(make: Build, tmp_path: Path) -> None:
     folder = make("whole", rows())
     first, second = plan_remove(folder, domain="river"), plan_remove(folder, domain="market")
     with FileLock(folder / "build.lock"), pytest.raises(IndexLockedError, match="another process"):
-        ran(first)
-    ran(first)
+        first.run()
+    first.run()
     with pytest.raises(IndexFolderError, match="was changed meanwhile"):
-        ran(second)
+        second.run()
     assert Index.open(folder).domains.count("market") == 8
 
 
@@ -289,11 +282,11 @@ def test_what_was_encoded_before_a_kill_is_not_encoded_again(
     plan = plan_add(folder, more, encoder=StubEncoder())
     _crash.hook = die
     with pytest.raises(KeyboardInterrupt):
-        ran(plan)
+        plan.run()
     _crash.hook = None
     assert len(Index.open(folder)) == 3
     encoder = StubEncoder()
-    ran(plan_add(folder, more, encoder=encoder, resume=True))
+    plan_add(folder, more, encoder=encoder, resume=True).run()
     assert {text.splitlines()[0] for text in encoder.encoded} == {row["title"] for row in rows()[15:]}
     same(folder, built)
 
@@ -329,11 +322,11 @@ def test_what_was_recorded_goes_with_the_passages(make: Build, tmp_path: Path) -
     remember(folder, "b")
     before = recorded(folder, "b")
     assert before["river-2"] == (3, 3)
-    ran(plan_add(folder, [str(write(tmp_path / "more.jsonl", rows()))], encoder=StubEncoder()))
+    plan_add(folder, [str(write(tmp_path / "more.jsonl", rows()))], encoder=StubEncoder()).run()
     added = recorded(folder, "b")
     assert {name: added[name] for name in before} == before
     assert len(added) == 24 and {added[name] for name in added.keys() - before.keys()} == {(0.0, 0)}
-    ran(plan_remove(folder, ids=["river-0", "river-1", "archive-2"]))
+    plan_remove(folder, ids=["river-0", "river-1", "archive-2"]).run()
     left = recorded(folder, "b")
     assert left == {name: value for name, value in added.items() if name not in ("river-0", "river-1", "archive-2")}
 
@@ -345,7 +338,7 @@ def test_merging_keeps_what_both_have_recorded(make: Build, tmp_path: Path) -> N
     expected = recorded(b, "b") | recorded(a, "b")
     # Of these three that are in both, the first index knows one, and the second the two others.
     expected |= {"river-7": (-8.0, 1), "market-0": (9.0, 9), "market-1": (-10.0, 3)}
-    ran(plan_merge(a, b, tmp_path / "c"))
+    plan_merge(a, b, tmp_path / "c").run()
     assert recorded(tmp_path / "c", "b") == expected
 
 
@@ -353,7 +346,7 @@ def test_what_both_indexes_recorded_of_a_passage_is_weighed_by_its_questions(mak
     a, b = make("a", rows()[:10]), make("b", rows()[8:])
     remember(a, "b")
     remember(b, "b", scale=-1.0)
-    ran(plan_merge(a, b, tmp_path / "c"))
+    plan_merge(a, b, tmp_path / "c").run()
     assert recorded(tmp_path / "c", "b")["market-0"] == (pytest.approx((9 * 9 - 1 * 9) / 10, rel=1e-3), 10)
 
 
@@ -373,7 +366,7 @@ def test_until_the_commit_the_old_memory_counts(make: Build) -> None:
     for point, count in (("manifest-written", 24), ("committed", 16)):
         at = point
         with pytest.raises(KeyboardInterrupt):
-            ran(plan)
+            plan.run()
         index = Index.open(folder)
         memory = read_memory(index, "b" * 64)
         assert memory is not None and len(memory.questions_P) == len(index) == count
@@ -400,8 +393,8 @@ def test_a_disk_that_is_full_at_the_memory_leaves_the_index_as_it_was(
         with pytest.raises(IndexFolderError, match=r"cannot write .*memory.*\.safetensors: .* No space left"):
             memory.save(Index.open(folder))
         with pytest.raises(IndexFolderError, match="No space left"):
-            ran(plan_remove(folder, domain="river"))
+            plan_remove(folder, domain="river").run()
     left = {path for path in folder.rglob("*") if path.is_file()} - {folder / "partial" / "state.json"}
     assert left == before.keys() and all(path.read_bytes() == content for path, content in before.items())
-    ran(plan_remove(folder, domain="river"))
+    plan_remove(folder, domain="river").run()
     assert len(recorded(folder, "b")) == 16

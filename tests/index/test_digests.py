@@ -206,7 +206,7 @@ def test_an_opened_index_that_was_replaced_is_read_on(folder: Path, tmp_path: Pa
     more = tmp_path / "more.jsonl"
     more.write_text(json.dumps({"id": "new", "text": "The honey is new."}) + "\n")
     plan = plan_add(folder, [str(more)], encoder=StubEncoder())
-    assert plan is not None and plan.run().passages == 25
+    assert plan.run().passages == 25
     assert not (folder / "passages-1.parquet").exists() and (folder / "digests-2.npy").exists()
     assert len(index.passage_ids) == 24 and index.find("new") is None
     assert index.passage("market-5").title == "Honey" and index.embeddings[23].shape == (64,)

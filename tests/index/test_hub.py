@@ -163,7 +163,6 @@ def test_an_index_of_links_is_pushed(folder: Path, hub: Path, tmp_path: Path) ->
 def test_an_older_generation_goes_from_the_hub(folder: Path, hub: Path) -> None:
     push(folder)
     plan = plan_remove(folder, domain="river")
-    assert plan is not None
     plan.run()
     push(folder)
     assert _names(hub) == sorted(["README.md", "manifest.json", *read_manifest(folder).files])
@@ -195,7 +194,6 @@ def test_no_build_takes_the_place_of_what_is_being_pushed(folder: Path, hub: Pat
 
     def meanwhile(self: Hub, **how: Any) -> None:
         plan = plan_remove(folder, domain="river")
-        assert plan is not None
         with pytest.raises(IndexLockedError):
             plan.run()
         upload(self, **how)
@@ -285,7 +283,6 @@ def test_the_current_folder_is_not_replaced_and_of_a_link_what_it_leads_to(
 def test_nothing_is_overwritten_unasked(folder: Path, hub: Path, tmp_path: Path) -> None:
     push(folder)
     plan = plan_remove(folder, domain="river")
-    assert plan is not None
     newer = plan.run().digest
     with pytest.raises(IndexFolderError, match="holds an index already\nreplace it with --overwrite"):
         pull_index("me/mine", folder)

@@ -54,13 +54,11 @@ def test_the_card_says_what_the_index_is(build: Callable[..., Manifest], tmp_pat
     assert "`stub-0`" in text and "9 passages (37.5%), encoded by `windows`" in text and "`Flat` (exact)" in text
     assert build(overwrite=True).digest in path.read_text()
     plan = plan_remove(tmp_path / "index", domain="river")
-    assert plan is not None
     plan.run()
     assert "A ragmoe index of 16 passages" in path.read_text() and "river" not in path.read_text()
     # What a person wrote stays.
     path.write_text("# My own\n")
     plan = plan_remove(tmp_path / "index", domain="market")
-    assert plan is not None
     plan.run()
     assert path.read_text() == "# My own\n"
     with pytest.raises(IndexFolderError, match=r"holds other things than an index: README\.md"):

@@ -189,7 +189,7 @@ def test_nothing_is_unpickled(folder: Path, tmp_path: Path, monkeypatch: pytest.
     more = tmp_path / "more.txt"
     more.write_text("The honey is new.")
     plan = plan_add(folder, [str(more)], encoder=StubEncoder())
-    assert plan is not None and plan.run().passages == 25
+    assert plan.run().passages == 25
     assert verify_index(folder, encoder=StubEncoder()) == []
 
 

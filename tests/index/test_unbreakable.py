@@ -156,7 +156,7 @@ def test_an_index_that_lost_its_texts_is_mended_by_the_next_change(folder: Path)
     texts = Index.open(folder).passages(["market-3", "river-1"])
     (folder / "texts-1.bin").unlink()
     plan = plan_remove(folder, domain="archive")
-    assert plan is not None and plan.run().passages == 16
+    assert plan.run().passages == 16
     assert Index.open(folder).passages(["market-3", "river-1"]) == texts
 
 
@@ -194,7 +194,6 @@ def test_what_failed_gives_its_room_back(folder: Path, tmp_path: Path, monkeypat
         raise RuntimeError("Error: 'ret == (size)' failed: write error")
 
     plan = plan_add(folder, [str(more)], encoder=StubEncoder())
-    assert plan is not None
     with monkeypatch.context() as patch:
         patch.setattr(import_faiss(), "write_index", full)
         with pytest.raises(IndexFolderError, match="faiss could not write it whole"):
@@ -203,7 +202,7 @@ def test_what_failed_gives_its_room_back(folder: Path, tmp_path: Path, monkeypat
     assert {path.name for path in folder.iterdir()} == before | {"partial"}
     encoder = StubEncoder()
     plan = plan_add(folder, [str(more)], encoder=encoder, resume=True)
-    assert plan is not None and plan.run().passages == 25 and encoder.encoded == []
+    assert plan.run().passages == 25 and encoder.encoded == []
 
 
 def test_a_reader_of_one_generation_never_sees_the_next(folder: Path, tmp_path: Path) -> None:
@@ -212,7 +211,6 @@ def test_a_reader_of_one_generation_never_sees_the_next(folder: Path, tmp_path: 
     reader = Index.open(folder, encoder=StubEncoder())
     found = reader.search(["honey"], 3, retriever="dense")
     plan = plan_add(folder, [str(more)], encoder=StubEncoder())
-    assert plan is not None
     plan.run()
     assert reader.search(["honey"], 3, retriever="dense") == found and reader.find("new") is None
     assert Index.open(folder, encoder=StubEncoder()).search(["The honey is new."], 1)[0][0].passage_id == "new"
@@ -277,4 +275,4 @@ def test_links_are_read_through_and_the_folder_itself_may_be_one(folder: Path, t
     more.write_text(json.dumps({"id": "new", "text": "The honey is new."}) + "\n")
     (tmp_path / "link").symlink_to(folder)
     plan = plan_add(tmp_path / "link", [str(more)], encoder=StubEncoder())
-    assert plan is not None and plan.run().passages == 25 == len(Index.open(folder))
+    assert plan.run().passages == 25 == len(Index.open(folder))

@@ -62,7 +62,6 @@ def test_texts_that_were_added_under_other_ids_are_found(docs: Path) -> None:
     for source in ("a.txt", "more.jsonl"):
         write("more.jsonl", "The third.", "A fourth.", first=3)
         plan = plan_add("idx", [source], encoder=StubEncoder())
-        assert plan is not None
         plan.run()
     index = Index.open("idx")
     assert new(index, "more.jsonl") == ["n2", "n4"]
