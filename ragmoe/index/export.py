@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,20 +42,19 @@ def export_index(folder: str | os.PathLike[str], out: str | os.PathLike[str], *,
         raise UsageError(f"form {to!r} is unknown; there are: {', '.join(sorted(EXPORTERS))}")
     path, target = Path(folder), Path(out)
     manifest = read_manifest(path)
-    if target.exists():
-        raise IndexFolderError(f"{target} is there already", hint="name another, or remove it")
-    part = target.with_name(f"{target.name}.part")
+    _refuse(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(part)
-        EXPORTERS[to](OldIndex(path, manifest), part)
-        part.rename(target)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
+            part = Path(beside) / target.name
+            EXPORTERS[to](OldIndex(path, manifest), part)
+            # Somebody may have put something there meanwhile.
+            _refuse(target)
+            part.rename(target)
     except OSError as error:
         raise IndexFolderError(
             f"{target} cannot be written: {error.strerror or error}; nothing is left of it"
         ) from error
-    finally:
-        _remove(part)
     return manifest
 
 
@@ -87,8 +86,6 @@ def _to_beir(old: OldIndex, path: Path) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _refuse(target: Path) -> None:
+    if target.exists():
+        raise IndexFolderError(f"{target} is there already", hint="name another, or remove it")

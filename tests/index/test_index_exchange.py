@@ -56,7 +56,24 @@ def test_an_export_is_whole_or_not_there(folder: Path, tmp_path: Path, monkeypat
     monkeypatch.setitem(EXPORTERS, "beir", full)
     with pytest.raises(IndexFolderError, match="cannot be written: No space left on device; nothing is left"):
         export_index(folder, tmp_path / "beir", to="beir")
-    assert not list(tmp_path.glob("beir*"))
+    assert {path.name for path in tmp_path.iterdir()} == {"there", folder.name}
+
+
+def test_an_export_touches_nothing_beside_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "precious.txt").write_text("mine")
+    export_index(folder, tmp_path / "out", to="beir")
+    assert (tmp_path / "out.part" / "precious.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.part", folder.name}
+
+    def slow(_: object, path: Path) -> None:
+        path.write_text("passages")
+        (tmp_path / "late").write_text("mine")
+
+    monkeypatch.setitem(EXPORTERS, "beir", slow)
+    with pytest.raises(IndexFolderError, match="late is there already"):
+        export_index(folder, tmp_path / "late", to="beir")
+    assert (tmp_path / "late").read_text() == "mine"
 
 
 @pytest.fixture
