@@ -173,9 +173,18 @@ def _read_parquet(path: Path, ids: Path | None) -> Given:
     with pq.ParquetFile(path) as file:
         if missing := {"id", "embedding"} - set(file.schema_arrow.names):
             raise DataError(f"{path} has no column {', '.join(sorted(missing))}; it has: {file.schema_arrow.names}")
+        ids_are, vectors_are = (file.schema_arrow.field(name).type for name in ("id", "embedding"))
+        if pa.types.is_nested(ids_are) or not _is_list_of_numbers(vectors_are):
+            raise DataError(
+                f"{path} has ids of type {ids_are} and embeddings of type {vectors_are}; expected strings or whole "
+                "numbers, and lists of floats"
+            )
         if bad := absurd(path, file.metadata):
             raise DataError(f"{path} cannot be read: {bad}")
         for batch in file.iter_batches(batch_size=_BATCH, columns=["id", "embedding"]):
+            if batch.column("embedding").null_count:
+                row = count + batch.column("embedding").is_null().index(True).as_py() + 1
+                raise DataError(f"{path}: row {row} has no embedding")
             vectors = np.stack([np.asarray(row, dtype=np.float32) for row in batch.column("embedding").to_numpy(False)])
             if width not in (0, vectors.shape[1]):
                 raise DataError(f"{path} has vectors of width {width} and of {vectors.shape[1]}")
@@ -188,14 +197,24 @@ def _read_parquet(path: Path, ids: Path | None) -> Given:
     return np.memmap(spool, dtype=np.float32, mode="r", shape=(count, width)), rows
 
 
+def _is_list_of_numbers(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return False
+    return pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)
+
+
 def _read(path: Path, ids: Path | None) -> Given:
+    import pyarrow as pa
+
     if path.suffix not in READERS:
         raise DataError(f"{path} is no file of vectors; expected one of: {', '.join(READERS)}")
     try:
         vectors, rows = READERS[path.suffix](path, ids)
     except FileNotFoundError as error:
         raise DataError(f"{error.filename or path}: there is no such file") from None
-    except (ValueError, TypeError, EOFError, OSError) as error:
+    except (ValueError, TypeError, EOFError, OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {(str(error).splitlines() or ['?'])[0]}") from error
     if vectors.ndim != 2 or vectors.dtype.kind != "f":
         raise DataError(f"{path} holds {vectors.dtype} of shape {vectors.shape}; expected floats (rows, width)")

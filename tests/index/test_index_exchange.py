@@ -180,6 +180,25 @@ def test_files_of_vectors_that_do_not_fit(corpus_and_vectors: tuple[Path, np.nda
         ran(tmp_path, tmp_path / "nan.npy", corpus, ids=tmp_path / "ids.txt")
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"id": ["a"], "embedding": [0.5]}, r"ids of type string and embeddings of type double; expected strings or"),
+        ({"id": ["a"], "embedding": [None]}, "embeddings of type null; expected"),
+        ({"id": ["a"], "embedding": [["x"]]}, r"embeddings of type list<\w+: string>; expected"),
+        ({"id": [["a"]], "embedding": [[0.5]]}, r"ids of type list<\w+: string> and embeddings of"),
+        ({"id": ["a", "b"], "embedding": pa.array([[0.5], None])}, "row 2 has no embedding"),
+        ({"id": ["a"], "embedding": pa.array([None], pa.list_(pa.float32()))}, "row 1 has no embedding"),
+        ({"id": pa.array([b"\xff"]), "embedding": [[0.5]]}, "cannot be read: "),
+        ({"id": ["a", "b"], "embedding": [[0.5], [0.5, 1.0]]}, "cannot be read: "),
+    ],
+)
+def test_columns_of_other_types_are_named(columns: dict[str, Any], message: str, corpus: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "v.parquet")
+    with pytest.raises(DataError, match=rf"v\.parquet.*{message}"):
+        ran(tmp_path, tmp_path / "v.parquet", corpus)
+
+
 def test_vectors_that_unpack_to_more_than_memory_are_not_read(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
