@@ -82,6 +82,15 @@ def misfit(text: str, encoding: str, within: str = "the line") -> tuple[int, str
     return None
 
 
+def is_text(string: str) -> bool:
+    """Whether a string can be written: half of a surrogate pair cannot, nor what stands for a byte that is no text."""
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @contextmanager
 def _opened(path: Path, encoding: str, newline: str | None) -> Iterator[TextIO]:
     with ExitStack() as stack:

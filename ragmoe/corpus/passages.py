@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ragmoe._errors import DataError
 from ragmoe._keys import KeyTable
 from ragmoe.corpus.chunking import Chunk, check_sizes, chunk_passage
-from ragmoe.corpus.files import check_encoding
+from ragmoe.corpus.files import check_encoding, is_text
 from ragmoe.corpus.records import Record, read_hub, reader_of
 from ragmoe.corpus.sources import source_files
 from ragmoe.corpus.types import Passage
@@ -224,8 +224,6 @@ def _problem(record: Record) -> str:
     for key in ("id", "_id", "doc_id"):
         if not isinstance(fields.get(key) or "", str | int) or isinstance(fields.get(key), bool):
             return f"{key!r} is {type(fields[key]).__name__}, expected a string or a whole number"
-    try:
-        "".join(str(fields.get(key) or "") for key in ("id", "_id", "doc_id", "title", "text", "domain")).encode()
-    except UnicodeEncodeError:
+    if not is_text("".join(str(fields.get(key) or "") for key in ("id", "_id", "doc_id", "title", "text", "domain"))):
         return "it holds half of a surrogate pair, which is not text"
     return ""

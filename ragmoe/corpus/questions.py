@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ragmoe._errors import DataError
+from ragmoe.corpus.files import is_text
 from ragmoe.corpus.records import read_jsonl
 from ragmoe.corpus.types import Question, Span
 
@@ -58,9 +59,10 @@ def write_questions(path: str | os.PathLike[str], questions: Iterable[Question])
                 file.write(json.dumps(fields, ensure_ascii=False) + "\n")
         os.replace(part, target)
     except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def parse_questions(path: str | os.PathLike[str]) -> Iterator[tuple[str, Question | None, str]]:
@@ -96,6 +98,8 @@ def _problem(fields: dict[str, Any]) -> str:
     spans = fields.get("answer_spans") or []
     if not isinstance(spans, list) or not all(_is_span(span) for span in spans):
         return "'answer_spans' is not a list of {passage_id: string, start: number from 0, text: string, not empty}"
+    if not is_text(json.dumps(fields, ensure_ascii=False)):
+        return "it holds half of a surrogate pair, which is not text"
     return ""
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ragmoe._errors import IndexFolderError, UsageError
 from ragmoe.corpus.chunking import Chunk
+from ragmoe.corpus.files import is_text
 from ragmoe.corpus.types import Passage
 from ragmoe.index import trust
 from ragmoe.index.bm25 import Bm25Searcher, bm25_name
@@ -367,4 +368,9 @@ def _listed(texts: Sequence[str]) -> Sequence[str]:
     # A single string is a sequence of strings too, and would be searched letter by letter.
     if isinstance(texts, str):
         raise UsageError("a single string was given; expected a list of queries")
+    if bad := [text for text in texts if not is_text(text)]:
+        raise UsageError(
+            f"the query {bad[0]!a} holds what is not UTF-8; expected text",
+            hint="set the terminal to UTF-8",
+        )
     return texts

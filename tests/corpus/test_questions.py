@@ -82,6 +82,11 @@ BAD = {
         {"id": "x", "question": "?", "answer_spans": [{"passage_id": "a", "start": -1, "text": "t"}]},
         "'answer_spans' is not a list of",
     ),
+    "half a pair": (
+        '{"id": "x", "question": "what \\ud83d is"}',
+        "it holds half of a surrogate pair, which is not text",
+    ),
+    "half a pair in meta": ({"id": "x", "question": "?", "meta": {"source": "\ud83d"}}, "half of a surrogate pair"),
     "seen before": ({"id": "q1", "question": "?"}, "id 'q1' stands already at"),
 }
 
@@ -94,6 +99,12 @@ def test_bad_lines_are_named(name: str, tmp_path: Path) -> None:
         read_questions(path)
     assert caught.value.message.startswith(f"{path}:2: ")
     assert reason in caught.value.message
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        write_questions(tmp_path / "q.jsonl", [Question("q", "what \ud83d is")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:

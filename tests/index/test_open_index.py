@@ -194,6 +194,8 @@ def test_bad_arguments(index: Index) -> None:
         index.search(["x"], 0)
     with pytest.raises(UsageError, match="a single string was given; expected a list of queries"):
         index.search("x")
+    with pytest.raises(UsageError, match=r"the query 'caf\\udce9' holds what is not UTF-8; expected text"):
+        index.search(["café", "caf\udce9"])
     with pytest.raises(UsageError, match="a single string"):
         index.neighbours("x")
 
