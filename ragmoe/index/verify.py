@@ -34,7 +34,15 @@ def verify_index(
         IndexFolderError: there is no index, or its manifest cannot be read.
     """
     path = Path(folder)
-    manifest = read_manifest(path)
+    while True:
+        manifest = read_manifest(path)
+        problems = _problems(path, manifest, encoder, sample)
+        # Of an index that another took the place of meanwhile nothing is left: that one is looked at.
+        if not problems or read_manifest(path).digest == manifest.digest:
+            return problems
+
+
+def _problems(path: Path, manifest: Manifest, encoder: str | Encoder | None, sample: int) -> list[str]:
     if (path / NAME).read_bytes() != manifest_text(manifest).encode():
         return [f"{NAME} was changed: it does not stand as it was written"]
     problems = changed_files(path, manifest)

@@ -10,9 +10,10 @@ import pytest
 from stub_encoder import StubEncoder
 
 from ragmoe import Index, IndexFolderError
-from ragmoe.index import verify_index
+from ragmoe.index import plan_remove, verify_index
 from ragmoe.index.digests import write_digests
 from ragmoe.index.manifest import FileRecord, Manifest, commit, file_record, read_manifest, write_manifest
+from ragmoe.index.verify import changed_files
 
 KINDS = (
     "passages-1.parquet",
@@ -129,3 +130,17 @@ def test_no_index_is_an_error(tmp_path: Path) -> None:
 def test_a_moved_index_is_still_one(folder: Path, tmp_path: Path) -> None:
     shutil.move(folder, tmp_path / "elsewhere")
     assert verify(tmp_path / "elsewhere") == []
+
+
+def test_an_index_that_is_replaced_meanwhile_is_not_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_remove(folder, domain="river")
+
+    def changed(path: Path, manifest: Manifest) -> list[str]:
+        if manifest.generation == 1:
+            plan.run()
+        return changed_files(path, manifest)
+
+    monkeypatch.setattr("ragmoe.index.verify.changed_files", changed)
+    assert verify(folder) == [] and read_manifest(folder).generation == 2
+    (folder / "texts-2.bin").unlink()
+    assert verify(folder) == ["texts-2.bin is missing"]
