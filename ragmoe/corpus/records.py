@@ -233,6 +233,7 @@ class _Page(HTMLParser):
     """Collects what a browser would show, a line break where a block ends and a space where a table cell does."""
 
     _HIDDEN = frozenset({"script", "style", "template", "noscript", "head"})
+    _OF_HEAD = frozenset({"title", "meta", "link", "base", "script", "style", "template", "noscript"})
     _CELLS = frozenset({"td", "th"})
     _BLOCKS = frozenset(_BLOCK_TAGS.split())
 
@@ -244,6 +245,9 @@ class _Page(HTMLParser):
         self._in_title = self._titled = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        # </head> and <body> may both be left out: what cannot stand in a head ends it.
+        if self._hidden[-1:] == ["head"] and tag not in self._OF_HEAD:
+            self._hidden.pop()
         if tag in self._HIDDEN:
             self._hidden.append(tag)
         # An unclosed <head> or <noscript> must not swallow the page.

@@ -95,6 +95,14 @@ def test_html_shows_what_a_browser_would(tmp_path: Path) -> None:
     assert passage.text == "Fees\nTwo crowns a day.\none\ntwo"
 
 
+def test_a_head_ends_where_its_last_tag_may_stand(tmp_path: Path) -> None:
+    page = "<!doctype html><html><head><meta charset=utf-8><title>Fees</title><style>p{}</style>"
+    page += "<noscript><p>No script.</p></noscript><script>var hidden = 1;</script><h1>Fees</h1><p>Two crowns."
+    (tmp_path / "page.html").write_text(page)
+    (passage,) = read_passages([tmp_path / "page.html"])
+    assert (passage.title, passage.text) == ("Fees", "Fees\nTwo crowns.")
+
+
 def test_html_keeps_the_cells_of_a_table_and_the_lines_of_a_list_apart(tmp_path: Path) -> None:
     page = "<table><tr><th>Fee</th><td>10 crowns</td></tr><tr><td>Fine</td><td>2</td></tr></table><dl><dt>a<dd>b</dl>"
     (tmp_path / "page.html").write_text(page)
