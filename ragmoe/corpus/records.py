@@ -44,18 +44,22 @@ _HEADING = re.compile(r"^#{1,6}[ \t]+(\S.*?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)
 # A comment in code is no heading.
 _FENCED = re.compile(r"^[ ]{0,3}(`{3,}(?![^\n]*`)|~{3,}).*?(?:^[ ]{0,3}\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 READERS: dict[str, RecordReader] = {}
+#: Readers of files that are one document each.
+RUNNING: set[RecordReader] = set()
 
 
-def reads(*suffixes: str, packed: bool = True) -> Callable[[RecordReader], RecordReader]:
+def reads(*suffixes: str, packed: bool = True, running: bool = False) -> Callable[[RecordReader], RecordReader]:
     """Register a reader for files with these suffixes.
 
     Args:
         packed: they may be compressed, with a suffix of that behind.
+        running: each is a document of running text.
     """
     behind = ("", *files.CODECS) if packed else ("",)
 
     def register(reader: RecordReader) -> RecordReader:
         READERS.update({suffix + more: reader for suffix in suffixes for more in behind})
+        RUNNING.update({reader} if running else ())
         return reader
 
     return register
@@ -158,13 +162,13 @@ def read_parquet(path: Path, encoding: str) -> Iterator[Record]:
         yield Record(str(path), None, f"not parquet: {error}" if not number else f"damaged after row {number}: {error}")
 
 
-@reads(".txt")
+@reads(".txt", running=True)
 def read_txt(path: Path, encoding: str) -> Iterator[Record]:
     """A whole file of running text; its name is the title."""
     yield _document(path, encoding, lambda text: (files.stem(path), text))
 
 
-@reads(".md", ".markdown")
+@reads(".md", ".markdown", running=True)
 def read_md(path: Path, encoding: str) -> Iterator[Record]:
     """A Markdown file as it is; its first heading is the title."""
 
@@ -175,7 +179,7 @@ def read_md(path: Path, encoding: str) -> Iterator[Record]:
     yield _document(path, encoding, parse)
 
 
-@reads(".html", ".htm")
+@reads(".html", ".htm", running=True)
 def read_html(path: Path, encoding: str) -> Iterator[Record]:
     """The visible text of an HTML page; its ``<title>`` is the title."""
 

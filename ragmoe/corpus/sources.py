@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ragmoe._errors import DataError
 from ragmoe.corpus.files import CODECS, stem
-from ragmoe.corpus.records import READERS, reader_of
+from ragmoe.corpus.records import READERS, RUNNING, reader_of
 
 #: Files, each with the name that its records' ids are made from.
 Named = list[tuple[Path, str]]
@@ -81,7 +81,7 @@ def _matches(source: str, pattern: Path) -> Named:
 def _folder_files(folder: Path) -> list[Path]:
     """Files of known formats under a folder; hidden ones and an index that was built there are left out.
 
-    In a folder that holds a ``corpus`` file (as BEIR's and ours do, questions beside it) only that one is read.
+    In a folder that holds a ``corpus`` of records (as BEIR's and ours do, questions beside it) nothing else is read.
     """
     files = [
         path
@@ -91,7 +91,7 @@ def _folder_files(folder: Path) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     files = _outside_indexes(files, folder)
-    corpora = {path.parent for path in files if stem(path) == "corpus"}
+    corpora = {path.parent for path in files if stem(path) == "corpus" and reader_of(path) not in RUNNING}
     return [path for path in files if stem(path) == "corpus" or path.parent not in corpora]
 
 

@@ -84,3 +84,10 @@ def test_an_index_is_left_out_of_what_a_pattern_matches(docs: Path) -> None:
         ids("docs/index/*.parquet")
     (docs / "docs/index/manifest.json").rename(docs / "docs/index/build.lock")
     assert ids("docs") == ids("docs/**/*") == ["fees/index.md", "index.md"]
+
+
+def test_a_document_called_corpus_hides_nothing(docs: Path) -> None:
+    (docs / "docs" / "corpus.md").write_text("What a corpus is.")
+    assert ids("docs") == ["corpus.md", "fees/index.md", "index.md"]
+    (docs / "docs" / "corpus.csv").write_text("id,text\na,A record.\n")
+    assert ids("docs") == ["a", "corpus.md", "fees/index.md"]
