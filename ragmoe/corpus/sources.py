@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ragmoe._errors import DataError
@@ -83,16 +83,26 @@ def _folder_files(folder: Path) -> list[Path]:
 
     In a folder that holds a ``corpus`` of records (as BEIR's and ours do, questions beside it) nothing else is read.
     """
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if reader_of(path)
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    files = [path for path in sorted(_visible(folder)) if reader_of(path) and path.is_file()]
     files = _outside_indexes(files, folder)
     corpora = {path.parent for path in files if stem(path) == "corpus" and reader_of(path) not in RUNNING}
     return [path for path in files if stem(path) == "corpus" or path.parent not in corpora]
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """All that is below a folder and not hidden, also behind links that lead neither up nor to what comes anyway."""
+    tops, seen = [folder], set(folder.resolve().parents)
+    for top in tops:
+        for place, folders, names in os.walk(top):
+            here, real = Path(place), Path(place).resolve()
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            # They come last: what has a place of its own is called after it.
+            tops += [here / name for name in folders if (here / name).is_symlink()]
+            yield from (here / name for name in names if not name.startswith("."))
 
 
 def _outside_indexes(files: Sequence[Path], root: Path) -> list[Path]:

@@ -91,3 +91,14 @@ def test_a_document_called_corpus_hides_nothing(docs: Path) -> None:
     assert ids("docs") == ["corpus.md", "fees/index.md", "index.md"]
     (docs / "docs" / "corpus.csv").write_text("id,text\na,A record.\n")
     assert ids("docs") == ["a", "corpus.md", "fees/index.md"]
+
+
+def test_linked_folders_are_read_once(docs: Path) -> None:
+    (docs / "docs" / "a-wiki").symlink_to(docs / "wiki")
+    assert ids("docs") == ids("docs/**/*") == ["a-wiki/index.md", "fees/index.md", "index.md"]
+    # What is there anyway keeps its name, and nothing is read that lies around the source.
+    for name, to in {"a-fees": "fees", "loop": ".", "fees/up": "../..", "fees/wiki": "../../wiki"}.items():
+        (docs / "docs" / name).symlink_to(to)
+    assert ids("docs") == ["a-wiki/index.md", "fees/index.md", "index.md"]
+    (docs / "link").symlink_to("docs")
+    assert ids("link") == ids("docs")
