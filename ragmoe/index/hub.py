@@ -17,7 +17,7 @@ from ragmoe._words import many
 from ragmoe.index import card, memory
 from ragmoe.index import manifest as manifests
 from ragmoe.index.encoder import Encoder
-from ragmoe.index.manifest import Manifest, read_manifest
+from ragmoe.index.manifest import Manifest, pulled_beside, read_manifest
 from ragmoe.index.target import NewIndex, locked
 from ragmoe.index.verify import changed_files, verify_index
 
@@ -116,8 +116,8 @@ def pull_index(
             f"{out} is the current folder, and what is pulled takes a folder's place", hint="name another with --out"
         )
     with _alone(target.folder):
-        manifest = _fetch(repo, revision, _beside(target.folder, "part"))
-        _put(_beside(target.folder, "part"), target)
+        manifest = _fetch(repo, revision, pulled_beside(target.folder, "part"))
+        _put(pulled_beside(target.folder, "part"), target)
     return manifest
 
 
@@ -137,11 +137,9 @@ def _fetch(repo: str, revision: str | None, part: Path) -> Manifest:
     shutil.rmtree(part / ".cache", ignore_errors=True)
     if problems := changed_files(part, manifest):
         raise IndexFolderError(f"what came of {repo!r} is damaged: {'; '.join(problems)}")
+    for path in (part, *part.rglob("*")):
+        (manifests.sync_folder if path.is_dir() else manifests.sync)(path)
     return manifest
-
-
-def _beside(folder: Path, kind: str) -> Path:
-    return folder.with_name(f".{folder.name}.pull-{kind}")
 
 
 @contextmanager
@@ -152,7 +150,7 @@ def _alone(folder: Path) -> Iterator[None]:
         IndexLockedError: another pull to this folder is under way.
         IndexFolderError: whatever goes wrong with files inside.
     """
-    lock, part, old = (_beside(folder, kind) for kind in ("lock", "part", "old"))
+    lock, part, old = (pulled_beside(folder, kind) for kind in ("lock", "part", "old"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=0):
@@ -176,8 +174,9 @@ def _put(part: Path, target: NewIndex) -> None:
     folder = target.folder
     if not folder.exists():
         part.rename(folder)
+        manifests.sync_folder(folder.parent)
         return
-    old = _beside(folder, "old")
+    old = pulled_beside(folder, "old")
     with locked(folder):
         target.check()
         folder.rename(old)
@@ -188,6 +187,7 @@ def _put(part: Path, target: NewIndex) -> None:
             if not folder.exists():
                 old.rename(folder)
             raise
+    manifests.sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

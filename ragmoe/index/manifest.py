@@ -283,8 +283,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def pulled_beside(folder: Path, kind: str) -> Path:
+    """What a pull has beside an index's folder: its ``lock``, its ``part``, and as ``old`` what it replaces."""
+    return folder.with_name(f".{folder.name}.pull-{kind}")
+
+
 def _missing(folder: Path) -> IndexFolderError:
     if not folder.exists():
+        old = pulled_beside(folder.resolve(), "old")
+        if old.exists():
+            return IndexFolderError(
+                f"there is no index at {folder}: a pull that was to replace it did not finish, and it lies in {old}",
+                hint=f"put it back: mv {old} {folder}; or give the pull again",
+            )
         return IndexFolderError(f"there is no index at {folder}: no such folder", hint=_BUILD)
     if (folder / "partial").is_dir():
         return IndexFolderError(

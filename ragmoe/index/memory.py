@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ragmoe._errors import IndexFolderError
 from ragmoe._folders import refuse_link
+from ragmoe.index import manifest as manifests
 
 if TYPE_CHECKING:
     from ragmoe.index.folder import Index
@@ -202,7 +203,9 @@ def _write(path: Path, memory: ExpertMemory) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         save_file({"affinity": memory.affinity_PLE, "questions": memory.questions_P}, part, metadata=about)
+        manifests.sync(part)
         part.replace(path)
+        manifests.sync_folder(path.parent)
     # Of a full disk safetensors says so in an error of its own.
     except (OSError, SafetensorError) as error:
         raise IndexFolderError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None

@@ -238,6 +238,8 @@ def test_what_a_killed_pull_left_is_put_right_by_the_next(folder: Path, hub: Pat
     # The worst moment: the old index was moved away, the new one is not yet in its place.
     assert not folder.exists()
     assert {path.name for path in tmp_path.glob(".*")} == {f".{folder.name}.pull-{x}" for x in ("lock", "part", "old")}
+    with pytest.raises(IndexFolderError, match=r"there is no index at .* lies in .*\.pull-old\nput it back: mv "):
+        Index.open(folder)
     if then == "refused":
         with pytest.raises(IndexFolderError, match="holds an index already"):
             pull_index("me/mine", folder)
@@ -247,6 +249,19 @@ def test_what_a_killed_pull_left_is_put_right_by_the_next(folder: Path, hub: Pat
     else:
         pull_index("me/mine", folder, overwrite=True)
     assert not list(tmp_path.glob(".*")) and verify_index(folder, encoder=StubEncoder()) == []
+
+
+def test_what_was_pulled_is_on_the_disk_before_the_old_index_goes(
+    folder: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(folder)
+    synced: list[Path] = []
+    for name in ("sync", "sync_folder"):
+        monkeypatch.setattr(f"ragmoe.index.manifest.{name}", synced.append)
+    pull_index("me/mine", folder, overwrite=True)
+    part = tmp_path / f".{folder.name}.pull-part"
+    there = {part / path.relative_to(folder) for path in folder.rglob("*")} - {part / "build.lock"}
+    assert set(synced[:-1]) == {part, *there} and synced[-1] == tmp_path
 
 
 def test_one_pull_to_a_folder_at_a_time(

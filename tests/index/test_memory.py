@@ -64,6 +64,16 @@ def test_what_was_recorded_is_kept_and_found_again(index: Index) -> None:
     assert read_memory(index, "c" * 64) is None
 
 
+def test_what_is_kept_is_on_the_disk_before_it_has_its_name(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    memory = recorded(index)
+    path = memory_path(index, memory.bundle)
+    for name in ("sync", "sync_folder"):
+        monkeypatch.setattr(f"ragmoe.index.manifest.{name}", lambda at: synced.append((at.name, path.exists())))
+    memory.save(index)
+    assert synced == [(path.with_suffix(f".{os.getpid()}.part").name, False), ("memory", True)]
+
+
 def test_a_model_takes_the_newest_memory_of_its_own_versions(index: Index) -> None:
     recorded(index).save(index)
     found = recall_memory(index, NAMES, IDS, LAYERS, ["c" * 64, "b" * 64])
