@@ -23,6 +23,11 @@ def expect_folder(folder: str | os.PathLike[str], error: type[RagmoeError] = Con
     return there
 
 
+def share(path: Path) -> None:
+    """Let a file be read by all who may read its folder; safetensors writes for the owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def refuse_link(path: Path, error: type[RagmoeError]) -> None:
     """Refuse to write to, or to remove, what stands elsewhere.
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ragmoe._errors import BundleError
+from ragmoe._folders import share
 
 _TEMPORARY = ".writing-"
 
@@ -26,8 +27,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         save_file(_savable(tensors), temporary, metadata={"format": "pt"})
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise BundleError(f"cannot write {path}: {error}") from error
-    # safetensors writes for the owner alone; a bundle is as readable as its folder.
-    temporary.chmod(path.parent.stat().st_mode & 0o666)
+    share(temporary)
     digest = file_digest(temporary)
     _publish(temporary, path)
     return digest

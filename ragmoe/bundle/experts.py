@@ -183,6 +183,10 @@ def check_name(map_: BundleMap, name: str) -> None:
     """Raise BundleError unless an expert may be called that."""
     if not name.strip():
         raise BundleError("the name of an expert is empty")
+    if name.isdecimal() or not name.isprintable():
+        raise BundleError(
+            f"{name!r} is no name for an expert: commands take numbers for ids, and names stand in one line"
+        )
     if name in map_.expert_names:
         raise BundleError(f"there is an expert {name!r} already; names taken: {', '.join(map_.expert_names)}")
 

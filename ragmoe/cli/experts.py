@@ -129,6 +129,8 @@ def prune(
     if not dry_run:
         message = f"prune {names}; {'; '.join(said)}"
         version = prune_experts(bundle, [e.id for e in gone], message=message, parent=map_).version
+    if predicted is None and not measured:
+        said[0] += "; --task measures it"
     if as_json:
         shown = [{"id": expert.id, "name": expert.name} for expert in gone]
         content = {"pruned": shown, "predicted": predicted, "measured": measured, "version": version}
@@ -213,7 +215,7 @@ def _measure(bundle: Path, kept: list[int], tasks: list[Task], index: Path | Non
 
 def _prediction(predicted: float | None) -> str:
     if predicted is None:
-        return "predicted: unknown, its load was not recorded; measure with --task"
+        return "predicted: unknown, its load was not recorded"
     return f"predicted: {100 * predicted:.1f} % of the choices fell on it in training and go to others"
 
 

@@ -88,6 +88,7 @@ def trace(model: Any, index: Any, question: str) -> dict[str, Any]:
         ],
         "layers": list(model.sparse_layers),
         "experts": list(model.expert_names),
+        "expert_ids": list(getattr(model.config, "expert_ids", None) or range(len(model.expert_names))),
         "with_neighbours": given_LE.tolist(),
         "without_neighbours": bare_LE.tolist(),
         "difference": (given_LE - bare_LE).tolist(),
@@ -99,7 +100,7 @@ def draw(found: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=sys.stdout)
+    console, ids = Console(file=sys.stdout), found["expert_ids"]
     console.print(Text(f"Neighbours (by {found['retriever']}, with their cosine)", style="bold"))
     rows = [(f"{n['score']:.3f}", n["domain"], n["id"], n["title"]) for n in found["neighbours"]]
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -111,17 +112,17 @@ def draw(found: dict[str, Any]) -> None:
     for *cells, title in rows:
         table.add_row(*map(Text, cells), Text(_short(title, max(8, console.width - used))))
     console.print(table, soft_wrap=True)
-    named = [f"{at} {name}" for at, name in enumerate(found["experts"]) if name != f"expert {at}"]
+    named = [f"{id} {name}" for id, name in zip(ids, found["experts"], strict=True) if name != f"expert {id}"]
     if named:
         console.print(Text("\nexperts: " + ", ".join(named)))
     where = f"mean gate probability over the question and {', '.join(found['passages']) or 'no passage'}"
     if not found["gate_sees_neighbours"]:
-        _heat_map(console, f"\n{where}, by layer and expert", found["layers"], found["with_neighbours"])
+        _heat_map(console, f"\n{where}, by layer and expert", ids, found["layers"], found["with_neighbours"])
         console.print(Text(f"the {found['gate']} gate sees no neighbours: there is nothing to compare", style="dim"))
         return
-    _heat_map(console, f"\nWith the neighbours: {where}", found["layers"], found["with_neighbours"])
-    _heat_map(console, "\nWithout them", found["layers"], found["without_neighbours"])
-    _heat_map(console, "\nDifference", found["layers"], found["difference"], signed=True)
+    _heat_map(console, f"\nWith the neighbours: {where}", ids, found["layers"], found["with_neighbours"])
+    _heat_map(console, "\nWithout them", ids, found["layers"], found["without_neighbours"])
+    _heat_map(console, "\nDifference", ids, found["layers"], found["difference"], signed=True)
 
 
 def _short(text: str, length: int) -> str:
@@ -129,9 +130,15 @@ def _short(text: str, length: int) -> str:
 
 
 def _heat_map(
-    console: Console, title: str, layers: Sequence[int], values_LE: Sequence[Sequence[float]], *, signed: bool = False
+    console: Console,
+    title: str,
+    ids: Sequence[int],
+    layers: Sequence[int],
+    values_LE: Sequence[Sequence[float]],
+    *,
+    signed: bool = False,
 ) -> None:
-    """Layers down, experts across, in as many blocks as the width of the terminal asks for."""
+    """Layers down, experts across by their ids, in as many blocks as the width of the terminal asks for."""
     from rich.text import Text
 
     console.print(Text(title, style="bold"))
@@ -141,7 +148,9 @@ def _heat_map(
     across = max(1, (console.width - _LABEL) // _CELL)
     for begin in range(0, experts, across):
         shown = range(begin, min(begin + across, experts))
-        console.print(Text("expert".ljust(_LABEL) + "".join(str(e).rjust(_CELL - 1) + " " for e in shown), style="dim"))
+        console.print(
+            Text("expert".ljust(_LABEL) + "".join(str(ids[e]).rjust(_CELL - 1) + " " for e in shown), style="dim")
+        )
         for layer, row in zip(layers, values_LE, strict=True):
             line = Text(f"layer {layer}".ljust(_LABEL))
             for e in shown:

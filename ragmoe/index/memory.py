@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragmoe._errors import IndexFolderError
-from ragmoe._folders import refuse_link
+from ragmoe._folders import refuse_link, share
 from ragmoe.index import manifest as manifests
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def _write(path: Path, memory: ExpertMemory) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         save_file({"affinity": memory.affinity_PLE, "questions": memory.questions_P}, part, metadata=about)
+        share(part)
         manifests.sync(part)
         part.replace(path)
         manifests.sync_folder(path.parent)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ragmoe._errors import BundleError
+from ragmoe._folders import share
 from ragmoe.bundle import THRESHOLDS, EncoderRef, is_bundle, read_bundle
 from ragmoe.bundle._files import file_digest
 from ragmoe.models.bert import RagmoeBertForQuestionAnswering
@@ -98,6 +99,7 @@ def pack(bundle: str | os.PathLike[str], out: str | os.PathLike[str], *, base: s
     folder.mkdir(parents=True, exist_ok=True)
     halves = {name: x.half().contiguous() if x.is_floating_point() else x for name, x in packed.items()}
     save_file(halves, folder / TENSORS_NAME, metadata={"format": "pt"})
+    share(folder / TENSORS_NAME)
     about = Packed(
         base=base,
         base_digest=digest,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from ragmoe._errors import BundleError, ModelError
+from ragmoe._folders import share
 from ragmoe.bundle import read_map
 from ragmoe.gates import Routing
 from ragmoe.models.bert import QuestionAnsweringOutput, RagmoeBertForQuestionAnswering, RagmoeBertPreTrainedModel
@@ -201,6 +202,7 @@ def export_adapters(model: RagmoeBertForQuestionAnswering, folder: str | os.Path
         paths.append(path := Path(folder) / str(e))
         peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets).save_pretrained(str(path))
         save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        share(path / "adapter_model.safetensors")
     return paths
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ragmoe._errors import ConfigError
+from ragmoe._folders import share
 from ragmoe.models.sparse import SparseModel
 from ragmoe.training.config import LoraConfig
 
@@ -61,6 +62,7 @@ def merge(model: Any, adapted: Any, folder: Path) -> tuple[Any, Path | None]:
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     path = folder / "adapter_model.safetensors"
     save_file({name: x.half().contiguous() for name, x in load_file(path).items()}, path, metadata={"format": "pt"})
+    share(path)
     return adapted.merge_and_unload(), folder
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ragmoe._errors import DataError
+from ragmoe._folders import share
 from ragmoe.corpus import read_questions
 from ragmoe.corpus.cloze import CLOZE, ORIGIN
 from ragmoe.corpus.types import Passage, Question
@@ -172,6 +173,7 @@ class Retrieved:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}.part")
             save_file({"rows": rows_QN, "scores": scores_QN}, part)
+            share(part)
             part.replace(path)
         return cls(index, rows_QN, scores_QN)
 

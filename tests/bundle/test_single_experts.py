@@ -27,6 +27,7 @@ from ragmoe.bundle import (
     show_expert,
     write_bundle,
 )
+from ragmoe.bundle.write import write_map
 from ragmoe.experts import LoraExperts
 from ragmoe.models import RagmoeBertForQuestionAnswering
 
@@ -95,7 +96,10 @@ def test_listing_and_showing(bundle: Path) -> None:
 
 
 def test_a_name_wins_over_an_id_that_is_written_the_same(bundle: Path) -> None:
-    rename_expert(bundle, 0, "2")
+    """No command gives such a name now, but a model may be saved with one."""
+    map_ = read_map(bundle)
+    named = [e.model_copy(update={"name": "2"}) if e.id == 0 else e for e in map_.experts]
+    write_map(bundle, map_, map_.model_copy(update={"experts": named}), "name one like an id")
     assert show_expert(bundle, "2").id == 0
 
 
@@ -207,6 +211,10 @@ def test_the_merged_bias_is_the_bound_of_the_logits(full: Path) -> None:
         (lambda b: prune_experts(b, ["mint"]), "there is no expert 'mint'"),
         (lambda b: rename_expert(b, 0, "clinic"), "there is an expert 'clinic' already"),
         (lambda b: rename_expert(b, 0, " "), "the name of an expert is empty"),
+        # It would win over the id that is written so.
+        (lambda b: rename_expert(b, 0, "2"), "'2' is no name for an expert: commands take numbers for ids"),
+        (lambda b: rename_expert(b, 0, "a\nb"), r"'a\\nb' is no name for an expert"),
+        (lambda b: merge_experts(b, 0, 1, "7"), "'7' is no name for an expert"),
         (lambda b: merge_experts(b, 0, "bank", "x"), r"are the same expert, 0 \(bank\); expected two"),
         (lambda b: merge_experts(b, 0, 1, "archive"), "there is an expert 'archive' already"),
     ],

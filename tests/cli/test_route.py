@@ -84,3 +84,14 @@ def test_errors(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
     assert "there is no index at" in err
     assert ragmoe("route", dense, "", "--index", small_city / "index")[0] == 2
     assert ragmoe("route", small_city / "none", BRIDGE, "--index", small_city / "index")[0] == 1
+
+
+def test_experts_are_numbered_by_their_ids(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    """As all other commands have them, also where one has left."""
+    bundle = make_bundle("pruned", gate="retrieval", sparse_layers=[1])
+    assert ragmoe("experts", "prune", bundle, 1)[0] == 0
+    route = ("route", bundle, BRIDGE, "--index", small_city / "index")
+    found = json.loads(ragmoe(*route, "--json")[1])
+    assert found["expert_ids"] == [0, 2, 3] and len(found["experts"]) == 3
+    heads = [line.split() for line in ragmoe(*route)[1].splitlines() if line.startswith("expert ")]
+    assert heads == [["expert", "0", "2", "3"]] * 3

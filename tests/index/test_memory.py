@@ -55,6 +55,7 @@ def test_recall_puts_the_votes_in_the_neighbours_places(index: Index) -> None:
 def test_what_was_recorded_is_kept_and_found_again(index: Index) -> None:
     memory = recorded(index)
     path = memory.save(index)
+    assert path.stat().st_mode & 0o044 == index.folder.stat().st_mode & 0o044
     assert path == memory_path(index, memory.bundle) and [p.name for p in path.parent.iterdir()] == [path.name]
     back = read_memory(index, memory.bundle)
     assert (
