@@ -60,6 +60,8 @@ def run_language_experiment(
     index = index_of_recipe(experiment.resolve(experiment.index), progress=index_progress)
     folder = open_folder(experiment, root, index)
     digests = {setting: documents_digest(found, index.digest) for setting, found in documents.items()}
+    for told in _learned_from(experiment, documents, index):
+        say(told)
     for seed in experiment.seeds:
         for arm in only or experiment.arm_names:
             model, tokenizer, config = _model(folder, arm, seed, index, say, show_training)
@@ -78,6 +80,23 @@ def run_language_experiment(
     outcome = gather_language(folder, digests, command or command_of(experiment))
     outcome.written = write(outcome)
     return outcome
+
+
+def _learned_from(
+    experiment: LanguageExperiment, documents: Mapping[str, Sequence[Passage]], index: Index
+) -> list[str]:
+    """A line for each setting some of whose documents are learned from in the first arm: these it need not predict."""
+    from ragmoe.corpus import read_documents
+
+    config = experiment.training(next(iter(experiment.arms)), experiment.seeds[0], index.folder)
+    learned = {hash(d.text) for d in read_documents(config.data.documents) if d.domain not in config.data.without}
+    same = {setting: [d.id for d in found if hash(d.text) in learned] for setting, found in documents.items()}
+    return [
+        f"{len(ids)} of the {len(documents[setting])} documents to be predicted ({setting}) are learned from, such as "
+        f"{ids[0]}: what is found there says little"
+        for setting, ids in same.items()
+        if ids
+    ]
 
 
 def _model(

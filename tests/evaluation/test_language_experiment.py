@@ -137,6 +137,17 @@ def test_from_training_to_the_result_and_taken_up_again(folder: Path, tmp_path: 
         assert words in text
 
 
+def test_documents_that_are_learned_from_are_told(folder: Path, tmp_path: Path) -> None:
+    spec = yaml.safe_load((folder / "experiment.yaml").read_text())
+    spec["documents"] = {"both": ["valid.jsonl", "train.jsonl"], "own": ["valid.jsonl"]}
+    (folder / "both.yaml").write_text(yaml.safe_dump({**spec, "perturbations": [], "result": None}))
+    experiment, said = load_experiment(folder / "both.yaml"), []
+    assert isinstance(experiment, LanguageExperiment)
+    run_language_experiment(experiment, out=tmp_path, only=["dense"], say=said.append)
+    told = [line for line in said if "learned from" in line]
+    assert len(told) == 1 and told[0].startswith("6 of the 12 documents to be predicted (both) are learned from")
+
+
 def test_an_untrained_retrieval_gate_makes_nothing_of_neighbours(folder: Path, tmp_path: Path) -> None:
     experiment = load(folder)
     run_language_experiment(experiment, out=tmp_path, only=["untrained"])
