@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer
 
-from ragmoe._errors import DataError
+from ragmoe._errors import DataError, ModelError
 from ragmoe.corpus.types import Question
 from ragmoe.generation.batches import IGNORED
 from ragmoe.generation.generator import Generator
@@ -88,19 +88,39 @@ class GeneratorTrainer(RagmoeTrainer):
     def _lost(self, layers: Any) -> dict[str, list[float]]:
         return super()._lost(layers) if layers else {}
 
-    # A plain model has neither a bundle's format nor experts that could stay behind.
+    # A plain model has no bundle's format. Its checkpoints keep the names that its tensors have while it is trained: by
+    # those of its native format, which Trainer loads without conversion, fused experts would stay as they were.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if hasattr(model or self.model, "load_bundle"):
+        model = model or self.model
+        if hasattr(model, "load_bundle"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
+            _load_strictly(model, Path(resume_from_checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if hasattr(self.model, "load_bundle"):
+        model: Any = self.model
+        if hasattr(model, "load_bundle"):
             super()._save(output_dir, state_dict)
         else:
-            Trainer._save(self, output_dir, state_dict)
+            model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+
+
+def _load_strictly(model: Any, checkpoint: Path) -> None:
+    """Load a plain model's checkpoint in place; ModelError where it lacks a tensor, or holds an unknown one."""
+    state: dict[str, Tensor] = {}
+    for file in checkpoint.glob("model*.safetensors"):
+        state |= load_file(file)
+    found, own = model.load_state_dict(state, strict=False), model.state_dict()
+    # Of tensors that are tied only one is written.
+    loaded = {own[name].data_ptr() for name in state.keys() & own.keys()}
+    missing = [name for name in found.missing_keys if own[name].data_ptr() not in loaded]
+    if wrong := [*(f"lacks {name}" for name in missing), *(f"holds {name}" for name in found.unexpected_keys)]:
+        raise ModelError(
+            f"{checkpoint} is no checkpoint of this model: it {wrong[0]}; expected all of its tensors, by the names "
+            "they have while it is trained",
+            hint="pass --overwrite to start again",
+        )
 
 
 @dataclass

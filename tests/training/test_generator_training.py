@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from killing import killed_at
 from one_step import DECODER, Step, ready, two_ranks
+from safetensors.torch import load_file, save_file
 from tiny_decoder import byte_tokenizer, tiny_llama
-from transformers import TrainerCallback
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from ragmoe import ConfigError, DataError, Index, ModelError
 from ragmoe.generation import Generator
@@ -85,6 +87,35 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(content: Config, tmp_path: Path)
     assert whole.keys() == torn.keys() and all(torch.equal(whole[name], torn[name]) for name in whole)
     before = Generator.load(given["base"]).state_dict()
     assert not all(torch.equal(whole[name], before[name]) for name in whole)
+
+
+@pytest.mark.parametrize("what", ["all", "lora"])
+def test_a_mixture_of_experts_as_it_is_goes_on_with_its_experts(content: Config, tmp_path: Path, what: str) -> None:
+    """Its own format has a file name for each expert's tensor, where the model that is trained has fused ones."""
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads, pad_token_id=0)).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    changes = {"base": str(tmp_path / "base"), "train.what": what, "train.steps": 4, "train.lora": {"rank": 4}}
+    given = content(**changes, checkpoint_every=2)
+    train(given, out=tmp_path / "whole")
+    with killed_at(4):
+        train(given, out=tmp_path / "torn")
+    train(given, out=tmp_path / "torn", resume=True)
+    whole, torn = (Generator.load(tmp_path / name).state_dict() for name in ("whole", "torn"))
+    assert whole.keys() == torn.keys() and all(torch.equal(whole[name], torn[name]) for name in whole)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_not_gone_on_from(content: Config, tmp_path: Path) -> None:
+    given = content(checkpoint_every=2)
+    with killed_at(4):
+        train(given, out=tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"checkpoint-2 is no checkpoint of this model: it lacks model\.norm\.weight"):
+        train(given, out=tmp_path / "run", resume=True)
 
 
 class Gradients(TrainerCallback):
