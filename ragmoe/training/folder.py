@@ -30,11 +30,17 @@ from ragmoe.training.config import TrainingConfig, explain, read_yaml
 
 CONFIG_NAME, STARTED_NAME, HISTORY_NAME, CHECKPOINTS = "training.yaml", "started.json", "history.jsonl", "checkpoints"
 _GONE = ".checkpoints.gone"
+# What a run leaves beside what tells that it is one.
+_LEFT = (
+    HISTORY_NAME, CHECKPOINTS, _GONE, "adapter", "adding", "bundle.json", "config.json", "generation_config.json",
+    "base-*.safetensors", "gate.*.safetensors", "expert.*.safetensors", "model*.safetensors", "maps/[0-9]*.json",
+    "experts/[0-9]*", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 
 
 def is_started(folder: Path) -> bool:
-    """Whether a run has begun here, finished or not."""
-    return (folder / CONFIG_NAME).is_file()
+    """Whether a run has begun here, finished or not: a configuration alone may be the user's own."""
+    return (folder / CONFIG_NAME).is_file() and (folder / STARTED_NAME).is_file()
 
 
 def is_finished(folder: Path) -> bool:
@@ -53,6 +59,15 @@ def _holds_model(folder: Path) -> bool:
 def forget_model(folder: Path) -> None:
     """Take from a folder what makes it a finished run's: the map of a bundle, the prompt style of any other model."""
     for name in (MAP_NAME, STYLE_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run has left, and nothing else; last what tells that it is one, so that a kill leaves a run."""
+    for path in (path for pattern in _LEFT for path in folder.glob(pattern)):
+        path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)
+    forget_model(folder)
+    for name in (CONFIG_NAME, STARTED_NAME):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -82,7 +97,8 @@ def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: 
                 f"{name} is {needed}, which lies in {folder}, where the run's own model would be written",
                 hint="name another folder; to add an expert to a bundle in its place: ragmoe experts add",
             )
-    others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    # A kill may have left the first file of a run alone.
+    others = sorted({path.name for path in folder.iterdir()} - {STARTED_NAME}) if folder.is_dir() else []
     if others and not (started or finished):
         raise ConfigError(
             f"{folder} holds other things than a run: {', '.join(others[:5])}", hint="name another folder"
@@ -152,9 +168,9 @@ def start(
     """
     now: dict[str, Any] = {"index": index, "questions": _digest(material), "bf16": bf16}
     if overwrite and folder.exists():
-        shutil.rmtree(folder)
+        _clear(folder)
     path = folder / STARTED_NAME
-    if path.is_file():
+    if is_started(folder):
         before = json.loads(path.read_text(encoding="utf-8"))
         if changed := [name for name in ("index", "questions") if before[name] != now[name]]:
             raise ConfigError(
@@ -165,8 +181,8 @@ def start(
         forget_model(folder)
         return bool(before["bf16"])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     path.write_text(json.dumps(now) + "\n", encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     return bf16
 
 

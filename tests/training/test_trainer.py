@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from killing import killed_at
 from torch import Tensor
 from transformers import TrainerCallback
 
 from ragmoe import BundleError, ConfigError, ModelError, RagmoeError, load
-from ragmoe.bundle import is_bundle, read_bundle
+from ragmoe.bundle import is_bundle, read_bundle, read_map
 from ragmoe.training import RagmoeTrainer, TrainingConfig, load_config, prepare, train
 from ragmoe.training import run as run_module
 from ragmoe.training.folder import is_finished
@@ -294,6 +295,26 @@ def test_a_finished_run_is_not_overwritten(config: Config, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="holds a finished run"):
         train(config(), out=tmp_path / "run")
     assert train(config(**{"train.steps": 2}), out=tmp_path / "run", overwrite=True).steps == 2
+
+
+def test_a_folder_with_a_configuration_of_its_own_is_no_run(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "thesis.txt").write_text("years of work")
+    (tmp_path / "training.yaml").write_text(yaml.safe_dump(config()))
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"holds other things than a run: src, training\.yaml"):
+            train(tmp_path / "training.yaml", out=tmp_path, overwrite=overwrite)
+
+
+def test_only_what_a_run_has_left_is_overwritten(config: Config, tmp_path: Path) -> None:
+    content, run = config(**{"train.steps": 1}), tmp_path / "run"
+    train(config(**{"train.steps": 2, "train.what": "lora", "train.lora": {"rank": 4}}), out=run)
+    (run / "notes.txt").write_text("my own")
+    train(content, out=run, overwrite=True)
+    train(content, out=tmp_path / "fresh")
+    found, fresh = ({path.name for path in folder.iterdir()} for folder in (run, tmp_path / "fresh"))
+    assert found == {*fresh, "notes.txt"}
+    assert read_map(run).lineage[0].version == 1 and len(read_map(run).lineage) == 1
 
 
 def test_another_configuration_cannot_be_resumed(config: Config, tmp_path: Path) -> None:
