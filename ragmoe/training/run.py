@@ -285,6 +285,12 @@ def _fit(trainer: RagmoeTrainer, checkpoint: str | None) -> float:
             f"out of memory in a step: {str(error).splitlines()[0]}",
             hint="halve train.batch_size and double train.accumulation, or set train.gradient_checkpointing=true",
         ) from None
+    except FloatingPointError as error:
+        kept = last_checkpoint(Path(trainer.args.output_dir).parent)
+        raise ModelError(
+            f"{error}; {f'{Path(kept).name} is kept' if kept else 'there is no checkpoint'}",
+            hint="begin again with --overwrite and a lower train.learning_rate or train.clip, or train.precision=fp32",
+        ) from None
 
 
 def _arguments(config: TrainingConfig, checkpoints: Path, *, bf16: bool) -> TrainingArguments:
@@ -352,7 +358,8 @@ def largest_difference(
     """The largest absolute difference of two models' logits on a batch, on the CPU in fp32."""
     outputs = [model.eval().float().cpu()(**batch) for model in (a, b)]
     pairs = [(outputs[0].start_logits, outputs[1].start_logits), (outputs[0].end_logits, outputs[1].end_logits)]
-    return max((x - y).abs().max().item() for x, y in pairs)
+    # Not Python's max, to which a number is as good as NaN.
+    return torch.stack([(x - y).abs().max() for x, y in pairs]).max().item()
 
 
 __all__ = ["Run", "TrainResult", "prepare", "prepare_reader", "train"]

@@ -10,9 +10,9 @@ from ragmoe._errors import ConfigError
 
 
 class Section(BaseModel):
-    """Unknown keys are errors."""
+    """Unknown keys are errors, and so are numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):

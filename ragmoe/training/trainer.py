@@ -145,6 +145,15 @@ class RagmoeTrainer(Trainer):
             return replace(self._step_totals, swap=self._step_swaps[self._step_place])
         return self._step_totals
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """As in Trainer; FloatingPointError where the step would leave nothing to go on from."""
+        norm = super()._clip_grad_norm(model)
+        # Both in one fetch from the device.
+        if not torch.isfinite(self._tr_loss + norm):
+            step = self.state.global_step + 1
+            raise FloatingPointError(f"the loss or its gradient is not finite in step {step} (its norm is {norm:.3g})")
+        return norm
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         totals = self._totals(model)
         self._step_place += 1

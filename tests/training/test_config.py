@@ -36,6 +36,7 @@ def test_overrides_are_read_as_yaml(config: Config) -> None:
         ("base.x=1", "'base' is not a section"),
         ("model.expertz=3", "unknown model settings expertz; there are: "),
         ("train.steps=[", "'[' is not YAML"),
+        ("train.learning_rate=.inf", "train.learning_rate: Input should be a finite number (got inf)"),
     ],
 )
 def test_wrong_overrides_are_named(config: Config, override: str, said: str) -> None:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +289,32 @@ def test_a_saved_model_that_answers_otherwise_is_an_error(
     monkeypatch.setattr(run_module, "largest_difference", lambda *a: 0.5)
     with pytest.raises(BundleError, match=r"differ from the trained model's by 5\.00e-01"):
         train(config(**{"train.steps": 1}), out=tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoints(config: Config, tmp_path: Path) -> None:
+    steep = {"train.learning_rate": 1e25, "train.clip": 1e30, "train.warmup": 0.0, "checkpoint_every": 1}
+    with pytest.raises(ModelError, match=r"not finite in step 2 .*; checkpoint-1 is kept") as caught:
+        train(config(**steep), out=tmp_path / "run")
+    assert "lower train.learning_rate" in caught.value.hint
+    kept = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    assert all(torch.isfinite(x).all() for x in read_bundle(kept)[0].values())
+
+
+def test_a_difference_that_is_no_number_is_one() -> None:
+    class Says:
+        def __init__(self, end: float) -> None:
+            self.outputs = SimpleNamespace(start_logits=torch.zeros(2), end_logits=torch.tensor([0.0, end]))
+
+        def eval(self) -> Says:
+            return self
+
+        float = cpu = eval
+
+        def __call__(self) -> SimpleNamespace:
+            return self.outputs
+
+    assert math.isnan(run_module.largest_difference(Says(0.0), Says(math.nan), {}))
 
 
 def test_a_finished_run_is_not_overwritten(config: Config, tmp_path: Path) -> None:
