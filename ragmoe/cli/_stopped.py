@@ -1,4 +1,4 @@
-"""What a long command says when the user stops it with Ctrl-C: what is kept, and the command that goes on."""
+"""What a long command says when Ctrl-C or SIGTERM stops it: what is kept, and the command that goes on."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def again(add: str = "", without: Sequence[str] = ()) -> str:
 
 @contextmanager
 def on_stop(say: Callable[[], str]) -> Iterator[None]:
-    """Where the user stops what runs inside, put one line on stderr: what ``say`` then gives."""
+    """Where a signal stops what runs inside, put one line on stderr: what ``say`` then gives."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         typer.echo(f"stopped; {say()}", err=True)
         raise

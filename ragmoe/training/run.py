@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ from ragmoe.training.folder import (
 from ragmoe.training.generator import GeneratorRun, prepare_generator, trains_generator
 from ragmoe.training.language_run import LanguageRun, prepare_language
 from ragmoe.training.new_expert import NewExpert, begin_new_expert
+from ragmoe.training.stopping import StopCallback
 from ragmoe.training.totals import check_losses
 from ragmoe.training.trainer import RagmoeTrainer
 
@@ -219,6 +221,7 @@ def train(
     Raises:
         ConfigError, DataError, ModelError: before anything is written.
         BundleError: the saved model does not answer as the trained one did.
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; with checkpoints only once the step is finished and kept.
     """
     resolved = config if isinstance(config, TrainingConfig) else load_config(config, overrides)
     folder = Path(out)
@@ -240,7 +243,8 @@ def train(
         show.line("the run before left no checkpoint: starting again at the first step")
     parameters = run.parameters
     begin = time.perf_counter()
-    loss = _fit(trainer, last)
+    with _stoppable(trainer):
+        loss = _fit(trainer, last)
     seconds = None if last else time.perf_counter() - begin
     # Trainer leaves its autocast around forward; what is saved and compared is the model itself.
     run.model = trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
@@ -274,6 +278,15 @@ def _trainer(run: AnyRun, folder: Path, *, bf16: bool, show: Shows | None) -> Ra
     history.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _stoppable(trainer: RagmoeTrainer) -> AbstractContextManager[None]:
+    """Let signals end training with a checkpoint, where it writes any."""
+    if trainer.args.save_strategy == "no":
+        return nullcontext()
+    stop = StopCallback()
+    trainer.add_callback(stop)
+    return stop.listening()
 
 
 def _fit(trainer: RagmoeTrainer, checkpoint: str | None) -> float:

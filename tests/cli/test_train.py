@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,20 @@ def test_a_stopped_run_says_the_command_that_goes_on(
     code, _, err = ragmoe(*shlex.split(go_on)[1:])
     assert code == 0 and "going on after step 1" in err
     assert ragmoe("train", config_file, "--out", tmp_path / "run")[0] == 1
+
+
+def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(
+    ragmoe: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(self: Any, name: str, done: int, total: int) -> None:
+        if (name, done) == ("training", 1):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("ragmoe.cli.progress.Show.stage", ended)
+    code, _, err = ragmoe("train", config_file, "checkpoint_every=9", "--out", tmp_path / "run")
+    go_on = f"ragmoe train {config_file} checkpoint_every=9 --out {tmp_path / 'run'} --resume"
+    assert code == 143
+    assert last(err) == f"stopped; the checkpoint after step 1 is kept; go on with: {go_on}"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from ragmoe.bundle import is_bundle, read_bundle, read_map
 from ragmoe.training import RagmoeTrainer, TrainingConfig, load_config, prepare, train
 from ragmoe.training import run as run_module
 from ragmoe.training.folder import is_finished
+from ragmoe.training.stopping import StopCallback
 from ragmoe.training.trainer import part_of
 
 Config = Callable[..., dict[str, Any]]
@@ -111,6 +113,40 @@ def test_a_killed_run_resumes_to_the_same_model(
     assert all(torch.equal(a[name], b[name]) for name in a)
     lines = [(folder / "history.jsonl").read_text().splitlines() for folder in (whole.bundle, resumed.bundle)]
     assert [json.loads(line)["loss"] for line in lines[0]] == [json.loads(line)["loss"] for line in lines[1]]
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_a_run_after_its_step(
+    config: Config, tmp_path: Path, number: signal.Signals, error: type[BaseException]
+) -> None:
+    class Sends(Recorder):
+        def stage(self, name: str, done: int, total: int) -> None:
+            if (name, done) == ("training", 1):
+                signal.raise_signal(number)
+
+    content, before = config(**{"checkpoint_every": 100, "log_every": 2, "train.steps": 2}), signal.getsignal(number)
+    with pytest.raises(error) as caught:
+        train(content, out=tmp_path / "run", show=Sends())
+    assert error is KeyboardInterrupt or caught.value.code == 143
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
+    assert json.loads((tmp_path / "run" / "history.jsonl").read_text())["step"] == 1
+    assert signal.getsignal(number) is before
+    if error is SystemExit:
+        train(content, out=tmp_path / "run", resume=True, show=(again := Recorder()))
+        assert again.lines[0] == "going on after step 1"
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    stop = StopCallback()
+
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.came == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+
+    with pytest.raises(KeyboardInterrupt), stop.listening():
+        twice()
 
 
 class Recorder:
