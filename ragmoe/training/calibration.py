@@ -21,10 +21,15 @@ from ragmoe.training.raft import hard_distractors
 
 # How many passages a question is read with when it is asked (``model.answer``, tasks in the open setting).
 READ = 5
-# From so many questions on, that go to a new expert and have an answer, it gets a threshold of its own.
+# So many questions with an answer say what a threshold should be; of a new expert's own, those that go to it.
 ENOUGH = 20
 # More than these are not read for it: a threshold is one number.
 PLENTY = 100
+
+
+def enough(questions: Sequence[Question]) -> bool:
+    """Whether these questions say what a reader's threshold should be."""
+    return sum(bool(gold_ids(question)) for question in questions) >= ENOUGH
 
 
 def calibrate(
@@ -35,18 +40,21 @@ def calibrate(
     index: Index,
     config: RaftConfig,
     unanswerable: float,
-) -> float:
-    """The threshold under which answering pays best.
+) -> None:
+    """Give a reader the threshold under which answering pays best; where there are not ``enough`` it keeps its own.
+
+    What single experts had was theirs before this training, and goes.
 
     Each question is read twice: with its gold passage (where it has one) and with distractors alone. The threshold
     maximises the score to be expected where a share ``unanswerable`` of the questions asked has no answer: F1 for an
     answer given where there is one, 1 for none given where there is none.
-
-    Returns:
-        The threshold on ``Answer.no_answer_score`` with the best mean; 0.0 without any question.
     """
+    if not enough(questions):
+        return
+    model.config.expert_thresholds = None
     present, gains, absent = _asked(model, questions, texts, retrieved, index, config)
-    return best_threshold(_scores(present), np.array(gains), _scores(absent), unanswerable)
+    chosen = best_threshold(_scores(present), np.array(gains), _scores(absent), unanswerable)
+    model.config.no_answer_threshold = chosen
 
 
 def calibrate_expert(

@@ -20,7 +20,7 @@ from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering
 from ragmoe.training.adapters import added_parameters, merge
 from ragmoe.training.build import build_model, make_trainable, trained_parameters, wants_bf16
-from ragmoe.training.calibration import calibrate, calibrate_expert
+from ragmoe.training.calibration import ENOUGH, calibrate, calibrate_expert, enough
 from ragmoe.training.callbacks import HistoryCallback, Shows, load_record
 from ragmoe.training.clusters import start_gates
 from ragmoe.training.config import TrainingConfig, load_config
@@ -158,6 +158,11 @@ def prepare_reader(config: TrainingConfig, *, cache: Path | None = None, show: S
     fit, held = hold_out(known, index, config.data.calibration_share, config.data.calibration_limit)
     if not fit:
         raise DataError(f"none of the {len(questions)} questions can be learned from: no answer_spans, no yes/no/maybe")
+    if show and not config.new_expert and not enough(held):
+        show.line(
+            f"the no-answer threshold will not be calibrated: of {len(held)} questions that are kept aside fewer than "
+            f"{ENOUGH} have an answer (see data.calibration_share)"
+        )
     model = build_model(config, index, on_cpu=not torch.cuda.is_available())
     cache = cache or index.folder / CACHE_NAME
     new_expert = begin_new_expert(model, config, index, fit, held, cache, show)
@@ -347,13 +352,8 @@ def _save(run: Run, folder: Path) -> Path | None:
         model = run.new_expert.finish(model)
     texts = [run.dataset.text(question) for question in run.held]
     told = (run.held, texts, run.held_retrieved, run.index, run.config.raft, run.config.data.unanswerable_share)
-    if run.new_expert is not None:
-        # The reader's own stays, as everything else that its other experts go by.
-        calibrate_expert(model, *told)
-    else:
-        # What single experts had was theirs before this training.
-        model.config.expert_thresholds = None
-        model.config.no_answer_threshold = calibrate(model, *told)
+    # Beside a new expert the reader's own stays, as everything else that its other experts go by.
+    (calibrate if run.new_expert is None else calibrate_expert)(model, *told)
     model.tokenizer.save_pretrained(folder)
     model.save_pretrained(folder, message="train", extra=load_record(folder / HISTORY_NAME, model.config))
     batch = run.collator([run.dataset[at] for at in range(min(2, len(run.dataset)))])

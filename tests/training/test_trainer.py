@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from ragmoe import BundleError, ConfigError, ModelError, RagmoeError, load
 from ragmoe.bundle import is_bundle, read_bundle, read_map
-from ragmoe.training import RagmoeTrainer, TrainingConfig, load_config, prepare, train
+from ragmoe.training import RagmoeTrainer, TrainingConfig, calibration, load_config, prepare, train
 from ragmoe.training import run as run_module
 from ragmoe.training.folder import is_finished
 from ragmoe.training.stopping import StopCallback
@@ -37,7 +37,10 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return load(folder).state_dict()
 
 
-def test_a_run_leaves_a_bundle_its_configuration_and_its_history(config: Config, tmp_path: Path) -> None:
+def test_a_run_leaves_a_bundle_its_configuration_and_its_history(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "ENOUGH", 2)
     result = train(config(), out=tmp_path / "run")
     model = load(result.bundle)
     assert model.config.encoder == {"id": "stub-0", "digest": model.config.encoder["digest"]}
@@ -182,7 +185,7 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(
         assert changes or said in str(caught.value)
     again = Recorder()
     resumed = train(content, out=tmp_path / "run", resume=True, show=again)
-    assert said in again.lines[0] and again.lines[1].startswith("step 1/2")
+    assert said in again.lines[1] and again.lines[2].startswith("step 1/2")
     a, b = tensors(resumed.bundle), tensors(train(content, out=tmp_path / "whole").bundle)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -306,6 +309,17 @@ def test_a_bundle_is_trained_on(config: Config, tmp_path: Path) -> None:
         prepare(load_config(config(base=str(first), model={"experts": 8})))
     with pytest.raises(ConfigError, match="expected no start"):
         prepare(load_config(config(base=str(first), start="warm-start", model={})))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_too_few_questions_leave_the_threshold_that_there_is(config: Config, tmp_path: Path, share: float) -> None:
+    made = load_config(config(**{"data.calibration_share": share, "train.steps": 1}))
+    shown = Recorder()
+    run = prepare(made, show=shown)
+    run.model.config.no_answer_threshold = 0.186
+    run.save(tmp_path)
+    assert load(tmp_path).config.no_answer_threshold == 0.186
+    assert "the no-answer threshold will not be calibrated: of " in shown.lines[0]
 
 
 def test_a_bundle_may_get_another_gate_if_that_is_trained(config: Config, tmp_path: Path) -> None:

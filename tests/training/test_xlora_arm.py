@@ -16,7 +16,7 @@ from ragmoe import ConfigError, load
 from ragmoe.evaluation.experiment import load_experiment
 from ragmoe.evaluation.experiment_run import run_experiment
 from ragmoe.models.xlora import XLoraReader
-from ragmoe.training import load_config, prepare, train
+from ragmoe.training import calibration, load_config, prepare, train
 from ragmoe.training import run as run_module
 from ragmoe.training.trainer import part_of
 
@@ -36,6 +36,7 @@ XLORA = {"model.experts": 2, "model.top_k": 1, "train.what": "xlora", "train.gat
 def test_the_arm_runs_from_training_to_the_result(
     config: Config, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(calibration, "ENOUGH", 2)
     base = str(tmp_path / "out" / "branches" / "seed-{seed}" / "bundle")
     content = {
         "name": "small",
