@@ -97,6 +97,11 @@ class FittedDomainGate(DomainGate):
         init.zeros_(self.weight)
         init.zeros_(self.offset)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it was fitted already."""
+        return bool(self.weight.any())
+
     def domain(self, neighbours: Neighbours) -> Tensor | None:
         pooled_BR = self.pool(neighbours).to(self.weight.dtype)
         scores_BD = F.linear(pooled_BR, self.weight, self.offset)
@@ -125,10 +130,12 @@ class FittedDomainGate(DomainGate):
                 hint="name the experts after the domains: model.expert_names=[...]",
             )
         weight_DR, offset_D = self.solve(pooled_QR[known_Q].float(), F.one_hot(domain_Q[known_Q], D).float())
-        # A domain without questions is never guessed.
+        # A domain without questions is guessed as before: by a gate that is fitted for the first time, never.
         empty_D = torch.bincount(domain_Q[known_Q], minlength=D) == 0
+        kept_D = empty_D & self.is_ready
+        weight_DR = torch.where(kept_D.unsqueeze(1), self.weight, weight_DR)
+        self.offset.copy_(torch.where(kept_D, self.offset, offset_D.masked_fill(empty_D, _NEVER)))
         self.weight.copy_(weight_DR)
-        self.offset.copy_(offset_D.masked_fill(empty_D, _NEVER))
 
     @abstractmethod
     def solve(self, x_QR: Tensor, y_QD: Tensor) -> tuple[Tensor, Tensor]:

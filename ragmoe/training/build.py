@@ -20,7 +20,7 @@ from ragmoe.models.xlora import XLoraReader
 from ragmoe.training.adapters import adapt_reader
 from ragmoe.training.clusters import check_start
 from ragmoe.training.config import TrainingConfig
-from ragmoe.training.trainer import freeze
+from ragmoe.training.trainer import TRAINS_GATES, freeze
 
 WARM_START = Path(__file__).parents[1] / "models" / "warm_start"
 _ELSEWHERE = {
@@ -125,7 +125,7 @@ def opened_config(config: TrainingConfig, settings: dict[str, Any]) -> tuple[Rag
             raise ModelError(
                 f"model.{name} is {value!r}, but the bundle {config.base} has {getattr(opened, name, None)!r}"
             )
-    if exchanged and config.train.what not in ("all", "gate", "gate+experts", "lora"):
+    if exchanged and config.train.what not in TRAINS_GATES:
         raise ConfigError(
             f"model.{next(iter(exchanged))} is changed, but train.what is {config.train.what!r}, which trains no gate",
             hint="set train.what: gate to train it alone, or gate+experts",

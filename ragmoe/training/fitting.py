@@ -20,14 +20,22 @@ _CHUNK = 512
 
 
 def fit_gates(
-    model: RagmoeBertForQuestionAnswering, index: Index, questions: Sequence[Question], retrieved: Retrieved, n: int
+    model: RagmoeBertForQuestionAnswering,
+    index: Index,
+    questions: Sequence[Question],
+    retrieved: Retrieved,
+    n: int,
+    *,
+    again: bool,
 ) -> None:
     """Fit the gates that have something to fit; the same neighbours serve them all.
 
     Args:
         n: how many neighbours the gate sees.
+        again: those too that were fitted before.
     """
     gates = [layer.gate for layer in model.moe_layers if isinstance(layer.gate, FittedDomainGate)]
+    gates = [gate for gate in gates if again or not gate.is_ready]
     if not gates:
         return
     pooled = []

@@ -52,7 +52,7 @@ from ragmoe.training.language_run import LanguageRun, prepare_language
 from ragmoe.training.new_expert import NewExpert, begin_new_expert
 from ragmoe.training.stopping import StopCallback
 from ragmoe.training.totals import check_losses
-from ragmoe.training.trainer import RagmoeTrainer
+from ragmoe.training.trainer import TRAINS_GATES, RagmoeTrainer
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def prepare_reader(config: TrainingConfig, *, cache: Path | None = None, show: S
         recall=lambda neighbours, question: model.recall(neighbours, index, [question.domain]),
     )
     collator = RaftCollator(model.tokenizer, config.raft, raw=raw)
-    fit_gates(model, index, fit, of_fit, config.raft.neighbours)
+    fit_gates(model, index, fit, of_fit, config.raft.neighbours, again=train.what in TRAINS_GATES)
     start_gates(model, dataset, config, show)
     left_out = len(questions) - len(known)
     return Run(config, index, model, adapted, dataset, collator, held, of_held, left_out, new_expert)

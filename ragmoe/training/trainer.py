@@ -32,6 +32,9 @@ _PARTS = (
 # What is trained beside the head, where ``train.what`` does not say it itself.
 _TRAINED = {"lora": {"gate", "experts"}, "xlora": {"gate"}}
 
+# The values of ``train.what`` that train a model's gates.
+TRAINS_GATES = ("all", "gate", "gate+experts", "lora")
+
 # The losses of a model's output that the log shows, with the names they have there.
 _LOSSES = {
     "answer_loss": "answer_loss",

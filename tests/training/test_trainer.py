@@ -311,6 +311,23 @@ def test_a_bundle_is_trained_on(config: Config, tmp_path: Path) -> None:
         prepare(load_config(config(base=str(first), start="warm-start", model={})))
 
 
+def test_a_fitted_gate_is_fitted_again_where_it_is_trained_and_forgets_no_domain(
+    config: Config, world: Path, tmp_path: Path
+) -> None:
+    domains = {"gate": "centroid", "experts": 3, "common_experts": 1, "expert_names": ["river", "market", "common"]}
+    first = prepare(load_config(config(**{f"model.{name}": value for name, value in domains.items()}))).model
+    first.tokenizer.save_pretrained(tmp_path / "base")
+    first.save_pretrained(tmp_path / "base")
+    rows = (world / "questions.jsonl").read_text().splitlines()[:9]
+    (tmp_path / "river.jsonl").write_text("\n".join(rows) + "\n")
+    changes = {"base": str(tmp_path / "base"), "model": {}, "data.questions": [str(tmp_path / "river.jsonl")]}
+    (before, *_) = first.gates
+    for what, again in (("experts", False), ("gate", True)):
+        (gate, *_) = prepare(load_config(config(**changes, **{"train.what": what}))).model.gates
+        assert torch.equal(gate.weight[0], before.weight[0]) is not again
+        assert torch.equal(gate.weight[1], before.weight[1]) and torch.equal(gate.offset[1], before.offset[1])
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_too_few_questions_leave_the_threshold_that_there_is(config: Config, tmp_path: Path, share: float) -> None:
     made = load_config(config(**{"data.calibration_share": share, "train.steps": 1}))
