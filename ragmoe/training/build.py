@@ -20,7 +20,7 @@ from ragmoe.models.xlora import XLoraReader
 from ragmoe.training.adapters import adapt_reader
 from ragmoe.training.clusters import check_start
 from ragmoe.training.config import TrainingConfig
-from ragmoe.training.trainer import TRAINS_GATES, freeze
+from ragmoe.training.trainer import TRAINS_GATES, check_balance, freeze
 
 WARM_START = Path(__file__).parents[1] / "models" / "warm_start"
 _ELSEWHERE = {
@@ -184,6 +184,7 @@ def make_trainable(model: RagmoeBertForQuestionAnswering, config: TrainingConfig
     """Freeze what is not trained; returns the PEFT model for ``train.what: lora``, else None."""
     if config.train.what in ("gate", "experts", "gate+experts") and not model.sparse_layers:
         raise ConfigError(f"train.what is {config.train.what!r}, but the model has no sparse layer")
+    check_balance(config)
     if config.train.balance_bias_rate and not selection_class(model.config.selection).takes_bias:
         raise ConfigError(
             f"train.balance_bias_rate is {config.train.balance_bias_rate}, but the selection "

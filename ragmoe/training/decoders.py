@@ -22,7 +22,7 @@ from ragmoe.training.callbacks import load_record
 from ragmoe.training.clusters import check_start
 from ragmoe.training.config import DataConfig, TrainingConfig
 from ragmoe.training.folder import HISTORY_NAME, forget_model
-from ragmoe.training.trainer import freeze
+from ragmoe.training.trainer import check_balance, freeze
 
 _WHOLE = "all"
 _PARTS = ("gate", "experts", "gate+experts", "new_expert")
@@ -76,6 +76,7 @@ def open_decoder(config: TrainingConfig, index: Index | None, neighbours: int) -
         raise ConfigError(
             f"train.balance_bias_rate is given, but the base {config.base} has no sparse layer to balance"
         )
+    check_balance(config)
     check_start(model, config)
     adapted = adapt_decoder(model, config.train.lora) if config.train.what == _LORA else None
     freeze(model, config.train.what)

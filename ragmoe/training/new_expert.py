@@ -32,7 +32,7 @@ from ragmoe.training.config import NewExpertConfig, TrainingConfig
 from ragmoe.training.data import digest, gold_ids
 from ragmoe.training.documents import Document, Documents, find_documents
 from ragmoe.training.lesson import CallingLesson, DocumentBatches, gate_inputs, margins
-from ragmoe.training.trainer import GateLesson, part_of
+from ragmoe.training.trainer import GateLesson, check_balance, part_of
 
 # Documents that are read to place the centroids of the experts, and to see whether the new one is called at all; and
 # questions that are read to hold it back.
@@ -325,8 +325,7 @@ def joined(model: Any, config: TrainingConfig, wanted: NewExpertConfig, index: I
         )
     if not model.sparse_layers:
         raise ModelError(f"{config.base} is dense: it has no gate that could choose a new expert")
-    if config.train.balance_bias_rate:
-        raise ConfigError("train.balance_bias_rate moves every expert's bias: a new expert is trained without it")
+    check_balance(config)
     check_name(map_, wanted.name)
     model.config.encoder = map_.encoder.model_dump() if map_.encoder else None
     model.config.index_digest = map_.index

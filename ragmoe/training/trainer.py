@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
+from ragmoe._errors import ConfigError
 from ragmoe.gates import Routing
 from ragmoe.moe import RoutingStatistics, StepTotals
 from ragmoe.moe.probe import Swap
-from ragmoe.training.config import OptimiserConfig
+from ragmoe.training.config import OptimiserConfig, TrainingConfig
 from ragmoe.training.totals import step_sums, step_swaps, step_tokens
 
 # What a parameter belongs to, by its name; the first that matches.
@@ -60,6 +61,17 @@ def freeze(model: nn.Module, what: str) -> None:
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(part in trained or (what == "lora" and ("lora_" in name)))
+
+
+def check_balance(config: TrainingConfig) -> None:
+    """ConfigError where gates that stay as they are would be balanced."""
+    train = config.train
+    if train.balance_bias_rate and train.what not in TRAINS_GATES:
+        raise ConfigError(
+            f"train.balance_bias_rate is {train.balance_bias_rate} and moves every gate, but train.what is "
+            f"{train.what!r}, which trains none; expected one of: {', '.join(TRAINS_GATES)}",
+            hint="leave train.balance_bias_rate out",
+        )
 
 
 class RagmoeTrainer(Trainer):

@@ -249,7 +249,10 @@ def test_what_makes_it_a_model_is_written_last(
         assert is_finished(tmp_path / name) and Generator.load(tmp_path / name).style.max_answer_tokens == 24
 
 
-def test_a_dense_base_has_nothing_to_balance(content: Config, tmp_path: Path) -> None:
+def test_gates_are_balanced_where_there_are_some_that_are_trained(content: Config, tmp_path: Path) -> None:
+    frozen = {"model": SPARSE["model"], "train.what": "experts", "train.balance_bias_rate": 0.01}
+    with pytest.raises(ConfigError, match=r"moves every gate, but train\.what is 'experts'"):
+        train(content(**frozen), out=tmp_path / "run")
     with pytest.raises(ConfigError, match="has no sparse layer to balance"):
         train(content(**{"train.balance_bias_rate": 0.01}), out=tmp_path / "run")
 

@@ -624,7 +624,7 @@ def calls(model: Any, index: Any, questions: Sequence[Question]) -> tuple[int, l
     ("overrides", "settings", "error", "said"),
     [
         ((), {"corpus": ["CORPUS"]}, DataError, r"1 of 2 documents of .* are not in .*'p99'\nragmoe index build"),
-        (("train.balance_bias_rate=0.1",), {}, ConfigError, "moves every expert's bias"),
+        (("train.balance_bias_rate=0.1",), {}, ConfigError, "train.what is 'new_expert', which trains none"),
         (("new_expert.name=expert 0",), {}, BundleError, "there is an expert 'expert 0' already"),
         (("new_expert.joins=x",), {}, BundleError, "answers otherwise than the one that the expert was begun for"),
         (("train.what=all",), {}, ConfigError, "they go together\nragmoe experts add"),

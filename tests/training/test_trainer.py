@@ -444,6 +444,7 @@ def test_an_arm_can_start_from_the_dense_network_of_a_bundle(config: Config, tmp
         ({"model.sparse_layers": [7]}, "but the layers are 0 to 3"),
         ({"model.sparse_layers": [], "train.what": "gate"}, "the model has no sparse layer"),
         ({"start": "/nowhere"}, "holds no PEFT adapter"),
+        ({"train.what": "experts", "train.balance_bias_rate": 0.1}, "moves every gate, but train.what is 'experts'"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_written(
