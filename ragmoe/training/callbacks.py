@@ -43,6 +43,8 @@ class HistoryCallback(TrainerCallback):
             self.trainer.update_balance_bias()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The last steps too, where they are fewer than are logged together.
+        control.should_log = control.should_log or state.global_step == state.max_steps
         if self.show:
             self.show.stage("training", state.global_step, self.steps)
 

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from ragmoe import BundleError, ConfigError, ModelError, RagmoeError, load
 from ragmoe.bundle import is_bundle, read_bundle, read_map
+from ragmoe.bundle.experts import LOAD
 from ragmoe.training import RagmoeTrainer, TrainingConfig, calibration, load_config, prepare, train
 from ragmoe.training import run as run_module
 from ragmoe.training.folder import is_finished
@@ -52,6 +53,14 @@ def test_a_run_leaves_a_bundle_its_configuration_and_its_history(
     assert load_config(tmp_path / "run" / "training.yaml") == load_config(config())
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert sum(result.learned_from.values()) == 36 and result.learned_from["left_out"] == 0
+
+
+@pytest.mark.parametrize(("log_every", "steps"), [(2, [2, 3]), (10, [3])])
+def test_the_last_steps_are_recorded_too(config: Config, tmp_path: Path, log_every: int, steps: list[int]) -> None:
+    bundle = train(config(**{"train.steps": 3, "log_every": log_every}), out=tmp_path / "run").bundle
+    lines = (bundle / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == steps
+    assert len(read_map(bundle).extra[LOAD]) == 4
 
 
 @pytest.mark.parametrize("what", ["gate", "experts", "gate+experts", "all"])
