@@ -14,11 +14,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from ragmoe._differences import differences
@@ -30,12 +32,42 @@ from ragmoe.training.config import TrainingConfig, explain, read_yaml
 
 CONFIG_NAME, STARTED_NAME, HISTORY_NAME, CHECKPOINTS = "training.yaml", "started.json", "history.jsonl", "checkpoints"
 _GONE = ".checkpoints.gone"
+LOCK_NAME = ".training.lock"
 # What a run leaves beside what tells that it is one.
 _LEFT = (
     HISTORY_NAME, CHECKPOINTS, _GONE, "adapter", "adding", "bundle.json", "config.json", "generation_config.json",
     "base-*.safetensors", "gate.*.safetensors", "expert.*.safetensors", "model*.safetensors", "maps/[0-9]*.json",
     "experts/[0-9]*", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if need be, for one process; one that was made and where nothing is left goes again.
+
+    Raises:
+        ConfigError: it is none and cannot become one, or another process is training there.
+    """
+    expect_folder(folder)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"{folder} is locked: another process is training there",
+            hint="wait until it has finished, or name another folder",
+        ) from None
+    try:
+        yield
+    finally:
+        # While it is held: whoever comes next must not hold a file that is gone.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def is_started(folder: Path) -> bool:
@@ -89,7 +121,6 @@ def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: 
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
-    expect_folder(folder)
     started, finished = is_started(folder), is_finished(folder)
     for name, needed in _needed(config, material=overwrite):
         if any(_lies_in(path, folder) for path in (needed, *glob.glob(needed, recursive=True))):
@@ -98,7 +129,7 @@ def check_out(folder: Path, config: TrainingConfig, *, resume: bool, overwrite: 
                 hint="name another folder; to add an expert to a bundle in its place: ragmoe experts add",
             )
     # A kill may have left the first file of a run alone.
-    others = sorted({path.name for path in folder.iterdir()} - {STARTED_NAME}) if folder.is_dir() else []
+    others = sorted({path.name for path in folder.iterdir()} - {STARTED_NAME, LOCK_NAME})
     if others and not (started or finished):
         raise ConfigError(
             f"{folder} holds other things than a run: {', '.join(others[:5])}", hint="name another folder"
@@ -167,7 +198,7 @@ def start(
         ConfigError: the index, or the questions or documents (``material``), have changed since the run began.
     """
     now: dict[str, Any] = {"index": index, "questions": _digest(material), "bf16": bf16}
-    if overwrite and folder.exists():
+    if overwrite:
         _clear(folder)
     path = folder / STARTED_NAME
     if is_started(folder):
@@ -179,20 +210,17 @@ def start(
             )
         # A kill while the model was saved has left it unchecked; it is made again from the last checkpoint.
         forget_model(folder)
+        for torn in (checkpoint for checkpoint in _checkpoints(folder) if not _is_whole(checkpoint)):
+            shutil.rmtree(torn)
         return bool(before["bf16"])
-    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(now) + "\n", encoding="utf-8")
     (folder / CONFIG_NAME).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     return bf16
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; torn ones, left by a kill while they were written, are removed."""
-    for path in _checkpoints(folder):
-        if _is_whole(path):
-            return str(path)
-        shutil.rmtree(path)
-    return None
+    """The newest whole checkpoint; a kill, or another process at this moment, may have left a torn one."""
+    return next((str(path) for path in _checkpoints(folder) if _is_whole(path)), None)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -45,6 +45,7 @@ from ragmoe.training.folder import (
     forget_model,
     is_started,
     last_checkpoint,
+    locked,
     start,
 )
 from ragmoe.training.generator import GeneratorRun, prepare_generator, trains_generator
@@ -224,46 +225,43 @@ def train(
         show: told of each step and each line of the history.
 
     Raises:
-        ConfigError, DataError, ModelError: before anything is written.
+        ConfigError, DataError, ModelError: before anything is written; or another process trains in the folder.
         BundleError: the saved model does not answer as the trained one did.
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; with checkpoints only once the step is finished and kept.
     """
     resolved = config if isinstance(config, TrainingConfig) else load_config(config, overrides)
     folder = Path(out)
-    check_out(folder, resolved, resume=resume, overwrite=overwrite)
-    goes_on = resume and is_started(folder)
-    set_seed(resolved.seed)
-    run = prepare(resolved, cache=Path(cache) if cache else None, show=show)
-    bf16 = start(
-        folder,
-        resolved,
-        index=run.index.digest if run.index is not None else "",
-        material=run.material,
-        bf16=wants_bf16(resolved.train.precision),
-        overwrite=overwrite,
-    )
-    trainer = _trainer(run, folder, bf16=bf16, show=show)
-    last = last_checkpoint(folder)
-    if goes_on and last is None and show:
-        show.line("the run before left no checkpoint: starting again at the first step")
+    with locked(folder):
+        check_out(folder, resolved, resume=resume, overwrite=overwrite)
+        goes_on = resume and is_started(folder)
+        set_seed(resolved.seed)
+        run = prepare(resolved, cache=Path(cache) if cache else None, show=show)
+        bf16 = start(
+            folder,
+            resolved,
+            index=run.index.digest if run.index is not None else "",
+            material=run.material,
+            bf16=wants_bf16(resolved.train.precision),
+            overwrite=overwrite,
+        )
+        last = last_checkpoint(folder)
+        if goes_on and last is None and show:
+            show.line("the run before left no checkpoint: starting again at the first step")
+        return _finish(run, _trainer(run, folder, bf16=bf16, show=show), folder, last)
+
+
+def _finish(run: AnyRun, trainer: RagmoeTrainer, folder: Path, checkpoint: str | None) -> TrainResult:
+    """Train, from a checkpoint on where there is one, and save the model in the place of all checkpoints."""
     parameters = run.parameters
     begin = time.perf_counter()
     with _stoppable(trainer):
-        loss = _fit(trainer, last)
-    seconds = None if last else time.perf_counter() - begin
+        loss = _fit(trainer, checkpoint)
+    seconds = None if checkpoint else time.perf_counter() - begin
     # Trainer leaves its autocast around forward; what is saved and compared is the model itself.
     run.model = trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     adapter = run.save(folder)
     drop_checkpoints(folder)
-    return TrainResult(
-        folder,
-        adapter,
-        seconds,
-        resolved.train.steps,
-        loss,
-        parameters,
-        run.counts,
-    )
+    return TrainResult(folder, adapter, seconds, run.config.train.steps, loss, parameters, run.counts)
 
 
 def _trainer(run: AnyRun, folder: Path, *, bf16: bool, show: Shows | None) -> RagmoeTrainer:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from killing import killed_at
 from torch import Tensor
 from transformers import TrainerCallback
@@ -23,7 +24,7 @@ from ragmoe.bundle import is_bundle, read_bundle, read_map
 from ragmoe.bundle.experts import LOAD
 from ragmoe.training import RagmoeTrainer, TrainingConfig, calibration, load_config, prepare, train
 from ragmoe.training import run as run_module
-from ragmoe.training.folder import is_finished
+from ragmoe.training.folder import is_finished, last_checkpoint
 from ragmoe.training.stopping import StopCallback
 from ragmoe.training.trainer import part_of
 
@@ -145,7 +146,7 @@ def test_a_signal_ends_a_run_after_its_step(
     assert signal.getsignal(number) is before
     if error is SystemExit:
         train(content, out=tmp_path / "run", resume=True, show=(again := Recorder()))
-        assert again.lines[0] == "going on after step 1"
+        assert "going on after step 1" in again.lines
 
 
 def test_a_second_signal_stops_at_once() -> None:
@@ -418,6 +419,22 @@ def test_only_what_a_run_has_left_is_overwritten(config: Config, tmp_path: Path)
     found, fresh = ({path.name for path in folder.iterdir()} for folder in (run, tmp_path / "fresh"))
     assert found == {*fresh, "notes.txt"}
     assert read_map(run).lineage[0].version == 1 and len(read_map(run).lineage) == 1
+
+
+def test_two_processes_do_not_train_in_one_folder(config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for ways in ({}, {"overwrite": True}, {"resume": True}):
+        with FileLock(run / ".training.lock"), pytest.raises(ConfigError, match="another process is training there"):
+            train(config(), out=run, **ways)
+    train(config(**{"train.steps": 1}), out=run)
+    assert not (run / ".training.lock").exists()
+
+
+def test_looking_for_a_checkpoint_removes_none(tmp_path: Path) -> None:
+    torn = tmp_path / "checkpoints" / "checkpoint-2"
+    torn.mkdir(parents=True)
+    assert last_checkpoint(tmp_path) is None and torn.is_dir()
 
 
 def test_another_configuration_cannot_be_resumed(config: Config, tmp_path: Path) -> None:
