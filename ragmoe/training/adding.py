@@ -39,8 +39,8 @@ from ragmoe.training.certificate import Models, Progress, certify_new, certify_o
 from ragmoe.training.config import TrainingConfig, load_config
 from ragmoe.training.data import hold_out, learnable, load_questions
 from ragmoe.training.decoders import is_decoder
-from ragmoe.training.folder import CONFIG_NAME, HISTORY_NAME, is_started
-from ragmoe.training.run import train
+from ragmoe.training.folder import CONFIG_NAME, HISTORY_NAME, is_finished, is_started
+from ragmoe.training.run import prepare, train
 
 _RECORD = "trained.json"
 # The questions of so many documents are kept aside: to judge the expert by where no others are given, or else only to
@@ -248,7 +248,7 @@ def _train(work: Path, config: TrainingConfig, *, resume: bool, overwrite: bool,
     """Train into a folder of its own, unless that was done already; what the certificate says of it."""
     assert config.new_expert is not None
     record = work / _RECORD
-    if record.is_file() and not overwrite:
+    if is_finished(work) and not overwrite:
         if not resume:
             raise ConfigError(
                 f"the expert {config.new_expert.name!r} is trained, but was not published",
@@ -260,19 +260,34 @@ def _train(work: Path, config: TrainingConfig, *, resume: bool, overwrite: bool,
                 f"{work} was trained with another configuration; it differs in {', '.join(differing)}",
                 hint="pass --overwrite to train it again",
             )
-        return dict(json.loads(record.read_text(encoding="utf-8")))
-    result = train(config, out=work, resume=resume, overwrite=overwrite, show=show)
-    sizes, counts = result.parameters, result.learned_from
-    trained = {
+        if record.is_file():
+            return dict(json.loads(record.read_text(encoding="utf-8")))
+        # A kill came before it was written; how long it took, nobody knows any more.
+        run = prepare(config, show=show)
+        trained = _told(config, run.parameters, run.counts, None)
+    else:
+        record.unlink(missing_ok=True)
+        result = train(config, out=work, resume=resume, overwrite=overwrite, show=show)
+        trained = _told(config, result.parameters, result.learned_from, result.seconds)
+    part = record.with_suffix(".part")
+    part.write_text(json.dumps(trained) + "\n", encoding="utf-8")
+    os.replace(part, record)
+    return trained
+
+
+def _told(
+    config: TrainingConfig, sizes: Mapping[str, int], counts: Mapping[str, int], seconds: float | None
+) -> dict[str, Any]:
+    """What the certificate says of the training."""
+    assert config.new_expert is not None
+    return {
         "name": config.new_expert.name,
         "start": config.new_expert.start,
-        "steps": result.steps,
-        "minutes": round(result.seconds / 60, 2) if result.seconds is not None else None,
+        "steps": config.train.steps,
+        "minutes": round(seconds / 60, 2) if seconds is not None else None,
         "parameters": {"trained": sizes["trained"], "total": sizes["total"]},
         **({"questions": counts["fitted"]} if "fitted" in counts else counts),
     }
-    record.write_text(json.dumps(trained) + "\n", encoding="utf-8")
-    return trained
 
 
 def _certify(

@@ -362,12 +362,18 @@ def test_an_addition_that_was_trained_and_not_published_is_not_trained_again(
         with pytest.raises(KeyboardInterrupt):
             add_expert(folder, config)
     assert read_map(folder).version == 1
+    # As after a kill between the training and its record.
+    record = folder / "adding" / "market" / "trained.json"
+    told = json.loads(record.read_text())
+    record.unlink()
     with pytest.raises(ConfigError, match="'market' is trained, but was not published\npass --resume"):
         add_expert(folder, config)
     monkeypatch.setattr(add_module, "train", lambda *_, **__: pytest.fail("trained again"))
     with pytest.raises(ConfigError, match="trained with another configuration"):
         add_expert(folder, market(folder, steps=4), resume=True)
-    assert add_expert(folder, config, resume=True).map.expert_names[-1] == "market"
+    added = add_expert(folder, config, resume=True)
+    assert added.map.expert_names[-1] == "market"
+    assert {**told, "minutes": None}.items() <= added.certificate.items()
 
 
 def test_what_training_moves_by_mistake_is_not_published(
