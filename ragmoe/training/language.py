@@ -76,6 +76,11 @@ def learned_documents(config: TrainingConfig) -> tuple[list[Passage], list[Passa
     share = data.calibration_share if config.new_expert is not None else 0.0
     held = [document for document in found if is_held(document_of(document), share)]
     fit = [document for document in found if not is_held(document_of(document), share)]
+    if held and not fit:
+        raise DataError(
+            f"all {len(found)} documents are kept aside to judge the new expert by (data.calibration_share is {share})",
+            hint="data.calibration_share=0 keeps none aside",
+        )
     if not fit:
         raise DataError(f"none of the {len(found)} documents is left to learn from")
     if data.replay:

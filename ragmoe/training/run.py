@@ -157,6 +157,12 @@ def prepare_reader(config: TrainingConfig, *, cache: Path | None = None, show: S
     known = [question for question in questions if learnable(question)]
     check_questions(known, index)
     fit, held = hold_out(known, index, config.data.calibration_share, config.data.calibration_limit)
+    if known and not fit:
+        raise DataError(
+            f"all {len(known)} questions that can be learned from are about documents that are kept aside "
+            f"(data.calibration_share is {config.data.calibration_share})",
+            hint="data.calibration_share=0 keeps none aside",
+        )
     if not fit:
         raise DataError(f"none of the {len(questions)} questions can be learned from: no answer_spans, no yes/no/maybe")
     if show and not config.new_expert and not enough(held):

@@ -22,6 +22,7 @@ from ragmoe.index import BuildOptions, Index, build_index
 from ragmoe.models.initialising import init
 from ragmoe.training import TrainingConfig, load_config, prepare, train
 from ragmoe.training.adding import Judges, add_expert, new_expert_config
+from ragmoe.training.language import learned_documents
 from ragmoe.training.language_expert import cut_excerpts, indexed_documents
 
 WORDS = {
@@ -216,6 +217,14 @@ def test_what_is_kept_aside_is_no_other_document(
     assert run.new_expert is not None and run.new_expert.lesson is not None
     _, others = run.new_expert.lesson.batches.sides
     assert {document.domain for document in others.data.documents} == {"river", "hill"}
+
+
+def test_documents_that_are_all_kept_aside_are_said_to_be(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ragmoe.training.language.is_held", lambda *_: True)
+    with pytest.raises(DataError, match=r"all 4 documents are kept aside .*\ndata\.calibration_share=0"):
+        learned_documents(market(bundle(), judges=Judges()))
 
 
 def test_other_documents_are_put_together_and_cut_to_what_is_read(land: Path) -> None:

@@ -19,7 +19,7 @@ from killing import killed_at
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ragmoe import BundleError, ConfigError, ModelError, RagmoeError, load
+from ragmoe import BundleError, ConfigError, DataError, ModelError, RagmoeError, load
 from ragmoe.bundle import is_bundle, read_bundle, read_map
 from ragmoe.bundle.experts import LOAD
 from ragmoe.training import RagmoeTrainer, TrainingConfig, calibration, load_config, prepare, train
@@ -480,6 +480,14 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
         train(config(**changes), out=tmp_path / "run")
     assert said in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_questions_that_are_all_kept_aside_are_not_called_unfit(config: Config, world: Path, tmp_path: Path) -> None:
+    # The passage p8 is among those that are kept aside, by its digest.
+    rows = (world / "questions.jsonl").read_text().splitlines()
+    (tmp_path / "one.jsonl").write_text("\n".join(row for row in rows if '"q8-' in row) + "\n")
+    with pytest.raises(DataError, match=r"all 3 questions .* \(data\.calibration_share is 0\.2\)\ndata\.calibration"):
+        prepare(load_config(config(**{"data.questions": [str(tmp_path / "one.jsonl")]})))
 
 
 def test_a_base_in_its_own_folder_is_refused_and_stays(config: Config, tmp_path: Path) -> None:
