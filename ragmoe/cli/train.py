@@ -50,9 +50,13 @@ def train(
     from rich.console import Console
 
     from ragmoe import training
+    from ragmoe.training.config import refuse_idle
     from ragmoe.training.describe import describe
 
     resolved = training.load_config(config, overrides or [])
+    if not resume:
+        # A run that was begun with such settings goes on with them.
+        refuse_idle(resolved)
     if dry_run:
         with progress() as show:
             report = describe(training.prepare(resolved, show=show))

@@ -132,6 +132,35 @@ def _check_material(name: str, config: TrainingConfig) -> None:
         _ = data.required_index
 
 
+# What is trained beside the head, where ``train.what`` does not say it itself.
+_TRAINED = {
+    "all": {"base", "gate", "experts"}, "lora": {"gate", "experts"}, "new_expert": {"gate", "experts"},
+    "xlora": {"gate"},
+}  # fmt: skip
+
+
+def trained_parts(what: str) -> set[str]:
+    """Which of ``gate``, ``experts``, ``head`` and ``base`` are trained; of adapters and new experts only these."""
+    return {"head", *_TRAINED.get(what, what.split("+"))}
+
+
+def refuse_idle(config: TrainingConfig) -> None:
+    """Raise ConfigError for a setting that would change nothing. (Arms of an experiment may share such settings.)"""
+    train, parts = config.train, trained_parts(config.train.what)
+    documents = bool(config.data.documents)
+    learned, what = "but data.documents are learned from", f"but train.what is {train.what!r}"
+    idle = (
+        ("raft", documents and config.raft != RaftConfig(), learned),
+        ("generate", documents and config.generate is not None, learned),
+        ("train.gate_learning_rate", train.gate_learning_rate is not None and "gate" not in parts, what),
+        ("train.experts_learning_rate", train.experts_learning_rate is not None and "experts" not in parts, what),
+        ("train.lora", train.lora != LoraConfig() and train.what != "lora", what),
+    )
+    for name, given, why in idle:
+        if given:
+            raise ConfigError(f"{name} is given, {why}: it would change nothing", hint=f"leave {name} out")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping."""
     try:
@@ -257,6 +286,8 @@ __all__ = [
     "explain",
     "load_config",
     "read_yaml",
+    "refuse_idle",
     "resolve",
     "set_key",
+    "trained_parts",
 ]

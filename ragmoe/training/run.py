@@ -23,7 +23,7 @@ from ragmoe.training.build import build_model, make_trainable, trained_parameter
 from ragmoe.training.calibration import ENOUGH, calibrate, calibrate_expert, enough
 from ragmoe.training.callbacks import HistoryCallback, Shows, load_record
 from ragmoe.training.clusters import start_gates
-from ragmoe.training.config import TrainingConfig, load_config
+from ragmoe.training.config import TrainingConfig, load_config, refuse_idle
 from ragmoe.training.data import (
     CACHE_NAME,
     SPARE_NEIGHBOURS,
@@ -236,6 +236,8 @@ def train(
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; with checkpoints only once the step is finished and kept.
     """
     resolved = config if isinstance(config, TrainingConfig) else load_config(config, overrides)
+    if not resume and not isinstance(config, TrainingConfig):
+        refuse_idle(resolved)
     folder = Path(out)
     with locked(folder):
         check_out(folder, resolved, resume=resume, overwrite=overwrite)

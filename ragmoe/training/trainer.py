@@ -16,7 +16,7 @@ from ragmoe._errors import ConfigError
 from ragmoe.gates import Routing
 from ragmoe.moe import RoutingStatistics, StepTotals
 from ragmoe.moe.probe import Swap
-from ragmoe.training.config import OptimiserConfig, TrainingConfig
+from ragmoe.training.config import OptimiserConfig, TrainingConfig, trained_parts
 from ragmoe.training.totals import step_sums, step_swaps, step_tokens
 
 # What a parameter belongs to, by its name; the first that matches.
@@ -57,7 +57,7 @@ def freeze(model: nn.Module, what: str) -> None:
     """Leave trainable what ``train.what`` says (for ``lora`` and ``new_expert`` what is new is trainable already)."""
     if what in ("all", "new_expert"):
         return
-    trained = {"head", *_TRAINED.get(what, what.split("+"))}
+    trained = trained_parts(what)
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(part in trained or (what == "lora" and ("lora_" in name)))

@@ -127,6 +127,7 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(
         (["model.gate=nonsense"], 1, "error: there is no gate 'nonsense'; there are: "),
         (["data.index=nowhere"], 1, "error: there is no index at HERE/nowhere: no such folder"),
         (["data.questions=[none.jsonl]"], 1, "no question file matches HERE/none.jsonl"),
+        (["train.lora={rank: 4}"], 1, "error: train.lora is given, but train.what is 'all': it would change nothing"),
         (["base=/no/such/model"], 1, "/no/such/model"),
     ],
 )

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from ragmoe import ConfigError, UsageError
-from ragmoe.training import load_config
+from ragmoe.training import load_config, train
+from ragmoe.training.config import refuse_idle
 
 Config = Callable[..., dict[str, Any]]
 
@@ -43,6 +44,29 @@ def test_wrong_overrides_are_named(config: Config, override: str, said: str) -> 
     with pytest.raises(UsageError) as caught:
         load_config(config(), ["train.batch_size=3", override])
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"train.what": "gate", "train.experts_learning_rate": 1e-3}, "train.experts_learning_rate"),
+        ({"train.what": "experts", "train.gate_learning_rate": 1e-3}, "train.gate_learning_rate"),
+        ({"train.lora": {"rank": 4}}, "train.lora"),
+        ({"data.documents": ["d.jsonl"], "data.questions": []}, "raft"),
+        ({"data.documents": ["d.jsonl"], "data.questions": [], "raft": {}, "generate": {}}, "generate"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(
+    config: Config, tmp_path: Path, changes: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} is given, but .*: it would change nothing\nleave {name} out"):
+        train(config(**changes), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["all", "lora", "new_expert", "gate+experts"])
+def test_rates_of_what_is_trained_are_used(config: Config, what: str) -> None:
+    rates = {"train.gate_learning_rate": 1e-3, "train.experts_learning_rate": 1e-3}
+    refuse_idle(load_config(config(**{"train.what": what}, **rates)))
 
 
 def test_what_is_wrong_in_the_file_is_no_fault_of_the_command(config: Config) -> None:

@@ -96,7 +96,7 @@ def test_a_mixture_of_experts_as_it_is_goes_on_with_its_experts(content: Config,
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     MixtralForCausalLM(MixtralConfig(**sizes, **heads, pad_token_id=0)).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    changes = {"base": str(tmp_path / "base"), "train.what": what, "train.steps": 4, "train.lora": {"rank": 4}}
+    changes = {"base": str(tmp_path / "base"), "train.what": what, "train.steps": 4}
     given = content(**changes, checkpoint_every=2)
     train(given, out=tmp_path / "whole")
     with killed_at(4):

@@ -39,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def content(config: Config, world: Path, base: Path) -> Config:
     def make(**changes: Any) -> dict[str, Any]:
         given = {
-            "base": str(base), "model": {}, "language": LANGUAGE, "data.questions": [],
+            "base": str(base), "model": {}, "language": LANGUAGE, "data.questions": [], "raft": {},
             "data.documents": [str(world / "corpus.jsonl")], "train.learning_rate": 5e-3, "train.steps": 4,
             "data.calibration_share": 0.0,
         }  # fmt: skip
