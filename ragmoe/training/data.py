@@ -43,6 +43,7 @@ _CHUNK = 256
 _FIRST_TOKEN = len(SPECIAL_CANDIDATES)
 
 Recall = Callable[[Neighbours, Question], Neighbours]
+Say = Callable[[str], object]
 
 
 def load_questions(patterns: Sequence[str], limit: int | None = None) -> list[Question]:
@@ -52,19 +53,40 @@ def load_questions(patterns: Sequence[str], limit: int | None = None) -> list[Qu
     if missing:
         raise DataError(f"no question file matches {', '.join(missing)}")
     questions = [question for name in files for question in read_questions(Path(name))]
-    if limit is not None and limit < len(questions):
-        kept = sorted(questions, key=lambda q: digest(q.id))[:limit]
-        questions = sorted(kept, key=lambda q: q.id)
-    return questions
+    return questions if limit is None else _lowest(questions, limit)
 
 
-def training_questions(config: DataConfig) -> list[Question]:
-    """What is learned from: the questions, and so many of those to replay as make up their share."""
+def _lowest(questions: list[Question], limit: int) -> list[Question]:
+    if limit >= len(questions):
+        return questions
+    kept = sorted(questions, key=lambda q: digest(q.id))[:limit]
+    return sorted(kept, key=lambda q: q.id)
+
+
+def training_questions(config: DataConfig, say: Say | None = None) -> list[Question]:
+    """What is learned from: the questions, and so many others of those to replay as make up their share.
+
+    Args:
+        say: told where there are too few of them.
+    """
     own = load_questions(config.questions, config.limit)
     if not config.replay:
         return own
+    known = {question.id for question in own}
+    others = [question for question in load_questions(config.replay) if question.id not in known]
     wanted = round(len(own) * config.replay_share / (1 - config.replay_share))
-    return own + load_questions(config.replay, wanted)
+    if say:
+        say_replayed(say, min(wanted, len(others)), wanted, len(own), config.replay_share)
+    return own + _lowest(others, wanted)
+
+
+def say_replayed(say: Say, found: int, wanted: float, own: int, share: float) -> None:
+    """Tell where what there is to replay makes up less than its share."""
+    if found < wanted:
+        say(
+            f"what is replayed makes up {found / (own + found):.0%} of what is learned from, not {share:.0%} "
+            "(data.replay_share): data.replay holds no more"
+        )
 
 
 def hold_out(

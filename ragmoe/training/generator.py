@@ -175,7 +175,7 @@ def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show
     """
     generate = config.generate or GenerateConfig()
     index = Index.open(config.data.required_index)
-    questions = training_questions(config.data)
+    questions = training_questions(config.data, show.line if show else None)
     style = style_of(config)
     model, tokenizer, adapted = open_decoder(config, index, config.raft.neighbours)
     generator = Generator(model, tokenizer, style)

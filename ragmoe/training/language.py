@@ -23,8 +23,8 @@ from ragmoe.corpus.types import Passage
 from ragmoe.generation.batches import decode_batch, labelled_batch, pad_token
 from ragmoe.index import Index
 from ragmoe.neighbours import Neighbours
-from ragmoe.training.config import LanguageConfig, TrainingConfig
-from ragmoe.training.data import Retrieved, digest, is_held
+from ragmoe.training.config import DataConfig, LanguageConfig, TrainingConfig
+from ragmoe.training.data import Retrieved, Say, digest, is_held, say_replayed
 from ragmoe.training.raft import drop_neighbours
 
 # Of the passages that a chunk retrieves many are of its own document, most of all in the corpus that is indexed.
@@ -58,8 +58,11 @@ class LanguageExample:
     neighbours: Neighbours | None
 
 
-def learned_documents(config: TrainingConfig) -> tuple[list[Passage], list[Passage]]:
+def learned_documents(config: TrainingConfig, say: Say | None = None) -> tuple[list[Passage], list[Passage]]:
     """The documents that are learned from, those replayed included; and those kept aside to judge a new expert by.
+
+    Args:
+        say: told where there is too little to replay.
 
     Raises:
         DataError: a domain that is to be left out is not there, or nothing is left.
@@ -83,14 +86,24 @@ def learned_documents(config: TrainingConfig) -> tuple[list[Passage], list[Passa
         )
     if not fit:
         raise DataError(f"none of the {len(found)} documents is left to learn from")
-    if data.replay:
-        wanted = sum(len(document.text) for document in fit) * data.replay_share / (1 - data.replay_share)
-        for document in _drawn(list(read_documents(data.replay))):
-            if wanted <= 0:
-                break
-            fit.append(document)
-            wanted -= len(document.text)
-    return fit, held
+    return fit + _replayed(data, found, sum(len(document.text) for document in fit), say), held
+
+
+def _replayed(data: DataConfig, known: Sequence[Passage], own: int, say: Say | None) -> list[Passage]:
+    """Others than the known documents, of as many characters as make up their share beside ``own``."""
+    if not data.replay:
+        return []
+    ids = {document.id for document in known}
+    wanted, replayed, found = own * data.replay_share / (1 - data.replay_share), [], 0
+    for document in _drawn(list(read_documents(data.replay))):
+        if found >= wanted:
+            break
+        if document.id not in ids and document.domain not in data.without:
+            replayed.append(document)
+            found += len(document.text)
+    if say:
+        say_replayed(say, found, wanted, own, data.replay_share)
+    return replayed
 
 
 def _drawn(documents: Sequence[Passage]) -> list[Passage]:

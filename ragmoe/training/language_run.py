@@ -85,7 +85,7 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
     if positions is not None and length > positions:
         raise ConfigError(f"a chunk with its context has {length} tokens, but the base has {positions} positions")
     cache = cache or (index.folder / CACHE_NAME if index is not None else Path(CACHE_NAME))
-    documents = learned_documents(config)[0]
+    documents = learned_documents(config, show.line if show else None)[0]
     check_decoder_losses(model.config, documents, sees_neighbours=sees_neighbours(model))
     dataset = LanguageDataset(
         documents,

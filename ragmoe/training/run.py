@@ -151,7 +151,7 @@ def prepare_reader(config: TrainingConfig, *, cache: Path | None = None, show: S
     train = config.train
     index = Index.open(config.data.required_index)
     if config.data.questions or not config.new_expert:
-        questions = training_questions(config.data)
+        questions = training_questions(config.data, show.line if show else None)
     else:
         questions = made_questions(config.new_expert, index)
     known = [question for question in questions if learnable(question)]

@@ -160,6 +160,17 @@ def test_replayed_questions_make_up_their_share(world: Path, tmp_path: Path) -> 
     assert training_questions(DataConfig(**config, replay_share=0.01)) == own
 
 
+def test_nothing_is_learned_from_twice_and_too_little_to_replay_is_told(world: Path, tmp_path: Path) -> None:
+    own = load_questions([str(world / "questions.jsonl")])
+    rows = (world / "questions.jsonl").read_text().splitlines()
+    (tmp_path / "own.jsonl").write_text("\n".join(rows[:18]) + "\n")
+    config = {"questions": [str(tmp_path / "own.jsonl")], "index": "unused", "replay": [str(world / "questions.jsonl")]}
+    said: list[str] = []
+    assert training_questions(DataConfig(**config, replay_share=0.5), said.append) == own and not said
+    assert training_questions(DataConfig(**config, replay_share=0.9), said.append) == own
+    assert said[0].startswith("what is replayed makes up 50% of what is learned from, not 90%")
+
+
 def test_shuffled_neighbours_are_another_questions_and_always_the_same_ones(config: Config) -> None:
     plain = prepare(load_config(config(**{"raft.drop_all": 0.0, "raft.drop_each": 0.0})))
     shuffled = prepare(

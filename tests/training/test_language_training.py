@@ -134,6 +134,14 @@ def test_domains_are_left_out_and_known_documents_mixed_in(content: Config, worl
     # All documents are nearly of one length.
     mixed = learned(**{"data.limit": 4, "data.replay": [str(world / "corpus.jsonl")], "data.replay_share": 0.6})
     assert len(mixed) in (10, 11)
+    # None of them twice, and none that is left out.
+    replay: dict[str, Any] = {"data.replay": [str(world / "corpus.jsonl")], "data.replay_share": 0.9}
+    said: list[str] = []
+    for without, left in (([], 12), (["market"], 6)):
+        made = load_config(content(**replay, **{"data.limit": 4, "data.without": without}))
+        ids = [document.id for document in learned_documents(made, said.append)[0]]
+        assert len(ids) == len(set(ids)) == left
+    assert "makes up 66% of what is learned from, not 90%" in said[0] and "makes up 34%" in said[1]
     with pytest.raises(DataError, match="names the domain 'bank'; the documents are of market, river"):
         learned(**{"data.without": ["bank"]})
 
