@@ -16,6 +16,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from ragmoe._errors import BundleError, ConfigError, DataError, ModelError
+from ragmoe._ranks import Ranks
 from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering
 from ragmoe.training.adapters import added_parameters, merge
@@ -231,10 +232,12 @@ def train(
         show: told of each step and each line of the history.
 
     Raises:
-        ConfigError, DataError, ModelError: before anything is written; or another process trains in the folder.
+        ConfigError, DataError, ModelError: before anything is written; or another process trains in the folder, or
+            this is one of several.
         BundleError: the saved model does not answer as the trained one did.
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; with checkpoints only once the step is finished and kept.
     """
+    _check_one_process(show)
     resolved = config if isinstance(config, TrainingConfig) else load_config(config, overrides)
     if not resume and not isinstance(config, TrainingConfig):
         refuse_idle(resolved)
@@ -256,6 +259,17 @@ def train(
         if goes_on and last is None and show:
             show.line("the run before left no checkpoint: starting again at the first step")
         return _finish(run, _trainer(run, folder, bf16=bf16, show=show), folder, last)
+
+
+def _check_one_process(show: Shows | None) -> None:
+    """ConfigError for several processes, which would write to one folder; of several GPUs say that one is used."""
+    if (count := Ranks.launched().count) > 1:
+        raise ConfigError(
+            f"{count} processes were started (WORLD_SIZE), but a run is one process on one GPU",
+            hint="start it without torchrun; in several, train a model of ragmoe by Trainer or accelerate",
+        )
+    if show and (gpus := torch.cuda.device_count()) > 1:
+        show.line(f"of {gpus} GPUs the first is used; CUDA_VISIBLE_DEVICES says which that is")
 
 
 def _finish(run: AnyRun, trainer: RagmoeTrainer, folder: Path, checkpoint: str | None) -> TrainResult:
@@ -319,7 +333,7 @@ def _fit(trainer: RagmoeTrainer, checkpoint: str | None) -> float:
 
 def _arguments(config: TrainingConfig, checkpoints: Path, *, bf16: bool) -> TrainingArguments:
     train = config.train
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=train.steps,
         per_device_train_batch_size=train.batch_size,
@@ -346,6 +360,9 @@ def _arguments(config: TrainingConfig, checkpoints: Path, *, bf16: bool) -> Trai
         disable_tqdm=True,
         label_names=["start_positions", "end_positions"],
     )
+    # On several GPUs Trainer would wrap the model in DataParallel.
+    arguments._n_gpu = 1
+    return arguments
 
 
 def _save(run: Run, folder: Path) -> Path | None:

@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock
 from killing import killed_at
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from ragmoe import BundleError, ConfigError, DataError, ModelError, RagmoeError, load
 from ragmoe.bundle import is_bundle, read_bundle, read_map
@@ -429,6 +429,25 @@ def test_two_processes_do_not_train_in_one_folder(config: Config, tmp_path: Path
             train(config(), out=run, **ways)
     train(config(**{"train.steps": 1}), out=run)
     assert not (run / ".training.lock").exists()
+
+
+def test_a_run_is_one_process(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError, match="2 processes were started"):
+        train(config(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_several_gpus_one_is_used(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = TrainingArguments.__post_init__
+
+    def two(self: TrainingArguments) -> None:
+        real(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", two)
+    assert run_module._arguments(load_config(config()), tmp_path, bf16=False).n_gpu == 1
 
 
 def test_looking_for_a_checkpoint_removes_none(tmp_path: Path) -> None:
