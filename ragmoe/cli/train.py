@@ -71,8 +71,10 @@ def train(
         return
     counts = result.parameters
     console = Console()
-    taken = f" in {result.seconds:.0f} s" if result.seconds is not None else ""
-    console.print(f"{result.bundle}: loss {result.loss:.3f} over {result.steps} steps{taken}")
+    done = f"gone on to step {result.steps}; history.jsonl has its losses"
+    if result.loss is not None and result.seconds is not None:
+        done = f"loss {result.loss:.3f} over {result.steps} steps in {result.seconds:.0f} s"
+    console.print(f"{result.bundle}: {done}")
     console.print(
         f"{counts['total'] / 1e6:.1f} M parameters, {counts['active'] / 1e6:.1f} M active for a token, "
         f"{counts['trained'] / 1e6:.2f} M trained"

@@ -65,7 +65,7 @@ class TrainResult:
         bundle: folder of the trained model.
         adapter: folder of the PEFT adapter, for ``train.what: lora``.
         seconds: spent on training steps; None for a run that went on from a checkpoint.
-        loss: mean training loss.
+        loss: mean training loss; None likewise: ``history.jsonl`` has it step by step.
         parameters: total, active and trained.
         learned_from: of questions how many were fitted on, held out, and left out because nothing can be learned from
             them; or how many documents, and chunks of them.
@@ -75,7 +75,7 @@ class TrainResult:
     adapter: Path | None
     seconds: float | None
     steps: int
-    loss: float
+    loss: float | None
     parameters: dict[str, int]
     learned_from: dict[str, int]
 
@@ -277,8 +277,11 @@ def _finish(run: AnyRun, trainer: RagmoeTrainer, folder: Path, checkpoint: str |
     parameters = run.parameters
     begin = time.perf_counter()
     with _stoppable(trainer):
-        loss = _fit(trainer, checkpoint)
-    seconds = None if checkpoint else time.perf_counter() - begin
+        loss: float | None = _fit(trainer, checkpoint)
+    seconds: float | None = time.perf_counter() - begin
+    if checkpoint:
+        # Only those of the steps since are known.
+        seconds = loss = None
     # Trainer leaves its autocast around forward; what is saved and compared is the model itself.
     run.model = trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     adapter = run.save(folder)

@@ -96,8 +96,9 @@ def test_a_stopped_run_says_the_command_that_goes_on(
     code, _, err = ragmoe("train", config_file, "checkpoint_every=1", "seed=7", "--out", tmp_path / "run", "--resume")
     assert code == 1
     assert "differs from its training.yaml in train.steps (3, now 2), seed (0, now 7)" in " ".join(err.split())
-    code, _, err = ragmoe(*shlex.split(go_on)[1:])
+    code, out, err = ragmoe(*shlex.split(go_on)[1:])
     assert code == 0 and "going on after step 1" in err
+    assert "gone on to step 3; history.jsonl has its losses" in " ".join(out.split())
     assert ragmoe("train", config_file, "--out", tmp_path / "run")[0] == 1
 
 
