@@ -197,8 +197,9 @@ def make_trainable(model: RagmoeBertForQuestionAnswering, config: TrainingConfig
 
 
 def trained_parameters(model: nn.Module) -> int:
-    """How many parameters the optimiser moves."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """How many parameters the optimiser moves: not those of a head that adapters have put aside."""
+    named = model.named_parameters()
+    return sum(p.numel() for name, p in named if p.requires_grad and ".original_module." not in name)
 
 
 def wants_bf16(precision: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ragmoe.models.plan import activation_bytes, read_layout
+from ragmoe.training.adapters import added_parameters
 from ragmoe.training.run import AnyRun
 
 _GIB = 2**30
@@ -25,7 +26,8 @@ def describe(run: AnyRun) -> dict[str, Any]:
     longest = tuple(_batch(run, _longest(run))["input_ids"].shape)
     tokens = int(batch["attention_mask"].sum())
     parameters = run.parameters
-    weights = 4 * parameters["total"] + 12 * parameters["trained"]
+    adapters = added_parameters(run.model) if run.adapted is not None else 0
+    weights = 4 * (parameters["total"] + adapters) + 12 * parameters["trained"]
     layout = read_layout(run.model, run_gates=False)
     activations = activation_bytes(layout, math.prod(longest), checkpointing=train.gradient_checkpointing)
     report: dict[str, Any] = {

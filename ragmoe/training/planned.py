@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ragmoe._errors import ConfigError
 from ragmoe.bundle import is_bundle
 from ragmoe.index.manifest import NAME as MANIFEST
 from ragmoe.index.manifest import read_manifest
@@ -36,6 +37,11 @@ def planned_training(name: str, source: Path | Mapping[str, Any], overrides: Seq
         ConfigError, ModelError, UsageError: as ``ragmoe train`` would, as far as no weights are needed to tell.
     """
     training = load_config(source, overrides)
+    if training.train.what == "xlora":
+        raise ConfigError(
+            f"{name}: train.what is 'xlora', whose classifier reads with all experts at once: a plan knows only gates",
+            hint="ragmoe train FILE --dry-run counts it",
+        )
     if is_decoder(training.base):
         return _planned_decoder(name, training)
     width, notes = _width(training.data.required_index)

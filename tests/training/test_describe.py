@@ -38,3 +38,10 @@ def test_memory_is_that_of_the_longest_batch(config: Config) -> None:
     assert report["sequences_per_step"] == 8
     assert report["longest_batch"] == {"sequences": 8, "tokens": 64 + 4}
     assert "in the longest batch (8 sequences of 68 tokens)" in report["text"]
+
+
+def test_adapters_are_weights_too(config: Config) -> None:
+    run = prepare(load_config(config(**{"train.what": "lora", "train.lora": {"rank": 4096}})))
+    held = sum(p.numel() for p in run.adapted.parameters())
+    expected = (4 * held + 12 * run.parameters["trained"]) / 2**30
+    assert describe(run)["memory_gib"]["weights"] == round(expected, 2) >= 0.1

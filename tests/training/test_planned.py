@@ -32,6 +32,13 @@ def test_parameters_are_those_of_the_run(config: Config, what: str) -> None:
     assert (m.weights, m.gradients, m.moments) == (4 * held, 4 * trained, 8 * trained)
 
 
+def test_trained_is_what_gets_a_gradient(config: Config) -> None:
+    run = prepare(load_config(config(**{"train.what": "lora", "model.top_k": 4})))
+    run.model(**run.collator([run.dataset[at] for at in range(2)])).loss.backward()
+    moved = [p.numel() for p in run.model.parameters() if p.grad is not None]
+    assert run.parameters["trained"] == sum(moved)
+
+
 @pytest.mark.parametrize("change", [{"train.what": "lora"}, {"train.gradient_checkpointing": True}, {}])
 def test_a_dry_run_counts_activations_as_the_plan_does(config: Config, change: dict[str, Any]) -> None:
     """Also with adapters in the model; and it knows of checkpointing."""
@@ -113,5 +120,7 @@ def test_what_training_would_refuse(config: Config) -> None:
         plan(config(**{"raft.max_length": 500}))
     with pytest.raises(ConfigError, match="they go together"):
         plan(config(**{"train.what": "new_expert"}))
+    with pytest.raises(ConfigError, match=r"train\.what is 'xlora', .*\nragmoe train FILE --dry-run"):
+        plan(config(**{"train.what": "xlora"}))
     with pytest.raises(ModelError, match="LoRA experts lie inside a dense network"):
         plan(config(), expert_parallel=2)
