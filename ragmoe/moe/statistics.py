@@ -48,9 +48,14 @@ class SequenceRouting(NamedTuple):
         )
 
 
-@torch.no_grad()
 def count_routing(routings: Sequence[Routing], mask_S: Tensor, sequences: int) -> list[SequenceRouting]:
     """Count each of the B sequences of a batch; see ``RoutingStatistics.update``."""
+    return fetch_sums(routing_sums(routings, mask_S, sequences), len(routings))
+
+
+@torch.no_grad()
+def routing_sums(routings: Sequence[Routing], mask_S: Tensor, sequences: int) -> Tensor:
+    """What ``count_routing`` counts, on the device: float32 (B, X), which may be added up before it is fetched."""
     mask_BT = mask_S.view(sequences, -1)
     parts = [mask_BT.sum(dim=1, keepdim=True, dtype=torch.float32)]
     for routing in routings:
@@ -62,9 +67,13 @@ def count_routing(routings: Sequence[Routing], mask_S: Tensor, sequences: int) -
         parts.append((entropy_BT * mask_BT).sum(dim=1, keepdim=True))
         parts += [lost_S.view(mask_BT.shape).sum(dim=1, keepdim=True) for lost_S in _lost(routing, mask_S)]
         parts.append(chosen_SE.view(*mask_BT.shape, -1).sum(dim=1))
-    # Fetched from the device at once: each fetch waits until everything before it is computed.
-    found = torch.cat(parts, dim=1).cpu().numpy().astype(float)
-    of_layer_BLX = found[:, 1:].reshape(sequences, len(routings), -1)
+    return torch.cat(parts, dim=1)
+
+
+def fetch_sums(sums_BX: Tensor, layers: int) -> list[SequenceRouting]:
+    """What ``routing_sums`` counted, fetched from the device at once: each fetch waits until all before is computed."""
+    found = sums_BX.cpu().numpy().astype(float)
+    of_layer_BLX = found[:, 1:].reshape(len(found), layers, -1)
     return [
         SequenceRouting(row[0], one[:, 0], one[:, 1:3], one[:, 3:])
         for row, one in zip(found, of_layer_BLX, strict=True)

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from ragmoe._errors import ConfigError
 from ragmoe.gates import Routing
-from ragmoe.moe import RoutingStatistics, StepTotals
+from ragmoe.moe import RoutingStatistics, StepTotals, fetch_sums, routing_sums
 from ragmoe.moe.probe import Swap
 from ragmoe.training.config import OptimiserConfig, TrainingConfig, trained_parts
 from ragmoe.training.totals import step_sums, step_swaps, step_tokens
@@ -96,7 +96,8 @@ class RagmoeTrainer(Trainer):
         # Without this, Trainer takes the loss for a sum over the whole accumulated batch and does not average it.
         self.model_accepts_loss_kwargs = False
         self.routing = self._new_statistics()
-        self._step_routing = self._new_statistics()
+        # What routing did since it was last fetched, still on the device.
+        self._counted: Tensor | None = None
         self._parts: dict[str, Tensor] = {}
         self._micro_batches = 0
         self._step_batches: list[dict[str, Any]] = []
@@ -180,11 +181,8 @@ class RagmoeTrainer(Trainer):
                 self._parts[name] = self._parts.get(name, torch.zeros(())) + value.detach().float()
         self._micro_batches += 1
         if output.get("routings"):
-            mask = inputs["attention_mask"]
-            counted = (output["routings"], mask.reshape(-1).bool(), [""] * mask.shape[0])
-            self.routing.update(*counted)
-            if self.optimiser_config.balance_bias_rate:
-                self._step_routing.update(*counted)
+            counted = routing_sums(output["routings"], inputs["attention_mask"].reshape(-1).bool(), 1)
+            self._counted = counted if self._counted is None else self._counted + counted
         loss = output["loss"]
         if self.gate_lesson is not None:
             loss = loss + self._taught(self.gate_lesson, model, inputs, output)
@@ -201,6 +199,7 @@ class RagmoeTrainer(Trainer):
 
     def drain(self) -> dict[str, Any]:
         """Mean losses and routing since the last call."""
+        self._fetch_routing()
         means = {name: float(total / max(1, self._micro_batches)) for name, total in self._parts.items()}
         routing = self.routing.summary() if self.routing.domains else {"layers": []}
         self._parts, self._micro_batches, self.routing = {}, 0, self._new_statistics()
@@ -210,6 +209,16 @@ class RagmoeTrainer(Trainer):
             "gate_entropy": [layer["entropy"] for layer in routing["layers"]],
             **self._lost(routing["layers"]),
         }
+
+    def _fetch_routing(self) -> RoutingStatistics:
+        """What routing did since the last call, which is counted in ``routing`` from now on."""
+        found = self._new_statistics()
+        if self._counted is not None:
+            for counted in fetch_sums(self._counted, len(found.layers)):
+                found.add(counted, "")
+                self.routing.add(counted, "")
+        self._counted = None
+        return found
 
     def _lost(self, layers: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
         """What capacity has cost, layer by layer, where it is limited or a selection leaves tokens out."""
@@ -222,9 +231,8 @@ class RagmoeTrainer(Trainer):
         """Move every gate's balance bias by the load of one optimiser step, over all its micro-batches."""
         if rate := self.optimiser_config.balance_bias_rate:
             model: Any = self.model
-            for gate, load_E in zip(model.gates, self._step_routing.load_LE, strict=True):
+            for gate, load_E in zip(model.gates, self._fetch_routing().load_LE, strict=True):
                 gate.update_balance_bias(torch.from_numpy(load_E).to(gate.balance_bias), rate)
-            self._step_routing = self._new_statistics()
 
     # Trainer's own ways load with strict=False and without our format: experts would stay at initialisation.
 

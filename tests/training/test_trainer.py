@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainingArguments
 from ragmoe import BundleError, ConfigError, DataError, ModelError, RagmoeError, load
 from ragmoe.bundle import is_bundle, read_bundle, read_map
 from ragmoe.bundle.experts import LOAD
+from ragmoe.moe import fetch_sums
 from ragmoe.training import RagmoeTrainer, TrainingConfig, calibration, load_config, prepare, train
 from ragmoe.training import run as run_module
 from ragmoe.training.folder import is_finished, last_checkpoint
@@ -310,6 +311,28 @@ def test_the_balance_bias_moves_once_a_step(config: Config, tmp_path: Path) -> N
         steps = (layer.gate.balance_bias / 0.25).tolist()
         # Three steps of one each, up or down.
         assert all(step in (-3, -1, 1, 3) for step in steps)
+
+
+@pytest.mark.parametrize(("rate", "fetches"), [(0.0, 2), (0.25, 4)])
+def test_routing_is_fetched_once_a_line_or_where_gates_are_balanced_once_a_step(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, fetches: int
+) -> None:
+    found: list[float] = []
+
+    def fetch(sums_BX: Tensor, layers: int) -> Any:
+        found.append(sums_BX[0, 0].item())
+        return fetch_sums(sums_BX, layers)
+
+    monkeypatch.setattr("ragmoe.training.trainer.fetch_sums", fetch)
+    changes = {"train.balance_bias_rate": rate, "train.accumulation": 2, "train.batch_size": 2, "log_every": 2}
+    made = load_config(config(**changes))
+    run = prepare(made)
+    run_module._trainer(run, tmp_path, bf16=False, show=None).train()
+    tokens = sum(int(run.collator([run.dataset[at]])["attention_mask"].sum()) for at in range(16))
+    assert len(found) == fetches and sum(found) == tokens
+    records = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 4]
+    assert all(sum(load) == pytest.approx(1.0, abs=1e-4) for record in records for load in record["load"])
 
 
 def test_a_bundle_is_trained_on(config: Config, tmp_path: Path) -> None:
