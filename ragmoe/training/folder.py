@@ -4,6 +4,7 @@ training.yaml     the resolved configuration
 started.json      what else the run depends on: digests of index and questions, the precision that was chosen
 history.jsonl     losses and routing
 checkpoints/      while training
+.training.lock    likewise, and held by the process that does
 the bundle        when it is done
 """
 
@@ -37,7 +38,8 @@ LOCK_NAME = ".training.lock"
 _LEFT = (
     HISTORY_NAME, CHECKPOINTS, _GONE, "adapter", "adding", "bundle.json", "config.json", "generation_config.json",
     "base-*.safetensors", "gate.*.safetensors", "expert.*.safetensors", "model*.safetensors", "maps/[0-9]*.json",
-    "experts/[0-9]*", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "chat_template.jinja",
+    "experts/[0-9]*", "tokenizer*.json", "added_tokens.json", "special_tokens_map.json", "vocab.*", "merges.txt",
+    "chat_template.jinja",
 )  # fmt: skip
 
 
