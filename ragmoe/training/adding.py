@@ -39,7 +39,7 @@ from ragmoe.training.certificate import Models, Progress, certify_new, certify_o
 from ragmoe.training.config import TrainingConfig, load_config
 from ragmoe.training.data import hold_out, learnable, load_questions
 from ragmoe.training.decoders import is_decoder
-from ragmoe.training.folder import CONFIG_NAME, HISTORY_NAME, is_finished, is_started
+from ragmoe.training.folder import CONFIG_NAME, HISTORY_NAME, is_finished, is_started, saved_config
 from ragmoe.training.run import prepare, train
 
 _RECORD = "trained.json"
@@ -116,6 +116,8 @@ def add_expert(
     work = target / "adding" / re.sub(r"[^\w.-]", "_", name)
     try:
         _check_judges(config, judges)
+        if resume and not overwrite:
+            _check_joins(target, work, parent, config)
         trained = _train(work, config, resume=resume, overwrite=overwrite, show=show)
     except BaseException:
         if copied and not is_started(work):
@@ -242,6 +244,21 @@ def _reader_material(index: str | os.PathLike[str] | None, questions: Sequence[s
     if judges.dev:
         calibrating = {"calibration_share": _HELD_SHARE}
     return {"questions": [_absolute(file) for file in questions], **calibrating}
+
+
+def _check_joins(target: Path, work: Path, parent: BundleMap, config: TrainingConfig) -> None:
+    """ConfigError where an expert was begun for a version that answers otherwise than the current one."""
+    assert config.new_expert is not None
+    begun = (saved_config(work)["new_expert"] or {}).get("joins") if is_started(work) else None
+    if begun in (None, config.new_expert.joins):
+        return
+    versions = [v for v in range(1, parent.version) if read_map(target, version=v).content == begun]
+    back = f"ragmoe bundle rollback {target} --to {versions[-1]}, and this command again; or " if versions else ""
+    raise ConfigError(
+        f"the expert {config.new_expert.name!r} was begun for version {versions[-1] if versions else 'unknown'} of "
+        f"{target}, which answers otherwise now, as version {parent.version}",
+        hint=f"{back}--overwrite to train it again for what is there now",
+    )
 
 
 def _train(work: Path, config: TrainingConfig, *, resume: bool, overwrite: bool, show: Shows | None) -> dict[str, Any]:

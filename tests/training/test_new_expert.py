@@ -421,6 +421,13 @@ def test_an_expert_joins_a_bundle_that_was_locked_meanwhile(
     with pytest.raises(BundleError, match="was changed by somebody else meanwhile"):
         add_expert(folder, market(folder, "new_expert.name=fair"))
     assert read_map(folder).expert_ids == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"'fair' was begun for version 3 of .* otherwise now, as version 4") as told:
+        add_expert(folder, market(folder, "new_expert.name=fair"), resume=True)
+    assert f"ragmoe bundle rollback {folder} --to 3, and this command again; or --overwrite" in str(told.value.hint)
+    # What the hint says goes on from what was trained.
+    monkeypatch.setattr(add_module, "_certify", lambda *_: {})
+    roll_back(folder, 3)
+    assert add_expert(folder, market(folder, "new_expert.name=fair"), resume=True).map.expert_ids == [0, 1, 2, 3, 4]
 
 
 def test_a_gate_that_has_nothing_to_tell_apart_is_not_taught(
