@@ -29,6 +29,7 @@ from ragmoe.generation.batches import pad_token, read_batch, sees_neighbours
 from ragmoe.generation.likelihood import Count, Likelihood, log_likelihoods
 from ragmoe.generation.prompts import REFUSAL, Prompt, PromptMaker, PromptStyle
 from ragmoe.generation.tokenizer import open_tokenizer
+from ragmoe.models.health import require_numbers
 from ragmoe.models.saving import BundleMixin
 from ragmoe.neighbours import Neighbours
 
@@ -242,6 +243,9 @@ class Generator:
             neighbours: what the gate sees, a row a question.
             batch_tokens: tokens of a batch, padding and answers included.
             statistics, domains: as readers take them; the tokens of the prompt are counted, without what is said.
+
+        Raises:
+            ModelError: the model answers NaN; it names the broken expert, where there is one.
         """
         if len(questions) != len(passages):
             raise ValueError(f"{len(questions)} questions, but passages for {len(passages)}")
@@ -334,7 +338,10 @@ class Generator:
             self.tokenizer.decode(ids[own & ~end], skip_special_tokens=True).strip()
             for ids, own, end in zip(new_BT, own_BT, is_end_BT, strict=True)
         ]
-        return list(zip(texts, (nats_BT * own_BT).sum(dim=1).tolist(), strict=True))
+        # Behind the end stands padding, which may be impossible.
+        nats_B = nats_BT.masked_fill(~own_BT, 0.0).sum(dim=1)
+        require_numbers(self.model, nats_B)
+        return list(zip(texts, nats_B.tolist(), strict=True))
 
     @property
     def ends(self) -> list[int]:

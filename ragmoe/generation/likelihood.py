@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ragmoe.gates import Routing
 from ragmoe.generation.batches import IGNORED, labelled_batch, sees_neighbours
+from ragmoe.models.health import require_numbers
 from ragmoe.neighbours import Neighbours
 
 #: What comes first, and what is judged after it, as tokens.
@@ -55,6 +56,9 @@ def log_likelihoods(
         padding: the token that fills up.
         batch_tokens: tokens of a batch, padding included.
         count: told of each batch's routings, of a model that has any.
+
+    Raises:
+        ModelError: the model answers NaN; it names the broken expert, where there is one.
     """
     if not all(before for before, _ in pairs):
         raise ValueError("a beginning is empty: nothing predicts the first token after it")
@@ -83,6 +87,7 @@ def log_likelihoods(
         logits_BKV = output.logits if slices else output.logits[:, kept_K]
         logits_AV, labels_A = logits_BKV[judged_BT[:, kept_K]].float(), labels_BT[judged_BT]
         nats_A = logits_AV.log_softmax(dim=-1).gather(1, labels_A.unsqueeze(1)).squeeze(1)
+        require_numbers(model, nats_A)
         right_A = logits_AV.argmax(dim=-1) == labels_A
         counts = judged_BT.sum(dim=1).tolist()
         for i, nats, right in zip(at, nats_A.double().split(counts), right_A.split(counts), strict=True):

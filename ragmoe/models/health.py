@@ -1,4 +1,4 @@
-"""Which experts of a model hold values that are no numbers."""
+"""Which experts of a model hold values that are no numbers, and what is said where it answers with such."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ragmoe._errors import ModelError
 from ragmoe.models.digest import on_demand_layers
 
 
@@ -43,3 +44,19 @@ def broken_experts(model: Any) -> list[BrokenExpert]:
             if not x.isfinite().all():
                 found.setdefault(expert, []).append(name)
     return [BrokenExpert(expert, model.expert_names[expert], found[expert]) for expert in sorted(found)]
+
+
+def require_numbers(model: Any, *found: Tensor) -> None:
+    """ModelError that names the broken expert, where there is one, instead of an answer drawn from NaN."""
+    if not any(x.isnan().any() for x in found):
+        return
+    if not hasattr(model, "expert_tensors"):
+        raise ModelError("the model answers NaN: its weights are broken")
+    broken = [expert for expert in broken_experts(model) if expert.expert not in model.held_back]
+    if not broken:
+        raise ModelError("the model answers NaN, though all of its experts hold numbers: its other weights are broken")
+    names = [expert.name for expert in broken]
+    raise ModelError(
+        f"expert {', '.join(names)} holds NaN or infinity in {broken[0].tensors[0]}",
+        hint=f"answer without it: --without {' --without '.join(names)}, or model.hold_back({names})",
+    )

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ragmoe._errors import ModelError
 from ragmoe.corpus.types import Passage
 from ragmoe.models.config import SPECIAL_CANDIDATES
-from ragmoe.models.health import broken_experts
+from ragmoe.models.health import require_numbers
 from ragmoe.models.memory import MemoryMixin
 from ragmoe.models.output_cache import OutputCache, sequence_keys
 from ragmoe.models.windows import Window, collate, tokenize_passages, tokenize_questions, windows
@@ -197,21 +197,6 @@ class ReaderMixin(MemoryMixin, nn.Module):
         for _, inputs, _ in self._batches(self._sequences(questions, passages), neighbours, batch_tokens):
             yield inputs
 
-    def _require_numbers(self, logits_QC: Tensor) -> None:
-        """ModelError that names the broken expert, where there is one, instead of an answer drawn from NaN."""
-        if not logits_QC.isnan().any():
-            return
-        broken = [found for found in broken_experts(self) if found.expert not in self.held_back]
-        if not broken:
-            raise ModelError(
-                "the model answers NaN, though all of its experts hold numbers: its other weights are broken"
-            )
-        names = [found.name for found in broken]
-        raise ModelError(
-            f"expert {', '.join(names)} holds NaN or infinity in {broken[0].tensors[0]}",
-            hint=f"answer without it: --without {' --without '.join(names)}, or model.hold_back({names})",
-        )
-
     # -- helpers ----------------------------------------------------------------------------------------------------
 
     def _sequences(self, questions: Sequence[str], passages: Sequence[Sequence[Passage]]) -> list[_Sequence]:
@@ -252,7 +237,7 @@ class ReaderMixin(MemoryMixin, nn.Module):
         found: dict[int, _Output] = {}
         for at, inputs, batch in self._batches(sequences, neighbours, batch_tokens):
             output = self(**inputs)
-            self._require_numbers(output.start_logits)
+            require_numbers(self, output.start_logits, output.end_logits)
             candidates = self._decode(output.start_logits, output.end_logits)
             routings: Sequence[SequenceRouting | None] = [None] * len(batch)
             if counted and output.routings:

@@ -263,3 +263,21 @@ def test_a_bases_own_way_of_generating_changes_no_answer(index: Index) -> None:
 def test_models_that_are_called_after_their_head(name: str, is_one: bool, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(f'{{"architectures": ["{name}"]}}')
     assert is_generator(tmp_path) is is_one
+
+
+def test_a_model_that_answers_nan_says_nothing(index: Index, tmp_path: Path) -> None:
+    Generator(tiny_llama(num_hidden_layers=1), byte_tokenizer(), STYLE).save(tmp_path / "dense")
+    names = ["quays", "locks", "maps"]
+    init(tmp_path / "dense", out=tmp_path / "sparse", experts=3, expert_rank=8, neighbour_width=32, expert_names=names)
+    sparse, dense = Generator.load(tmp_path / "sparse"), generator()
+    with torch.no_grad():
+        # Whichever the gates choose.
+        for expert in (0, 2):
+            next(iter(sparse.model.expert_modules().values())).down_b[expert] = math.nan
+        dense.model.lm_head.weight[5] = math.nan
+    told = {"expert quays, maps holds NaN or infinity in .*down": sparse, "answers NaN: its weights are broken": dense}
+    for message, made in told.items():
+        with pytest.raises(ModelError, match=message):
+            made.read(QUESTIONS[:1], [[]])
+        with pytest.raises(ModelError, match=message):
+            made.likelihoods(QUESTIONS[0], [], ["Anna", "Bert"])
