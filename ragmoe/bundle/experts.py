@@ -6,7 +6,6 @@ with the earlier maps, which still open (``load(bundle, version=N)``). Merging i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ragmoe._errors import BundleError
-from ragmoe.bundle._files import load_tensors, write_text
+from ragmoe.bundle._config import counted
+from ragmoe.bundle._files import load_tensors
 from ragmoe.bundle._map import THRESHOLDS, BundleMap, ExpertEntry, expert_file
 from ragmoe.bundle.read import read_bundle, read_map
 from ragmoe.bundle.write import write_bundle
@@ -23,8 +23,6 @@ from ragmoe.bundle.write import write_bundle
 # What the map's ``extra`` records of single experts, by id, beside THRESHOLDS: shares of the choices, and what adding
 # one has cost.
 LOAD, CERTIFICATES = "load", "certificates"
-# What families of decoders call the number of experts in their configurations.
-_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -155,9 +153,9 @@ def publish(
             recorded[key] = {id: value for id, value in recorded[key].items() if int(id) in ids}
     if config := dict(recorded.get("config", {})):
         common = [expert.id for expert in common_experts(parent)]
-        config |= {**_counted(config, len(ids)), "common_experts": sum(id in common for id in ids)}
+        config |= {**counted(config, len(ids)), "common_experts": sum(id in common for id in ids)}
         recorded["config"] = config
-    map_ = write_bundle(
+    return write_bundle(
         folder,
         state,
         expert_tensors=set(parent.fused),
@@ -170,13 +168,6 @@ def publish(
         message=message,
         parent=parent,
     )
-    refresh_config(folder, map_)
-    return map_
-
-
-def _counted(config: Mapping[str, Any], experts: int) -> dict[str, int]:
-    """The number of experts as a configuration calls it."""
-    return dict.fromkeys([name for name in _COUNTS if name in config] or ["experts"], experts)
 
 
 def check_name(map_: BundleMap, name: str) -> None:
@@ -219,12 +210,6 @@ def recorded_load(map_: BundleMap) -> dict[str, list[float]]:
 def recorded_thresholds(map_: BundleMap) -> dict[str, float]:
     """By id, the no-answer thresholds of a reader's experts that have their own."""
     return dict(map_.extra.get(THRESHOLDS, {}))
-
-
-def own_thresholds(map_: BundleMap) -> list[float | None] | None:
-    """The same as a configuration has them: one for each expert, or None where no expert has its own."""
-    own = recorded_thresholds(map_)
-    return [own.get(str(id)) for id in map_.expert_ids] if own and map_.experts else None
 
 
 def require_unlocked(experts: Sequence[ExpertEntry], what: str) -> None:
@@ -271,21 +256,3 @@ def require_common(map_: BundleMap, gone: Sequence[ExpertEntry]) -> None:
             f"each token chooses {top_k} experts, its domain's and of those that all domains share, of which {left} "
             f"would be left; they are {', '.join(expert.name for expert in common)}"
         )
-
-
-def refresh_config(folder: Path, map_: BundleMap) -> None:
-    """Bring ``config.json`` and ``generation_config.json``, copies for other tools, up to the map."""
-    path = folder / "config.json"
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config |= map_.extra.get("config", {})
-        config |= {**_counted(config, len(map_.experts)), "expert_ids": map_.expert_ids}
-        config["expert_names"] = map_.expert_names
-        if "no_answer_threshold" in config:
-            config["expert_thresholds"] = own_thresholds(map_)
-        config["encoder"] = map_.encoder.model_dump() if map_.encoder else None
-        config["index_digest"] = map_.index
-        write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-    path = folder / "generation_config.json"
-    if path.is_file() and (generation := map_.extra.get("generation")):
-        write_text(path, json.dumps(generation, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

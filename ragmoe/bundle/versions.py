@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ragmoe._errors import BundleError
 from ragmoe.bundle._map import BundleMap, LineageStep
-from ragmoe.bundle.experts import refresh_config
 from ragmoe.bundle.read import read_map
 from ragmoe.bundle.write import write_map
 
@@ -57,7 +56,6 @@ def roll_back(bundle: str | Path, version: int | None = None, *, message: str = 
     experts = [e.model_copy(update={"locked": locked.get(e.id, e.locked)}) for e in wanted.experts]
     said = message or f"roll back to version {version}"
     map_ = write_map(folder, parent, wanted.model_copy(update={"experts": experts}), said, restores=version)
-    refresh_config(folder, map_)
     if map_.version == parent.version:
         raise BundleError(
             f"version {version} of {folder} is what version {parent.version} is: there is nothing to do",

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ragmoe._errors import BundleError
+from ragmoe.bundle._config import refresh_config
 from ragmoe.bundle._files import file_digest, remove_unfinished, write_text
 from ragmoe.bundle._groups import Saved, make_groups, save_groups
 from ragmoe.bundle._map import MAP_NAME, THRESHOLDS, BundleMap, EncoderRef, ExpertEntry, LineageStep
@@ -67,7 +68,7 @@ def write_bundle(
         max_shard_bytes: largest file of the base, except where one tensor is larger.
         message: recorded in the lineage.
         parent: publish only as the next version of this map, and only if the base, the gate and the experts that stay
-            keep their files, digests included; experts may join, leave or be renamed.
+            keep their files, digests included; experts may join, leave or be renamed. ``config.json`` follows.
 
     Raises:
         BundleError: the arguments contradict each other or the bundle that is there, a locked expert would change or
@@ -84,13 +85,18 @@ def write_bundle(
         parts = split_state(state_dict, expert_tensors, gate_tensors, [expert.id for expert in experts])
         saved = save_groups(folder, old, make_groups(parts, experts), max_shard_bytes, fixed)
         new = _compose(old, experts, parts, saved, about)
-        return _publish(folder, old, new, [group.change for group in saved.values() if group.change], message)
+        new = _publish(folder, old, new, [group.change for group in saved.values() if group.change], message)
+        if parent is not None:
+            refresh_config(folder, new)
+        return new
 
 
 def write_map(
     folder: str | Path, parent: BundleMap, new: BundleMap, message: str, *, restores: int | None = None
 ) -> BundleMap:
     """Make a map over files that the bundle has already its next version, whatever version it says it is.
+
+    ``config.json`` follows.
 
     Args:
         parent: the bundle's map, which must still be the current one.
@@ -108,7 +114,9 @@ def write_map(
             raise BundleError(f"{folder} lacks {', '.join(missing)}, which version {new.version} of its map lists")
         following = {"version": old.version, "lineage": old.lineage, "next_expert_id": old.next_expert_id}
         new = new.model_copy(update=following)
-        return _publish(folder, old, new, _other_files(old, new), message, restores)
+        new = _publish(folder, old, new, _other_files(old, new), message, restores)
+        refresh_config(folder, new)
+        return new
 
 
 def _other_files(old: BundleMap, new: BundleMap) -> list[str]:

@@ -17,7 +17,8 @@ from transformers.utils.hub import cached_file, convert_file_size_to_int
 from ragmoe._errors import BundleError, ModelError
 from ragmoe._quiet import quiet_loading
 from ragmoe.bundle import MAP_NAME, THRESHOLDS, BundleMap, is_bundle, read_bundle, read_map, write_bundle
-from ragmoe.bundle.experts import CERTIFICATES, LOAD, own_thresholds
+from ragmoe.bundle._config import own_thresholds
+from ragmoe.bundle.experts import CERTIFICATES, LOAD
 from ragmoe.experts.on_demand import ExpertStore
 from ragmoe.gates import Gate, gate_class
 from ragmoe.models.on_demand import Slots, is_expert_weight

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from tiny import save_tiny_bert
 
 from ragmoe import BundleError, load
 from ragmoe.bundle import (
     MAP_NAME,
     BundleMap,
+    _files,
     list_versions,
     lock_experts,
     merge_experts,
@@ -191,3 +194,20 @@ def test_locked_experts_stay(bundle: Path) -> None:
     assert [(e.version, e.locked) for e in roll_back(bundle, 1).experts] == [(1, True), (1, False), (1, False)]
     with pytest.raises(BundleError, match="there is no expert 'mint'; there are: 0"):
         lock_experts(bundle, ["mint"])
+
+
+def test_no_other_writer_comes_between_the_map_and_its_copies(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, written = os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).name == "config.json":
+            with pytest.raises(Timeout):
+                FileLock(bundle / ".bundle.lock", timeout=0).acquire()
+            written.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(_files.os, "replace", replace)
+    rename_expert(bundle, "bank", "mint")
+    merge_experts(bundle, "mint", "clinic", "town")
+    roll_back(bundle)
+    assert len(written) == 3
