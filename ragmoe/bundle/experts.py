@@ -16,9 +16,9 @@ from torch import Tensor
 from ragmoe._errors import BundleError
 from ragmoe.bundle._config import counted
 from ragmoe.bundle._files import load_tensors
-from ragmoe.bundle._map import THRESHOLDS, BundleMap, ExpertEntry, expert_file
-from ragmoe.bundle.read import read_bundle, read_map
-from ragmoe.bundle.write import write_bundle
+from ragmoe.bundle._map import THRESHOLDS, BundleMap, ExpertEntry, expert_file, expert_tensor
+from ragmoe.bundle.read import read_map, with_experts
+from ragmoe.bundle.write import write_bundle, write_map
 
 # What the map's ``extra`` records of single experts, by id, beside THRESHOLDS: shares of the choices, and what adding
 # one has cost.
@@ -68,8 +68,7 @@ def list_experts(bundle: str | Path, *, version: int | None = None) -> list[Expe
     """
     folder = Path(bundle)
     map_ = read_map(folder, version=version)
-    files = map_.files()
-    return [_info(folder, map_, expert, files) for expert in map_.experts]
+    return [_info(folder, map_, expert) for expert in map_.experts]
 
 
 def show_expert(bundle: str | Path, expert: int | str, *, version: int | None = None) -> ExpertInfo:
@@ -80,7 +79,7 @@ def show_expert(bundle: str | Path, expert: int | str, *, version: int | None = 
     """
     folder = Path(bundle)
     map_ = read_map(folder, version=version)
-    return _info(folder, map_, map_.find(expert), map_.files())
+    return _info(folder, map_, map_.find(expert))
 
 
 def rename_expert(bundle: str | Path, expert: int | str, name: str, *, message: str = "") -> BundleMap:
@@ -92,10 +91,11 @@ def rename_expert(bundle: str | Path, expert: int | str, name: str, *, message: 
     folder = Path(bundle)
     parent = read_map(folder)
     found = parent.find(expert)
+    require_unlocked([found], "renamed")
     check_name(parent, name)
-    experts = [(e.id, name if e.id == found.id else e.name) for e in parent.experts]
-    state, _ = read_bundle(folder, version=parent.version)
-    return publish(folder, parent, state, experts, message or f"rename {found.name} to {name}")
+    experts = [e.model_copy(update={"name": name}) if e == found else e for e in parent.experts]
+    new = parent.model_copy(update={"experts": experts})
+    return write_map(folder, parent, new, message or f"rename {found.name} to {name}")
 
 
 def prune_experts(
@@ -114,9 +114,13 @@ def prune_experts(
     parent = read_map(folder) if parent is None else parent
     gone = [parent.find(expert) for expert in experts]
     kept = check_prune(parent, gone)
-    state, _ = read_bundle(folder, version=parent.version, experts=[e.id for e in kept])
-    names = ", ".join(e.name for e in gone)
-    return publish(folder, parent, state, [(e.id, e.name) for e in kept], message or f"prune {names}")
+    ids, going = [e.id for e in kept], len(parent.experts) - len(kept)
+    new = with_experts(parent, ids)
+    # All are of one size, and those that go may be the damaged ones.
+    size = sum(x.nbytes for x in _tensors(folder, parent, kept[0]).values())
+    about = {"total_size": parent.total_size - going * size, "extra": _recorded(parent, ids)}
+    said = message or f"prune {', '.join(e.name for e in gone)}"
+    return write_map(folder, parent, new.model_copy(update=about), said)
 
 
 def check_prune(map_: BundleMap, gone: Sequence[ExpertEntry]) -> list[ExpertEntry]:
@@ -147,14 +151,6 @@ def publish(
         BundleError: as ``write_bundle`` does; nothing is published.
     """
     ids = [id for id, _ in experts]
-    recorded = {**parent.extra, **(extra or {})}
-    for key in (LOAD, CERTIFICATES, THRESHOLDS):
-        if key in recorded:
-            recorded[key] = {id: value for id, value in recorded[key].items() if int(id) in ids}
-    if config := dict(recorded.get("config", {})):
-        common = [expert.id for expert in common_experts(parent)]
-        config |= {**counted(config, len(ids)), "common_experts": sum(id in common for id in ids)}
-        recorded["config"] = config
     return write_bundle(
         folder,
         state,
@@ -164,10 +160,23 @@ def publish(
         expert_names=[name for _, name in experts],
         encoder=parent.encoder.model_dump() if parent.encoder else None,
         index=parent.index,
-        extra=recorded,
+        extra=_recorded(parent, ids, extra),
         message=message,
         parent=parent,
     )
+
+
+def _recorded(parent: BundleMap, ids: Sequence[int], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a map records where these experts follow those of ``parent``, with ``extra`` laid over it."""
+    recorded = {**parent.extra, **(extra or {})}
+    for key in (LOAD, CERTIFICATES, THRESHOLDS):
+        if key in recorded:
+            recorded[key] = {id: value for id, value in recorded[key].items() if int(id) in ids}
+    if config := dict(recorded.get("config", {})):
+        common = [expert.id for expert in common_experts(parent)]
+        config |= {**counted(config, len(ids)), "common_experts": sum(id in common for id in ids)}
+        recorded["config"] = config
+    return recorded
 
 
 def check_name(map_: BundleMap, name: str) -> None:
@@ -182,9 +191,14 @@ def check_name(map_: BundleMap, name: str) -> None:
         raise BundleError(f"there is an expert {name!r} already; names taken: {', '.join(map_.expert_names)}")
 
 
-def _info(folder: Path, map_: BundleMap, expert: ExpertEntry, files: Mapping[str, list[str]]) -> ExpertInfo:
-    file = expert_file(expert.id, expert.version)
-    tensors = load_tensors(folder / file, files.get(file, []))
+def _tensors(folder: Path, map_: BundleMap, expert: ExpertEntry) -> dict[str, Tensor]:
+    """The tensors of one expert, mapped and not read, by their names on disk."""
+    names = [expert_tensor(name, expert.id) for name in map_.fused]
+    return load_tensors(folder / expert_file(expert.id, expert.version), names)
+
+
+def _info(folder: Path, map_: BundleMap, expert: ExpertEntry) -> ExpertInfo:
+    file, tensors = expert_file(expert.id, expert.version), _tensors(folder, map_, expert)
     return ExpertInfo(
         **expert.model_dump(),
         file=file,

@@ -72,7 +72,7 @@ def read_bundle(
     folder = Path(folder)
     map_ = read_map(folder, version=version)
     if experts is not None:
-        map_ = _with_experts(map_, experts)
+        map_ = with_experts(map_, experts)
     files = map_.files()
     if missing := sorted(file for file in files if not (folder / file).is_file()):
         raise BundleError(
@@ -125,7 +125,7 @@ class ExpertFiles:
         return dict(zip(names, found.values(), strict=True))
 
 
-def _with_experts(map_: BundleMap, experts: Sequence[int | str]) -> BundleMap:
+def with_experts(map_: BundleMap, experts: Sequence[int | str]) -> BundleMap:
     """The map as if there were only some of its experts."""
     kept = [map_.find(expert) for expert in experts]
     if map_.fused and not kept:

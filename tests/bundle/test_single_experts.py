@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny import save_tiny_bert
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from ragmoe import BundleError, load
 from ragmoe.bundle import (
     MAP_NAME,
     BundleMap,
+    _files,
     list_experts,
     lock_experts,
     merge_experts,
@@ -126,6 +128,23 @@ def test_pruning_leaves_what_the_others_answer_and_the_old_version(bundle: Path)
     assert torch.equal(logits(bundle), without) and not torch.equal(whole, without)
     assert torch.equal(logits(bundle, version=1), whole)
     assert (bundle / "expert.1.1.safetensors").is_file()
+
+
+def test_neither_reads_what_stays(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def watched(path: Path, **how: Any) -> Any:
+        opened.append(Path(path).name)
+        return safe_open(path, **how)
+
+    monkeypatch.setattr(_files, "safe_open", watched)
+    rename_expert(bundle, "clinic", "health")
+    assert opened == []
+    (bundle / "expert.0.1.safetensors").write_bytes(b"damaged")
+    map_ = prune_experts(bundle, ["bank"])
+    # One, for the size of those that went.
+    assert opened == ["expert.1.1.safetensors"]
+    assert map_.total_size == sum(x.nbytes for x in state_of(bundle).values())
 
 
 def test_experts_can_be_opened_alone_and_in_any_order(bundle: Path) -> None:
