@@ -16,14 +16,16 @@ from transformers.utils.hub import cached_file, convert_file_size_to_int
 
 from ragmoe._errors import BundleError, ModelError
 from ragmoe._quiet import quiet_loading
+from ragmoe._words import many
 from ragmoe.bundle import MAP_NAME, THRESHOLDS, BundleMap, is_bundle, read_bundle, read_map, write_bundle
 from ragmoe.bundle._config import own_thresholds
-from ragmoe.bundle.experts import CERTIFICATES, LOAD
+from ragmoe.bundle.experts import CERTIFICATES, LOAD, common_experts
 from ragmoe.experts.on_demand import ExpertStore
 from ragmoe.gates import Gate, gate_class
 from ragmoe.models.on_demand import Slots, is_expert_weight
 from ragmoe.moe import MoELayer
 from ragmoe.moe.block import SparseBlock
+from ragmoe.moe.layer import experts_a_token
 
 # What the map says of itself, and lays over any configuration.
 _IN_MAP = ("expert_ids", "expert_names", "expert_thresholds", "encoder", "index_digest")
@@ -171,7 +173,8 @@ class BundleMixin(PreTrainedModel):
 
         Args:
             version: of a bundle, an earlier version of its map instead of the current one.
-            experts: of a bundle, ids or names of the experts to open, in their order; None opens all.
+            experts: of a bundle, ids or names of the experts to open, in their order; None opens all. Those that all
+                domains share come last, as they do in the bundle.
             resident_experts: of a bundle, how many experts a layer keeps in memory; the others stay in their files
                 until a token is routed to them (``expert_store``). Answers are the same; for inference only. None
                 keeps all.
@@ -236,6 +239,8 @@ class BundleMixin(PreTrainedModel):
         _apply_map(config, bundle)
         if threshold is not None:
             config.no_answer_threshold, config.expert_thresholds = threshold, None
+        if experts is not None:
+            _fit_chosen(config, bundle, whole)
         slots = None if resident_experts is None else Slots(path, bundle, resident_experts)
         if slots is not None:
             config, empty = slots.reserve(config)
@@ -362,6 +367,23 @@ def _check_fit(what: str, info: Mapping[str, Any], prefix: str) -> None:
             f"{what}: missing {missing[:5]}, unexpected {unexpected[:5]}",
             hint="was it written by another version, or for another model class?",
         )
+
+
+def _fit_chosen(config: Any, chosen: BundleMap, whole: BundleMap) -> None:
+    """Count how many of the chosen experts all domains share; BundleError where these do not come last, or for few."""
+    shared = [expert.name for expert in common_experts(whole) if expert in chosen.experts]
+    names, K = chosen.expert_names, experts_a_token(config)
+    if {*names[len(names) - len(shared) :]} != {*shared}:
+        raise BundleError(
+            f"the experts {', '.join(names)} were asked for: expected last what all domains share, {', '.join(shared)}",
+            hint=f"experts={[name for name in names if name not in shared] + shared}",
+        )
+    if len(names) < K:
+        raise BundleError(
+            f"{many(len(names), 'expert')} asked for ({', '.join(names)}), but each token chooses {K}: expected at "
+            f"least as many of {', '.join(whole.expert_names)}"
+        )
+    config.common_experts = len(shared)
 
 
 def _apply_map(config: Any, bundle: BundleMap) -> None:

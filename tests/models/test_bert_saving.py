@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, B
 from transformers.utils import logging
 
 from ragmoe import BundleError, ModelError, load
+from ragmoe.bundle import prune_experts
 from ragmoe.corpus.types import Passage
 from ragmoe.models import RagmoeBertConfig, RagmoeBertForQuestionAnswering, RagmoeBertModel
 
@@ -341,3 +342,23 @@ def test_thresholds_of_single_experts_are_saved_by_their_ids(make: Make, tmp_pat
     assert load(tmp_path).config.expert_thresholds is None
     with pytest.raises(ModelError, match="expert_thresholds has 2 entries: expected 4, one for each expert"):
         make(expert_thresholds=[None, 1.0])
+
+
+def test_what_all_domains_share_stays_so_where_some_are_opened(make: Make, tmp_path: Path) -> None:
+    names = ["law", "bank", "city", "all", "every"]
+    make(gate="oracle", experts=5, expert_names=names, common_experts=2).save_pretrained(tmp_path)
+    for chosen, shared in ((["law", "bank", "city", "every"], 1), (["city", "law", "every", "all"], 2)):
+        model = load(tmp_path, experts=chosen)
+        assert model.config.common_experts == model.gates[0].settings.common_experts == shared
+    prune_experts(tmp_path, ["all"])
+    assert equal(load(tmp_path), load(tmp_path, version=1, experts=["law", "bank", "city", "every"]))
+    with pytest.raises(BundleError, match="asked for: expected last what all domains share, all") as e:
+        load(tmp_path, version=1, experts=["all", "law", "city"])
+    assert e.value.hint == "experts=['law', 'city', 'all']"
+    with pytest.raises(
+        BundleError, match=r"1 expert asked for \(law\), but each token chooses 2: expected at least as many of"
+    ):
+        load(tmp_path, experts=["law"])
+    # Of another K one is enough.
+    one = RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, experts=["law"], top_k=1)
+    assert one.expert_names == ["law"]
