@@ -3,15 +3,16 @@
     model.output_cache = OutputCache(max_entries=10_000)
 
 A reader reads question and passage together, so an output belongs to both, to the neighbours where the gate looks at
-them, and to the weights. The key is a digest of all of these: whatever changes, the passage is read anew. What is kept
-is the same to the last bit; a passage that is read beside fewer others, because theirs are known, may differ in the
-last digits, as it does in any batch of another size.
+them, to the weights, and to how these are run. The key is a digest of all of these: whatever changes, the passage is
+read anew. What is kept is the same to the last bit; a passage that is read beside fewer others, because theirs are
+known, may differ in the last digits, as it does in any batch of another size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -121,12 +122,23 @@ def sequence_keys(
 
 
 def _model_key(model: Any, device: torch.device) -> bytes:
-    """Of weights, configuration, kernels, and which experts are available."""
+    """Of weights, configuration, kernels, precision, adapters, and which experts are available."""
     config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
     available = [gate.available.tolist() for gate in model.modules() if isinstance(gate, Gate)]
     kernels = [model.config._experts_implementation, model.config._attn_implementation, str(device)]
-    about = json.dumps([remembered_digest(model), config, kernels, available], sort_keys=True, default=str)
-    return hashlib.sha256(about.encode()).digest()
+    precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    parts = [remembered_digest(model), config, kernels, available, precision, _adapters(model)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).digest()
+
+
+def _adapters(model: Any) -> list[list[Any]]:
+    """Of each layer with PEFT adapters which ones it adds, and how strongly: their weights do not say."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [[x.active_adapters, x.disable_adapters, x.merged, getattr(x, "scaling", None)] for x in layers]
 
 
 def _neighbours_key(neighbours: Neighbours, row: int) -> bytes:

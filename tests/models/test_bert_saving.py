@@ -355,9 +355,7 @@ def test_what_all_domains_share_stays_so_where_some_are_opened(make: Make, tmp_p
     with pytest.raises(BundleError, match="asked for: expected last what all domains share, all") as e:
         load(tmp_path, version=1, experts=["all", "law", "city"])
     assert e.value.hint == "experts=['law', 'city', 'all']"
-    with pytest.raises(
-        BundleError, match=r"1 expert asked for \(law\), but each token chooses 2: expected at least as many of"
-    ):
+    with pytest.raises(BundleError, match=r"1 expert asked for \(law\), but each token chooses 2: expected at least"):
         load(tmp_path, experts=["law"])
     # Of another K one is enough.
     one = RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, experts=["law"], top_k=1)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from tiny_models import Make, some_neighbours
 from torch.nn import functional as F
 
@@ -204,6 +206,30 @@ def test_another_model_reads_anew(model: Reader, neighbours: Neighbours, name: s
     assert misses(model, lambda: got.extend(model.read(QUESTIONS, READ, neighbours))) == sequences
     model.output_cache = None
     assert got == model.read(QUESTIONS, READ, neighbours)
+
+
+def test_adapters_that_are_switched_off_or_scaled_are_another_model(model: Reader, neighbours: Neighbours) -> None:
+    inject_adapter_in_model(LoraConfig(target_modules=["query"], init_lora_weights=False), model)
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    found = [model.read(QUESTIONS, READ, neighbours)]
+    sequences = model.output_cache.misses
+    for change in (
+        lambda: layer.enable_adapters(False),
+        lambda: layer.enable_adapters(True),
+        lambda: layer.scale_layer(3.0),
+    ):
+        change()
+        found.append(model.read(QUESTIONS, READ, neighbours))
+    assert found[2] == found[0] != found[1] and found[3] != found[0]
+    assert model.output_cache.misses == 3 * sequences
+
+
+def test_autocast_is_another_output(model: Reader, neighbours: Neighbours) -> None:
+    plain = model.read(QUESTIONS, READ, neighbours)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model.read(QUESTIONS, READ, neighbours)
+    assert rough != plain == model.read(QUESTIONS, READ, neighbours)
+    assert model.output_cache.misses == 2 * model.output_cache.hits
 
 
 def test_the_same_model_loaded_again_finds_what_the_first_has_read(make: Make, tmp_path: Any) -> None:
