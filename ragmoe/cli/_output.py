@@ -1,4 +1,4 @@
-"""What the commands about evaluations share: options, and how their results leave."""
+"""What commands share: options, what is asked, and how results leave."""
 
 from __future__ import annotations
 
@@ -25,6 +25,19 @@ DataOption = Annotated[
 
 OVERRIDES = "KEY=VALUE"
 OVERRIDES_HELP = "paths in them count from the current folder."
+
+
+def check_question(question: str) -> None:
+    """UsageError for a question with nothing to read in it, or with bytes that are no text."""
+    try:
+        question.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the question holds bytes that are not UTF-8, after {question[: error.start]!r}",
+            hint="is the terminal, or what wrote the question, set to UTF-8?",
+        ) from error
+    if not any(x.isprintable() and not x.isspace() for x in question):
+        raise UsageError("the question is empty")
 
 
 def set_data(data: Path | None) -> None:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ragmoe._errors import UsageError
 from ragmoe._words import many
 from ragmoe.cli._bundles import BundleArgument, WithoutOption
-from ragmoe.cli._output import JsonOption, print_json
+from ragmoe.cli._output import JsonOption, check_question, print_json
 from ragmoe.cli._thrift import ResidentOption, Thrift
 
 if TYPE_CHECKING:
@@ -37,8 +36,7 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question from an index, with the passage it comes from, or say that nothing answers it."""
-    if not question.strip():
-        raise UsageError("the question is empty")
+    check_question(question)
     from ragmoe.index import Index
 
     opened, thrift = Index.open(index), Thrift(resident_experts, without=without or ())

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ragmoe._errors import UsageError
 from ragmoe.cli._bundles import BundleArgument, WithoutOption
-from ragmoe.cli._output import JsonOption, print_json
+from ragmoe.cli._output import JsonOption, check_question, print_json
 from ragmoe.cli._thrift import Thrift
 
 if TYPE_CHECKING:
@@ -38,8 +37,7 @@ def route(
     as_json: JsonOption = False,
 ) -> None:
     """Draw which experts the gates prefer for a question, with its neighbours and without them."""
-    if not question.strip():
-        raise UsageError("the question is empty")
+    check_question(question)
     from ragmoe.generation import Generator
     from ragmoe.index import Index
 

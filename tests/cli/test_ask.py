@@ -46,6 +46,10 @@ def test_wrong_words(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
     bundle = make_bundle("sure", no_answer_threshold=1e9)
     code, _, err = ragmoe("ask", bundle, "  ", "--index", small_city / "index")
     assert (code, err) == (2, "error: the question is empty\n")
+    assert ragmoe("ask", bundle, "\u200b \n", "--index", small_city / "index")[::2] == (code, err)
+    # As a terminal in Latin-1 gives it.
+    code, _, err = ragmoe("ask", bundle, "caf\udce9 who?", "--index", small_city / "index")
+    assert code == 2 and err.startswith("error: the question holds bytes that are not UTF-8, after 'caf'\n")
     code, _, err = ragmoe("ask", bundle, "q?", "--index", small_city / "index", "-m", 0)
     assert code == 2
     code, _, err = ragmoe("ask", bundle, "q?")

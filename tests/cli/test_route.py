@@ -82,7 +82,8 @@ def test_errors(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
     code, _, err = ragmoe("route", dense, BRIDGE, "--index", small_city / "none")
     assert code == 1
     assert "there is no index at" in err
-    assert ragmoe("route", dense, "", "--index", small_city / "index")[0] == 2
+    for question in ("", "\u200b", "caf\udce9?"):
+        assert ragmoe("route", dense, question, "--index", small_city / "index")[0] == 2
     assert ragmoe("route", small_city / "none", BRIDGE, "--index", small_city / "index")[0] == 1
 
 
