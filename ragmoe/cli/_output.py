@@ -72,4 +72,4 @@ def print_tables(tables: Sequence[Table]) -> None:
 
 def print_json(content: Any) -> None:
     """Print JSON on stdout."""
-    typer.echo(json.dumps(content, ensure_ascii=False, indent=2))
+    typer.echo(json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False))

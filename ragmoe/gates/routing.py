@@ -56,6 +56,11 @@ class Routing(NamedTuple):
     probe: Probe | None = None
     ranked_SE: Tensor | None = None
 
+    def probabilities_SE(self) -> Tensor:
+        """How likely the gate finds each expert, float32 (S, E); zero for all where none is available."""
+        nobody_S1 = self.logits_SE.isneginf().all(dim=-1, keepdim=True)
+        return self.logits_SE.float().softmax(dim=-1).masked_fill(nobody_S1, 0.0)
+
     def choices_SE(self) -> Tensor:
         """How often each token has chosen each expert, int64 (S, E), before any limit of capacity."""
         S, E = self.logits_SE.shape

@@ -278,14 +278,18 @@ class Generator:
 
     @torch.no_grad()
     def route(self, question: str, passages: Sequence[Passage], neighbours: Neighbours | None = None) -> np.ndarray:
-        """Mean gate probabilities (L, E) over the tokens of the prompt; (0, 0) of a model without experts of ours."""
+        """Mean gate probabilities (L, E) over the tokens of the prompt; (0, 0) of a model without experts of ours.
+
+        Zero, and a ModelError, as a reader's.
+        """
         if not self.sparse_layers:
             return np.zeros((0, 0))
         seen = neighbours if self.gate_sees_neighbours else None
         batch = read_batch([self.prompts.make(question, passages).ids], pad_token(self.tokenizer), seen)
         device = next(self.model.parameters()).device
         output = self.model.eval()(**{name: x.to(device) for name, x in batch.items()}, output_routings=True)
-        means = [routing.logits_SE.float().softmax(dim=-1).mean(dim=0) for routing in output.routings]
+        require_numbers(self.model, *(routing.logits_SE for routing in output.routings))
+        means = [routing.probabilities_SE().mean(dim=0) for routing in output.routings]
         return np.asarray(torch.stack(means).double().cpu())
 
     def _likelihoods(

@@ -175,13 +175,18 @@ class ReaderMixin(MemoryMixin, nn.Module):
 
     @torch.no_grad()
     def route(self, question: str, passages: Sequence[Passage], neighbours: Neighbours | None = None) -> np.ndarray:
-        """Mean gate probabilities (L, E) over the tokens of the question and its passages."""
+        """Mean gate probabilities (L, E) over the tokens of question and passages; zero with no expert available.
+
+        Raises:
+            ModelError: a gate answers NaN; it names the broken expert, where there is one.
+        """
         self.eval()
         total, tokens = np.zeros((len(self.sparse_layers), self.config.experts)), 0
         for inputs in self.batches([question], [passages], neighbours):
             mask_S = inputs["attention_mask"].reshape(-1).bool()
             for layer, routing in enumerate(self(**inputs).routings):
-                total[layer] += routing.logits_SE[mask_S].softmax(dim=-1).sum(dim=0).cpu().numpy()
+                require_numbers(self, routing.logits_SE)
+                total[layer] += routing.probabilities_SE()[mask_S].sum(dim=0).cpu().numpy()
             tokens += int(mask_S.sum())
         return total / max(tokens, 1)
 

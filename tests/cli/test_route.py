@@ -77,6 +77,15 @@ def test_where_there_is_nothing_to_choose(
     assert all(row == pytest.approx([1.0]) for row in found["with_neighbours"])
 
 
+def test_with_all_experts_held_back_no_probability_is_left(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    bundle = make_bundle("retrieval", gate="retrieval", sparse_layers=[0, 1])
+    without = [word for expert in range(4) for word in ("--without", expert)]
+    code, out, err = ragmoe("route", bundle, BRIDGE, "--index", small_city / "index", "--json", *without)
+    assert code == 0, err
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert found["with_neighbours"] == found["without_neighbours"] == found["difference"] == [[0.0] * 4] * 2
+
+
 def test_errors(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
     dense = make_bundle("dense", sparse_layers=[])
     code, _, err = ragmoe("route", dense, BRIDGE, "--index", small_city / "none")

@@ -44,7 +44,12 @@ def test_reading_names_it_and_goes_on_without_it(broken: RagmoeBertForQuestionAn
     with pytest.raises(ModelError, match=r"expert finance holds NaN or infinity in .*down") as caught:
         broken.read(["what is open"], [[PASSAGE]])
     assert "--without finance" in caught.value.hint and "hold_back(['finance'])" in caught.value.hint
+    with torch.no_grad():
+        broken.moe_layers[1].gate.token.weight[2, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"expert finance holds NaN"):
+        broken.route("what is open", [PASSAGE])
     broken.hold_back(["finance"])
+    assert broken.route("what is open", [PASSAGE])[:, [0, 1, 3]].all()
     assert broken.held_back == [2]
     assert broken.read(["what is open"], [[PASSAGE]])[0].score > 0
     broken.hold_back([])
