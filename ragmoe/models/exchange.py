@@ -51,11 +51,9 @@ def exchange_gate(
     if "vote_start" in settings:
         kept = {name: x for name, x in kept.items() if not name.endswith(".vote_scale")}
     built.load_state_dict({name: kept[name] if _fits(kept, name, x) else x for name, x in own.items()})
-    built.tokenizer, built.name_or_path, built.bundle_digests = (
-        model.tokenizer,
-        model.name_or_path,
-        model.bundle_digests,
-    )
+    # As it is: it may not have been opened yet, or not be there.
+    built.tokenizer = getattr(model, "_tokenizer", None)
+    built.name_or_path, built.bundle_digests = model.name_or_path, model.bundle_digests
     parameter = next(model.parameters())
     built = built.to(parameter.device, parameter.dtype).train(model.training)
     built.set_available_experts([at for at in range(config.experts) if at not in model.held_back])

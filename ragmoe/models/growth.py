@@ -76,12 +76,16 @@ def _build(model: Model, config: Any, state: Mapping[str, Tensor]) -> Model:
     with torch.random.fork_rng(devices=[]):
         built = type(model)(config)
     built.load_state_dict(state, strict=True)
-    # A reader has its tokenizer, and what writes its settings for that.
-    for own in ("tokenizer", "generation_config"):
+    # A reader has its tokenizer, once it was opened, and what writes its settings for that.
+    for own in ("_tokenizer", "generation_config"):
         if hasattr(model, own):
             setattr(built, own, getattr(model, own))
     built.name_or_path = model.name_or_path
     built.bundle_digests = model.bundle_digests
+    for gate, before in zip(built.gates, model.gates, strict=True):
+        # Who is held back stays so, and the new one is let in.
+        open_E = before.available.cpu()
+        gate.set_available(torch.cat([open_E, open_E.new_ones(config.experts - len(open_E))]))
     return built.to(next(model.parameters()).device).train(model.training)
 
 

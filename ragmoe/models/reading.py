@@ -110,11 +110,11 @@ class ReaderMixin(MemoryMixin, nn.Module):
     def tokenizer(self) -> Any:
         """The tokenizer saved beside the model; may be set."""
         if getattr(self, "_tokenizer", None) is None:
-            from transformers import AutoTokenizer
+            from ragmoe.generation.tokenizer import open_tokenizer
 
             if not self.config._name_or_path:
                 raise ModelError("the model has no tokenizer: set model.tokenizer, or open a bundle that holds one")
-            self._tokenizer = AutoTokenizer.from_pretrained(self.config._name_or_path)
+            self._tokenizer = open_tokenizer(self.config._name_or_path, self)
         return self._tokenizer
 
     @tokenizer.setter

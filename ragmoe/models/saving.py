@@ -257,7 +257,8 @@ class BundleMixin(PreTrainedModel):
         _check_fit(f"{path} does not fit {cls.__name__}", info, prefix if alone else "")
         if slots is not None:
             model.expert_store = slots.hand_over(model, prefix if alone else "")
-        model.name_or_path = model.config._name_or_path = str(path)
+        # Wherever the process goes before the tokenizer is opened.
+        model.name_or_path = model.config._name_or_path = str(Path(path).absolute())
         # Of the whole map, also where only some of its experts were opened.
         model.bundle_digests = _digests(whole)
         return model, info

@@ -145,7 +145,7 @@ class XLoraReader(ReaderMixin, RagmoeBertPreTrainedModel):
         # Its weights are chance and all replaced; it is there for its shapes.
         reader: Any = cls(RagmoeBertForQuestionAnswering(config))
         reader.load_bundle(folder)
-        reader.config._name_or_path = str(folder)
+        reader.config._name_or_path = str(Path(folder).absolute())
         return reader.eval()
 
 

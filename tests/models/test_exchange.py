@@ -10,6 +10,7 @@ from tiny_models import Make, some_neighbours, tokens
 
 from ragmoe import ConfigError, ModelError, load
 from ragmoe.models.exchange import exchange_gate
+from ragmoe.models.growth import grow, settle
 from ragmoe.training.trainer import part_of
 
 
@@ -22,6 +23,17 @@ def test_a_retrieval_gate_in_a_token_gates_place_is_that_gate_at_first(make: Mak
     assert torch.equal(before.end_logits, after.end_logits)
     assert (model.config.gate, exchanged.config.gate) == ("token", "retrieval")
     assert exchanged.tokenizer is model.tokenizer
+
+
+def test_a_reader_without_a_tokenizer_is_changed_all_the_same(make: Make) -> None:
+    model = make(gate="token", expert_names=["law", "bank", "city", "all"])
+    model.tokenizer = None
+    model.hold_back(["bank"])
+    rows = {name: model.state_dict()[name][0] for name in model.expert_tensors()}
+    for changed in (exchange_gate(model, gate="retrieval"), settle(grow(model, rows, id=4, name="port"))):
+        assert changed.held_back == [1]
+        with pytest.raises(ModelError, match="the model has no tokenizer"):
+            assert changed.tokenizer
 
 
 def test_everything_but_the_gate_is_kept(make: Make) -> None:

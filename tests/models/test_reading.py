@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from tiny_models import Make, some_neighbours
 from torch import Tensor
 
-from ragmoe import ModelError, Neighbours, OutputCache, Passage, RoutingStatistics
+from ragmoe import ModelError, Neighbours, OutputCache, Passage, RoutingStatistics, load
 from ragmoe.models import Answer, QuestionAnsweringOutput, RagmoeBertForQuestionAnswering
 from ragmoe.models.windows import collate, tokenize_passages, tokenize_questions, windows
 from ragmoe.moe import SequenceRouting
@@ -399,6 +400,19 @@ def test_the_tokenizer_beside_a_bundle_is_found(make: Make, tmp_path: Any) -> No
     reader.tokenizer.save_pretrained(tmp_path)
     reader.save_pretrained(tmp_path)
     again = RagmoeBertForQuestionAnswering.from_pretrained(tmp_path)
+    assert again.read(QUESTIONS, READ) == reader.read(QUESTIONS, READ)
+
+
+def test_it_is_found_from_elsewhere_too(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match="bare has no tokenizer that could be opened"):
+        load(tmp_path / "bare").read(QUESTIONS, READ)
+    reader = make()
+    reader.tokenizer.save_pretrained(tmp_path / "here")
+    reader.save_pretrained(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    again = load("here")
+    monkeypatch.chdir(tmp_path / "bare")
     assert again.read(QUESTIONS, READ) == reader.read(QUESTIONS, READ)
 
 
