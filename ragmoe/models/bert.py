@@ -23,6 +23,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPreTrainedModel
 
+from ragmoe._errors import ModelError
 from ragmoe.experts import FeedForward
 from ragmoe.gates import Routing, Tokens
 from ragmoe.models.attention import RoutedSelfAttention
@@ -60,6 +61,21 @@ class QuestionAnsweringOutput(ModelOutput):
     end_logits: Tensor | None = None
     routings: tuple[Routing, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class EncoderOutput(ModelOutput):
+    """What the encoder returns.
+
+    Attributes:
+        last_hidden_state: (Q, T, D).
+        hidden_states: of the embeddings and each layer, (Q, T, D) each.
+        routings: one for each sparse layer.
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    routings: tuple[Routing, ...] | None = None
 
 
 class RagmoeBertLayer(BertLayer):
@@ -124,14 +140,14 @@ class RagmoeBertEncoder(nn.Module):
         neighbours: Neighbours | None,
         tokens: Tokens | None = None,
         asked: Asked | None = None,
-    ) -> tuple[list[Tensor], tuple[Routing, ...]]:
+    ) -> tuple[tuple[Tensor, ...], tuple[Routing, ...]]:
         states, routings = [hidden_states], []
         for layer in self.layer:
             hidden_states, routing = layer(hidden_states, attention_mask, neighbours, tokens, asked)
             states.append(hidden_states)
             if routing is not None:
                 routings.append(routing)
-        return states, tuple(routings)
+        return tuple(states), tuple(routings)
 
 
 class RagmoeBertPreTrainedModel(SparseModel, BertPreTrainedModel):
@@ -142,7 +158,8 @@ class RagmoeBertPreTrainedModel(SparseModel, BertPreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["BertEmbeddings", "RagmoeBertLayer"]
     # The base class records outputs by hooks on BertLayer; ours are returned by the layers themselves.
     _can_record_outputs: ClassVar[dict[str, Any]] = {}
-    # forward takes any keyword, which Trainer would read as "divides its loss by num_items_in_batch itself".
+    # The loss is the mean of a batch; of a forward that takes any keyword Trainer would think that it is divided by
+    # num_items_in_batch already.
     accepts_loss_kwargs = False
 
 
@@ -174,11 +191,16 @@ class RagmoeBertModel(RagmoeBertPreTrainedModel):
         neighbour_votes: Tensor | None = None,
         question_domain: Tensor | None = None,
         asked: Asked | None = None,
-    ) -> tuple[list[Tensor], tuple[Routing, ...]]:
-        """All hidden states (embeddings first, (Q, T, D) each) and the routings of the sparse layers.
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """The hidden states, which are always all returned, and the routings of the sparse layers.
 
         The arguments are those of ``RagmoeBertForQuestionAnswering.forward``; ``asked``: what losses ask of the layers.
         """
+        _refuse_attentions(output_attentions)
         neighbours = None
         if self.gate_sees_neighbours:
             neighbours = Neighbours.from_tensors(
@@ -192,11 +214,15 @@ class RagmoeBertModel(RagmoeBertPreTrainedModel):
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        x_QTD = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, inputs_embeds=inputs_embeds)
+        x_QTD = self.embeddings(
+            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x_QTD, attention_mask=attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones(x_QTD.shape[:2], device=x_QTD.device)
-        return self.encoder(x_QTD, mask, neighbours, Tokens(attention_mask.bool(), token_type_ids), asked)
+        tokens = Tokens(attention_mask.bool(), token_type_ids)
+        states, routings = self.encoder(x_QTD, mask, neighbours, tokens, asked)
+        return _as_asked(EncoderOutput(states[-1], states, routings), return_dict)
 
 
 class RagmoeBertForQuestionAnswering(AvailabilityMixin, ReaderMixin, RagmoeBertPreTrainedModel):
@@ -223,13 +249,16 @@ class RagmoeBertForQuestionAnswering(AvailabilityMixin, ReaderMixin, RagmoeBertP
         context_mask: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         step_totals: StepTotals | None = None,
-    ) -> QuestionAnsweringOutput:
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
         """Read Q sequences.
 
         Args:
-            input_ids, attention_mask, token_type_ids: (Q, T).
+            input_ids, attention_mask, token_type_ids, position_ids: (Q, T).
             neighbour_embeddings, neighbour_scores, neighbour_mask: (B, N, R), (B, N), (B, N); B divides Q and the
                 sequences of one question are consecutive. All or none.
             neighbour_votes: (B, N, L, E), for gates with expert memory.
@@ -238,8 +267,13 @@ class RagmoeBertForQuestionAnswering(AvailabilityMixin, ReaderMixin, RagmoeBertP
             start_positions, end_positions: (B, M) int64, the candidate that is right in each of a question's M
                 sequences: 0 no answer here, 1 yes, 2 no, 3 maybe, 4 + t token t.
             step_totals: what the routing losses are told of the optimiser step, where this batch is a part of it.
+            return_dict: False returns a tuple of what there is, in the order of ``QuestionAnsweringOutput``.
+
+        Raises:
+            ModelError: ``output_attentions`` are asked for, which the fast kernels do not have.
         """
-        states, routings = self.bert(
+        wanted = self.training and start_positions is not None
+        encoded = self.bert(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -249,9 +283,11 @@ class RagmoeBertForQuestionAnswering(AvailabilityMixin, ReaderMixin, RagmoeBertP
             neighbour_mask,
             neighbour_votes,
             question_domain,
-            asked_of_layers(self.config, step_totals) if self.training and start_positions is not None else None,
+            asked_of_layers(self.config, step_totals) if wanted else None,
+            position_ids=position_ids,
+            output_attentions=output_attentions,
         )
-        x_QTD = states[-1]
+        x_QTD, routings = encoded.last_hidden_state, encoded.routings
         if attention_mask is None:
             attention_mask = torch.ones(x_QTD.shape[:2], dtype=torch.long, device=x_QTD.device)
         if context_mask is None:
@@ -260,13 +296,14 @@ class RagmoeBertForQuestionAnswering(AvailabilityMixin, ReaderMixin, RagmoeBertP
         answer = None
         if start_positions is not None and end_positions is not None:
             answer = answer_loss(start_QC, end_QC, start_positions, end_positions)
-        return QuestionAnsweringOutput(
+        output = QuestionAnsweringOutput(
             **self._losses(answer, loss_inputs(routings, attention_mask, question_domain), step_totals),
             start_logits=start_QC,
             end_logits=end_QC,
             routings=routings,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=encoded.hidden_states if output_hidden_states else None,
         )
+        return _as_asked(output, return_dict)
 
     def _losses(self, answer: Tensor | None, inputs: Sequence[LossInputs], step: StepTotals | None) -> dict[str, Any]:
         """The losses by name, as far as they can be told; ``inputs`` are of the sparse layers."""
@@ -343,6 +380,15 @@ class RagmoeBertForQuestionAnswering(AvailabilityMixin, ReaderMixin, RagmoeBertP
             model.special_outputs.load_state_dict(base.special_outputs.state_dict())
         copy_dense(model.bert, dense, noise=expert_noise, generator=torch.Generator().manual_seed(seed))
         return model
+
+
+def _as_asked(output: ModelOutput, return_dict: bool | None) -> Any:
+    return output.to_tuple() if return_dict is False else output
+
+
+def _refuse_attentions(output_attentions: bool | None) -> None:
+    if output_attentions:
+        raise ModelError("output_attentions is true: expected false, the attention kernels return no weights")
 
 
 AutoConfig.register("ragmoe_bert", RagmoeBertConfig)

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from ragmoe._errors import BundleError, ModelError
 from ragmoe._folders import share
@@ -152,8 +151,8 @@ class XLoraReader(ReaderMixin, RagmoeBertPreTrainedModel):
 class _Scaled(nn.Module):
     """A dense reader as PEFT's X-LoRA wants its model.
 
-    It looks for the adapters' weights below a module that is called ``model``, and asks for its first pass with
-    ``return_dict``, which the reader does not know.
+    It looks for the adapters' weights below a module that is called ``model``, and asks with ``return_dict`` for its
+    first pass, of which it wants the hidden states.
     """
 
     def __init__(self, reader: RagmoeBertForQuestionAnswering) -> None:
@@ -166,8 +165,7 @@ class _Scaled(nn.Module):
             return self.model(**inputs)
         # The encoder alone: nobody asks for answers in this pass.
         wanted = ("input_ids", "attention_mask", "token_type_ids", "inputs_embeds")
-        states, _ = self.model.bert(**{name: inputs.get(name) for name in wanted})
-        return BaseModelOutput(hidden_states=tuple(states))
+        return self.model.bert(**{name: inputs.get(name) for name in wanted})
 
 
 def dense_reader(model: RagmoeBertForQuestionAnswering) -> RagmoeBertForQuestionAnswering:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import LABELS, Make, some_neighbours, tokens
 from torch import Tensor
 
@@ -172,3 +173,23 @@ def test_output_is_a_model_output(make: Make) -> None:
 def test_trainer_divides_the_loss_itself(make: Make) -> None:
     """Trainer takes a forward with **kwargs for one that normalises over accumulated steps, unless told otherwise."""
     assert make().accepts_loss_kwargs is False
+
+
+def test_it_takes_what_callers_of_transformers_pass(make: Make) -> None:
+    model, inputs = make(), tokens()
+    plain = model(**inputs)
+    nothing = {"output_attentions": False, "output_hidden_states": None, "return_dict": True}
+    counted = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"])
+    assert torch.equal(model(**inputs, **nothing, position_ids=counted).start_logits, plain.start_logits)
+    assert not torch.equal(model(**inputs, position_ids=counted + 1).start_logits, plain.start_logits)
+    shape = plain.start_logits.shape
+    start_QC, end_QC = (x for x in model(**inputs, return_dict=False) if getattr(x, "shape", None) == shape)
+    assert torch.equal(start_QC, plain.start_logits) and torch.equal(end_QC, plain.end_logits)
+    with pytest.raises(ModelError, match="output_attentions is true"):
+        model(**inputs, output_attentions=True)
+
+
+def test_peft_tunes_it_as_a_model_for_question_answering(make: Make) -> None:
+    adapted = get_peft_model(make(), LoraConfig(task_type="QUESTION_ANS", target_modules=["query"]))
+    adapted(**tokens(), **LABELS).loss.backward()
+    assert any(p.grad is not None for name, p in adapted.named_parameters() if "lora_B" in name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny_models import LABELS, Make, some_neighbours, tokens
-from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, BertModel
+from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, BertModel, pipeline
 from transformers.utils import logging
 
 from ragmoe import BundleError, ModelError, load
@@ -131,11 +131,16 @@ def test_auto_classes(make: Make, tmp_path: Path) -> None:
     encoder = AutoModel.from_pretrained(tmp_path)
     assert type(encoder) is RagmoeBertModel
     inputs = tokens()
-    assert torch.equal(encoder(**inputs)[0][-1], model(**inputs, output_hidden_states=True).hidden_states[-1])
+    bare = encoder(**inputs)
+    assert torch.equal(bare[0], model(**inputs, output_hidden_states=True).hidden_states[-1])
     told = {**inputs, **some_neighbours(2).tensors()}
-    states, routings = encoder(**told)
-    assert torch.equal(states[-1], model(**told, output_hidden_states=True).hidden_states[-1])
-    assert len(routings) == len(encoder.sparse_layers) and not torch.equal(states[-1], encoder(**inputs)[0][-1])
+    output, want = encoder(**told), model(**told, output_hidden_states=True).hidden_states
+    assert all(torch.equal(x, y) for x, y in zip(output.hidden_states, want, strict=True))
+    assert torch.equal(output.last_hidden_state, want[-1])
+    assert torch.equal(encoder(**told, return_dict=False)[0], want[-1])
+    assert len(output.routings) == len(encoder.sparse_layers) and not torch.equal(output[0], bare[0])
+    features = pipeline("feature-extraction", model=encoder, tokenizer=model.tokenizer, return_tensors=True)("the city")
+    assert features.shape == (1, 4, model.config.hidden_size)
 
 
 def test_the_map_decides_and_not_config_json(make: Make, tmp_path: Path) -> None:

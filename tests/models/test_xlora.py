@@ -88,7 +88,7 @@ def test_the_adapters_are_weighed_by_what_the_classifier_sees_without_them(
     inputs = {name: x[:1, :5] for name, x in tokens().items()}
     found = reader.eval()(**inputs)
     with torch.no_grad():
-        states, _ = dense_reader(branches).bert(**inputs)
+        states = dense_reader(branches).bert(**inputs).hidden_states
         scalings_TME = classifier(reader)(states[-1]).view(5, 4, 3).softmax(dim=-1)
     torch.testing.assert_close(reader.xlora.base_model.get_latest_scalings()[0], scalings_TME)
 
