@@ -70,6 +70,14 @@ class OnDemandExperts(nn.Module):
         self._lock = threading.Lock()
         self._pending: Future[None] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+
     # Refused by whoever loads the model: what is added to keys and values has no slots.
     key_value = None
 
@@ -245,6 +253,10 @@ class ExpertStore:
         self.layers = [layer for _, layer in layers]
         self._gates = [gate for gate, _ in layers]
         self._pool: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes threads of its own once it needs them.
+        return {**self.__dict__, "_pool": None}
 
     def prefetch(self, neighbours: Neighbours) -> None:
         """Bring in what the gates foresee for these neighbours; on a processor in the background, layer after layer."""

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ragmoe._errors import ModelError
 from ragmoe.bundle import BundleMap, ExpertFiles
@@ -78,7 +78,7 @@ class Slots:
                 layers.append((layer.gate if isinstance(layer, MoELayer) else layer.gate.inner, experts))
         model.requires_grad_(False)
         store = ExpertStore(layers, self._resident)
-        _show_neighbours(store, model.base_model)
+        model.base_model.register_forward_pre_hook(_ShowNeighbours(store, model.base_model), with_kwargs=True)
         return store
 
 
@@ -91,19 +91,19 @@ def _on_demand(slots: Any, config: Any, files: ExpertFiles, prefix: str) -> OnDe
     return OnDemandFused(GluExperts(config, slots), config.experts, files, names)
 
 
-def _show_neighbours(store: ExpertStore, base: Any) -> None:
-    """Let the store see what neighbours come before the first layer runs; every family names them in ``forward``.
+class _ShowNeighbours:
+    """Lets a store see what neighbours come before the first layer runs; every family names them in ``forward``.
 
     While words are generated they are the same at every step, and are seen at the first.
     """
-    signature = inspect.signature(base.forward)
 
-    def look(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    def __init__(self, store: ExpertStore, base: Any) -> None:
+        self._store, self._signature = store, inspect.signature(base.forward)
+
+    def __call__(self, base: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         if base.gate_sees_neighbours:
-            given = signature.bind(*args, **named).arguments
+            given = self._signature.bind(*args, **named).arguments
             past = given.get("cache", given.get("past_key_values"))
             neighbours = Neighbours.from_tensors(given) if past is None or not past.get_seq_length() else None
             if neighbours is not None:
-                store.prefetch(neighbours)
-
-    base.register_forward_pre_hook(look, with_kwargs=True)
+                self._store.prefetch(neighbours)

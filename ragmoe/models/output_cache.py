@@ -48,6 +48,17 @@ class OutputCache:
         self._entries: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, _: dict[int, Any]) -> OutputCache:
+        """Itself: a copied model shares it, and its values are told apart by their keys."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {**self.__dict__, "_entries": self._entries.copy(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from tiny_models import LABELS, Make, some_neighbours, tokens
 from torch.nn import functional as F
 
-from ragmoe import BundleError, ModelError, Neighbours, Passage, load
+from ragmoe import BundleError, ModelError, Neighbours, OutputCache, Passage, load
 from ragmoe.bundle import read_map
 from ragmoe.evaluation.run import model_digest
 from ragmoe.models import RagmoeBertForQuestionAnswering, RagmoeBertModel
@@ -203,3 +205,20 @@ def test_a_file_that_is_lost_or_damaged(make: Make, tmp_path: Path, how: str) ->
     assert model(**tokens()).start_logits.isfinite().all()
     with pytest.raises(BundleError, match="lacks expert" if how == "absent" else "is damaged"):
         load(tmp_path, resident_experts=1)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_slots_of_its_own(bundle: Path, copied: Any) -> None:
+    model = load(bundle, resident_experts=1)
+    model.output_cache, model.expert_store.prefetching = OutputCache(), True
+    asked = (["what is open?"], [[Passage("a", "the river is open")]], voting(2))
+    want = model.read(*asked)
+    model.expert_store.reset_counters()
+    again = copied(model)
+    assert (again.output_cache is model.output_cache) == (copied is copy.deepcopy)
+    assert again.read(*asked) == want and again.output_cache.hits == 1
+    again.output_cache = None
+    # Where in memory a weight lies can move the last digits.
+    assert [(found.text, found.start) for found in again.read(*asked)] == [(found.text, found.start) for found in want]
+    assert again.expert_store.counters().hits and model.expert_store.counters().hits == 0
+    assert again.expert_store.layers[0] in [*again.modules()]
