@@ -56,6 +56,10 @@ class Routing(NamedTuple):
     probe: Probe | None = None
     ranked_SE: Tensor | None = None
 
+    def rows(self, at: slice) -> Routing:
+        """The routing of some of the tokens, before anything was probed."""
+        return Routing(*(x[at] if isinstance(x, Tensor) else None for x in self))
+
     def probabilities_SE(self) -> Tensor:
         """How likely the gate finds each expert, float32 (S, E); zero for all where none is available."""
         nobody_S1 = self.logits_SE.isneginf().all(dim=-1, keepdim=True)

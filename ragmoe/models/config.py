@@ -33,7 +33,8 @@ class RagmoeBertConfig(BertConfig):
         gate_noise, gate_jitter, token_dropout: what disturbs the gate while training; see ``GateSettings``.
         expert_groups: into how many groups the experts are divided (hierarchical gate).
         expert_types: the type of token each expert serves, -1 for all (modality gate); 0 the question, 1 the passage.
-        capacity_factor: an expert takes at most this many times an even share of the tokens; None sets no limit.
+        capacity_factor: an expert takes at most this many times an even share of the tokens, of a batch while training
+            and of each sequence otherwise; None sets no limit.
         overflow: what becomes of the rest: ``drop``, ``shared`` or ``next``.
         overflow_priority: who is served first: by ``position``, ``probability`` or at ``random``.
         shared_expert: full experts stand beside the dense network instead of in its place (LoRA experts always do).

@@ -49,7 +49,8 @@ def gate_settings(config: Any, layer: int = 0) -> GateSettings:
 class MoELayer(nn.Module):
     """A gate and its experts, in the place of one feed-forward network.
 
-    Dropless unless ``capacity_factor`` is set: every token reaches all the experts it was routed to.
+    Dropless unless ``capacity_factor`` is set: every token reaches all the experts it was routed to. What an expert
+    takes at most is then its share of a batch while training, and of each sequence otherwise.
     """
 
     def __init__(self, config: Any, layer: int = 0) -> None:
@@ -70,12 +71,20 @@ class MoELayer(nn.Module):
         routing = self.gate(x_BTD.reshape(-1, x_BTD.shape[-1]), neighbours, tokens)
         if self.capacity is None:
             return routing
-        mask_S, top_k = tokens.mask_BT.reshape(-1), self.gate.settings.top_k
-        served_SK = self.capacity.serve(routing, mask_S, top_k, training=self.training)
+        served_SK = self._who_serves(self.capacity, routing, tokens.mask_BT)
         if self.capacity.overflow.passes_on:
             weights_SK, _ = self.gate.weigh(routing.logits_SE, served_SK)
             routing = routing._replace(weights_SK=weights_SK.to(routing.weights_SK.dtype))
         return routing._replace(served_SK=served_SK)
+
+    def _who_serves(self, capacity: Capacity, routing: Routing, mask_BT: Tensor) -> Tensor:
+        """Who serves each choice: while training of the whole batch at once, otherwise of each sequence by itself, so
+        that an answer does not depend on what else is read beside it."""
+        (B, T), mask_S, top_k = mask_BT.shape, mask_BT.reshape(-1), self.gate.settings.top_k
+        if self.training or B <= 1:
+            return capacity.serve(routing, mask_S, top_k, training=self.training)
+        rows = [slice(b * T, (b + 1) * T) for b in range(B)]
+        return torch.cat([capacity.serve(routing.rows(row), mask_S[row], top_k, training=False) for row in rows])
 
     def key_values(self, x_BTD: Tensor, routing: Routing) -> Tensor | None:
         """What the experts add to the keys and values of the layer's attention, (B, T, 2 D); None where they do not."""

@@ -226,6 +226,24 @@ def test_any_size_of_layer(
     assert torch.allclose(y_1SD[0, real_S], want_SD[real_S], atol=1e-5)
 
 
+@pytest.mark.parametrize("priority", priority_names())
+@pytest.mark.parametrize("overflow", overflow_names())
+def test_what_it_answers_does_not_depend_on_the_batch(overflow: str, priority: str) -> None:
+    module = layer(capacity_factor=0.5, overflow=overflow, overflow_priority=priority).eval()
+    x_BTD, dense, mask_BT = torch.randn(3, 8, D), Dense().network, torch.ones(3, 8, dtype=torch.bool)
+    mask_BT[1, 5:] = False
+    y_BTD, routing = module(x_BTD, dense, None, Tokens(mask_BT))
+    for b in range(3):
+        alone_1TD, found = module(x_BTD[b : b + 1], dense, None, Tokens(mask_BT[b : b + 1]))
+        assert torch.equal(routing.served_SK.view(3, 8, K)[b], found.served_SK)
+        assert torch.allclose(y_BTD[b], alone_1TD[0], atol=1e-6)
+    # While training it is a share of the whole batch.
+    limit = Capacity(0.5, overflow, "position")
+    crowded = layer(capacity_factor=0.5, overflow=overflow).train()
+    _, trained = crowded(x_BTD, dense, None, Tokens(mask_BT))
+    assert torch.equal(trained.served_SK, limit.serve(trained, mask_BT.flatten(), K, training=True))
+
+
 def test_a_token_that_loses_everything_keeps_its_residual_alone() -> None:
     module, dense = layer(capacity_factor=1e-6), Dense()
     y_BTD, routing = module(torch.randn(1, 6, D), dense.network)
