@@ -37,16 +37,20 @@ def ask(
 ) -> None:
     """Answer a question from an index, with the passage it comes from, or say that nothing answers it."""
     check_question(question)
+    from ragmoe.generation import Generator
     from ragmoe.index import Index
 
     opened, thrift = Index.open(index), Thrift(resident_experts, without=without or ())
-    answer = thrift.load(bundle).answer([question], opened, passages=passages)[0]
+    model = thrift.load(bundle)
+    answer = model.answer([question], opened, passages=passages)[0]
     passage = opened.passage(answer.passage_id) if answer.passage_id is not None else None
     if as_json:
         print_json(_record(question, answer, passage) | thrift.found())
     else:
         print_answer(answer, passage)
         thrift.tell()
+    if cut := not isinstance(model, Generator) and model.question_tokens_lost(question):
+        typer.echo(f"the first {many(cut, 'token')} of the question were not read: there is no room for more", err=True)
     if lost := getattr(answer, "shortened", 0) + getattr(answer, "left_out", 0):
         typer.echo(f"{many(lost, 'passage')} shortened or left out: the prompt has no room for more", err=True)
 

@@ -190,6 +190,13 @@ class ReaderMixin(MemoryMixin, nn.Module):
             tokens += int(mask_S.sum())
         return total / max(tokens, 1)
 
+    def question_tokens_lost(self, question: str) -> int:
+        """How many tokens at the beginning of a question are not read: of a long one only half a sequence is."""
+        whole, read = (
+            tokenize_questions(self.tokenizer, [question], size)[0] for size in (None, self.config.max_length)
+        )
+        return len(whole) - len(read)
+
     def batches(
         self,
         questions: Sequence[str],

@@ -63,8 +63,8 @@ def tokenize_passages(tokenizer: Any, texts: Sequence[str]) -> list[TokenizedPas
     ]
 
 
-def tokenize_questions(tokenizer: Any, questions: Sequence[str], max_length: int) -> list[list[int]]:
-    """Tokens of questions. One longer than half a sequence keeps its end, where the asking is done."""
+def tokenize_questions(tokenizer: Any, questions: Sequence[str], max_length: int | None) -> list[list[int]]:
+    """Tokens of questions. One longer than half a sequence keeps its end, where the asking is done; None keeps all."""
     if not questions:
         return []
     encoded = tokenizer(
@@ -74,7 +74,8 @@ def tokenize_questions(tokenizer: Any, questions: Sequence[str], max_length: int
         return_token_type_ids=False,
         verbose=False,
     )
-    return [ids[-(max_length // 2) :] for ids in encoded["input_ids"]]
+    kept = slice(None if max_length is None else -(max_length // 2), None)
+    return [ids[kept] for ids in encoded["input_ids"]]
 
 
 def room(question: Sequence[int], max_length: int) -> int:

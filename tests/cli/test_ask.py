@@ -57,6 +57,14 @@ def test_wrong_words(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
     assert "--index" in err
 
 
+def test_a_question_without_room_is_told(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
+    words = ("ask", make_bundle("sure", no_answer_threshold=1e9), f"{'the ' * 40}{BRIDGE}", "--index")
+    code, out, err = ragmoe(*words, small_city / "index", "--json")
+    assert code == 0 and json.loads(out)["answered"]
+    assert "tokens of the question were not read: there is no room for more\n" in err
+    assert "not read" not in ragmoe(*words[:2], BRIDGE, "--index", small_city / "index")[2]
+
+
 def test_missing_folders(ragmoe: Any, small_city: Path, make_bundle: Any) -> None:
     code, _, err = ragmoe("ask", small_city / "none", "q?", "--index", small_city / "index")
     assert code == 1
