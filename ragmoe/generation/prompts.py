@@ -27,6 +27,8 @@ _INSTRUCTIONS: dict[WithoutGold, str] = {
 }
 # A passage shortened to fewer words than this says nothing that helps: it is left out.
 _LEAST_WORDS = 8
+# Words this long on average are none: the text is written without spaces, and so many characters count as a word.
+_NO_WORD, _CHARACTERS = 40, 2
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class PromptMaker:
         def cut(words: int) -> list[Passage]:
             return [passage if passage is held else _first_words(passage, words) for passage in passages]
 
-        low, high = _LEAST_WORDS, max(len(passage.text.split()) for passage in passages if passage is not held)
+        low, high = _LEAST_WORDS, max(_words(passage.text) for passage in passages if passage is not held)
         if len(self.ids(question, cut(low))) > room:
             return None
         while low < high:
@@ -194,9 +196,19 @@ class PromptMaker:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def _without_spaces(text: str) -> bool:
+    return len(text) > _NO_WORD * len(text.split())
+
+
+def _words(text: str) -> int:
+    return -(-len(text) // _CHARACTERS) if _without_spaces(text) else len(text.split())
+
+
 def _first_words(passage: Passage, words: int) -> Passage:
     """A passage with its first words alone, and a mark that there were more; itself where it has no more."""
-    pieces = passage.text.split(None, words)
-    if len(pieces) <= words:
+    if _words(passage.text) <= words:
         return passage
+    if _without_spaces(passage.text):
+        return replace(passage, text=f"{passage.text[: words * _CHARACTERS].rstrip()} ...")
+    pieces = passage.text.split(None, words)
     return replace(passage, text=passage.text[: len(passage.text) - len(pieces[-1])].rstrip() + " ...")

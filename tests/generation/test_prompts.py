@@ -138,3 +138,14 @@ def test_a_model_that_thinks_aloud_is_told_not_to() -> None:
     prompt = made.make(QUESTION, [GOLD], gold=0, answer="Anna")
     assert text(made, prompt.ids).endswith("<think>\n\n</think>\n\n")
     assert text(made, prompt.answer_ids) == "Anna [1]</s>"
+
+
+def test_a_text_without_spaces_is_shortened_as_one_with_them() -> None:
+    long = Passage("kanji", "漢字" * 600)
+    made = maker(max_length=1024)
+    prompt = made.make(QUESTION, [long])
+    assert (prompt.shortened, prompt.left_out) == (1, 0)
+    (shown,) = prompt.passages
+    assert shown.text.endswith(" ...") and long.text.startswith(shown.text[:-4])
+    # Up to what there is room for: two characters more, of three bytes each, would be too many.
+    assert made.style.max_length - made.style.max_answer_tokens - 6 < len(prompt.ids) <= 1024 - 64
