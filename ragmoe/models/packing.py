@@ -71,7 +71,8 @@ def pack(bundle: str | os.PathLike[str], out: str | os.PathLike[str], *, base: s
         rank: of the deltas on the base's matrices, the sum of the ranks of all adapters that were merged into them.
 
     Raises:
-        BundleError: a matrix has changed by more than the rank can say, or the bundle is no reader or of another base.
+        BundleError: a matrix has changed by more than the rank can say, or the bundle is no reader, of another base or
+            in another precision.
     """
     state, map_ = read_bundle(Path(bundle), verify=True)
     if (kind := map_.extra.get("config", {}).get("model_type")) != RagmoeBertConfig.model_type:
@@ -89,6 +90,12 @@ def pack(bundle: str | os.PathLike[str], out: str | os.PathLike[str], *, base: s
         elif original[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)} in {bundle}, {tuple(original[name].shape)} in {base}"
             raise BundleError(f"{bundle} does not come from {base}: {name} is {shapes}")
+        elif tensor.dtype != original[name].dtype:
+            raise BundleError(
+                f"{bundle} is saved in {tensor.dtype}, which has rounded every matrix of its base: expected "
+                f"{original[name].dtype}, as {base} has them",
+                hint="pack it as training leaves it, in float32",
+            )
         elif not torch.equal(tensor, original[name]):
             packed |= (delta := _delta(name, tensor, original[name], rank))
             deltas += [name] if name not in delta else []

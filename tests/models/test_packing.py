@@ -103,6 +103,12 @@ def test_unpacking_twice_is_bit_equal(packed: Path, tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_another_precision_is_named(bundle: Path, dense_folder: Path, tmp_path: Path) -> None:
+    load(bundle).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    with pytest.raises(BundleError, match=r"saved in torch\.bfloat16, .*: expected torch\.float32"):
+        pack(tmp_path / "half", tmp_path / "out", base=str(dense_folder), rank=RANK)
+
+
 def test_a_change_of_a_higher_rank_is_refused(bundle: Path, dense_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"changed by a matrix of a higher rank than 2: \d+\.\d% of it would be lost"):
         pack(bundle, tmp_path / "small", base=str(dense_folder), rank=2)
