@@ -236,6 +236,8 @@ class BundleMixin(PreTrainedModel):
             threshold = kwargs.get(_CALIBRATED)
             config, kwargs = cls.config_class.from_dict(held, return_unused_kwargs=True, **kwargs)
             kwargs |= precision
+        elif isinstance(config, str | os.PathLike):
+            config = cls.config_class.from_pretrained(config)
         _apply_map(config, bundle)
         if threshold is not None:
             config.no_answer_threshold, config.expert_thresholds = threshold, None

@@ -209,7 +209,9 @@ def test_loading_options_of_transformers(make: Make, tmp_path: Path) -> None:
     assert again.dtype == torch.bfloat16 and again.config._experts_implementation == "eager"
     assert not info["missing_keys"]
     config = RagmoeBertConfig.from_pretrained(tmp_path, max_answer_tokens=3)
-    assert RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, config=config).config.max_answer_tokens == 3
+    config.save_pretrained(tmp_path / "settings")
+    for given in (config, tmp_path / "settings", str(tmp_path / "settings")):
+        assert RagmoeBertForQuestionAnswering.from_pretrained(tmp_path, config=given).config.max_answer_tokens == 3
 
 
 @pytest.mark.parametrize("expert_kind", ["lora", "ffn"])
