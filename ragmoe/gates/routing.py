@@ -5,7 +5,7 @@ S flattened tokens (B sequences of T), E experts, K experts a token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ class Routing(NamedTuple):
 
     def rows(self, at: slice) -> Routing:
         """The routing of some of the tokens, before anything was probed."""
-        return Routing(*(x[at] if isinstance(x, Tensor) else None for x in self))
+        fields: dict[str, Any] = {name: x[at] for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return Routing(**fields)
 
     def probabilities_SE(self) -> Tensor:
         """How likely the gate finds each expert, float32 (S, E); zero for all where none is available."""
