@@ -37,7 +37,7 @@ class Answer:
         text: the best span, or yes, no or maybe, also where ``answered`` is False; empty only if nothing was read.
         answer_type: ``span`` or ``yesno``.
         passage_id, start: where a span stands; ``passage_id`` is also set for yes, no and maybe.
-        score: its probability among all answers in all passages read, 0 to 1.
+        score: its probability among all answers in all passages read, 0 to 1; what stands in two windows counts twice.
         no_answer_score: by how much (log odds) "no answer here" beats it in its passage.
         answered: whether that is within ``threshold``.
         threshold: the calibrated one of the model, or of the expert that most tokens called where that has its own.
@@ -314,12 +314,12 @@ class ReaderMixin(MemoryMixin, nn.Module):
             return Answer("", "span", None, None, 0.0, math.inf, False, self.config.no_answer_threshold)
         sequence, output = max(found, key=lambda pair: pair[1].candidate.score)
         best = output.candidate
-        start_mass = np.logaddexp.reduce([output.candidate.start_mass for _, output in found])
-        end_mass = np.logaddexp.reduce([output.candidate.end_mass for _, output in found])
+        # An answer begins and ends in one passage: pairs across two are no answers.
+        mass = np.logaddexp.reduce([output.candidate.start_mass + output.candidate.end_mass for _, output in found])
         none, threshold = best.none - best.score, self._threshold(output.routing)
         common: dict[str, Any] = {
             "passage_id": sequence.passage.id,
-            "score": float(np.exp(min(0.0, best.score - start_mass - end_mass))),
+            "score": float(np.exp(min(0.0, best.score - mass))),
             "no_answer_score": none,
             "answered": none <= threshold,
             "threshold": threshold,
