@@ -18,7 +18,7 @@ from __future__ import annotations
 from ragmoe.bundle._map import MAP_NAME, THRESHOLDS, BundleMap, EncoderRef, ExpertEntry, LineageStep
 from ragmoe.bundle.experts import ExpertInfo, list_experts, prune_experts, rename_expert, show_expert
 from ragmoe.bundle.merging import Merge, merge_experts
-from ragmoe.bundle.read import ExpertFiles, is_bundle, read_bundle, read_map
+from ragmoe.bundle.read import ExpertFiles, is_bundle, read_bundle, read_map, verify_bundle
 from ragmoe.bundle.versions import list_versions, lock_experts, roll_back
 from ragmoe.bundle.write import write_bundle
 
@@ -43,5 +43,6 @@ __all__ = [
     "rename_expert",
     "roll_back",
     "show_expert",
+    "verify_bundle",
     "write_bundle",
 ]

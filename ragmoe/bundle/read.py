@@ -97,6 +97,21 @@ def read_bundle(
     return state, map_
 
 
+def verify_bundle(folder: str | Path, *, version: int | None = None) -> list[str]:
+    """What is wrong with a bundle's files, one sentence each: those that are gone, or have another sha256 than listed.
+
+    Raises:
+        BundleError: there is no map, it is damaged, or there is no such version.
+    """
+    folder, problems = Path(folder), []
+    for file, digest in sorted(read_map(folder, version=version).digests.items()):
+        if not (folder / file).is_file():
+            problems.append(f"{file} is missing")
+        elif (found := file_digest(folder / file)) != digest:
+            problems.append(f"{file} was changed: its sha256 is {found}, the map says {digest}")
+    return problems
+
+
 class ExpertFiles:
     """Single experts of a bundle, read from their files when they are asked for, through a memory map.
 

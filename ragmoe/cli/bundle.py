@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from ragmoe._errors import BundleError
 from ragmoe._folders import expect_folder
 from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument, is_starter
 from ragmoe.cli._output import JsonOption, print_json, print_tables
 
-app = typer.Typer(help="Show a model's versions and go back to one; pack it, and unpack it.", no_args_is_help=True)
+app = typer.Typer(
+    help="Show and check a model's versions, go back to one; pack it, and unpack it.", no_args_is_help=True
+)
 
 _ROLLBACK_EXAMPLES = """Example:
 
@@ -55,6 +58,31 @@ def rollback(
     typer.echo(f"{bundle}: version {map_.version}, {map_.lineage[-1].message}")
     for said in map_.lineage[-1].changed:
         typer.echo(f"  {said}")
+
+
+@app.command()
+def verify(
+    bundle: BundleArgument,
+    version: Annotated[
+        int | None, typer.Option("--version", metavar="N", help="The version.", show_default="the current one")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare each file of a model with its digest in the map, which opening it does not do."""
+    from ragmoe.bundle import verify_bundle
+
+    problems = verify_bundle(bundle, version=version)
+    if as_json:
+        print_json({"ok": not problems, "problems": problems})
+        if problems:
+            raise typer.Exit(1)
+        return
+    if problems:
+        raise BundleError(
+            f"{bundle} is damaged: {'; '.join(problems)}",
+            hint=f"copy the whole folder again, or see what there is: ragmoe bundle versions {bundle}",
+        )
+    typer.echo(f"{bundle}: all is well")
 
 
 @app.command(epilog=_PACK_EXAMPLES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,19 @@ def test_versions_and_the_way_back(ragmoe: Any, make_bundle: Any) -> None:
     assert code == 1 and "is locked and cannot be pruned" in err and "ragmoe experts unlock BUNDLE" in err
     assert ragmoe("experts", "lock", bundle, 1)[1] == f"{bundle}: version 4, nothing to do\n"
     assert ragmoe("experts", "unlock", bundle, 1, 2)[1] == f"{bundle}: version 5, unlock expert 1, expert 2\n"
+
+
+def test_a_flipped_byte_is_found(ragmoe: Any, make_bundle: Any, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(make_bundle("checked"), tmp_path / "bundle"))
+    assert ragmoe("bundle", "verify", bundle)[:2] == (0, f"{bundle}: all is well\n")
+    assert ragmoe("experts", "prune", bundle, 1)[0] == 0
+    file = bundle / "expert.1.1.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    # Only the version before has it.
+    assert json.loads(ragmoe("bundle", "verify", bundle, "--json")[1]) == {"ok": True, "problems": []}
+    code, out, _ = ragmoe("bundle", "verify", bundle, "--version", 1, "--json")
+    found = json.loads(out)
+    assert code == 1 and not found["ok"] and "expert.1.1.safetensors was changed: its sha256 is" in found["problems"][0]
+    (bundle / "gate.1.safetensors").unlink()
+    code, _, err = ragmoe("bundle", "verify", bundle)
+    assert code == 1 and f"error: {bundle} is damaged: gate.1.safetensors is missing\n" in err
