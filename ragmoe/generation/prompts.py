@@ -138,7 +138,8 @@ class PromptMaker:
         content = "\n\n".join([*parts, f"Question: {question}"])
         if self._chat:
             return self._tokens(self._rendered([{"role": "user", "content": content}], opened=True))
-        ids = self.tokenizer(f"{content}\nAnswer:")["input_ids"]
+        # What reads like a control token in a text is text.
+        ids = self.tokenizer(f"{content}\nAnswer:", split_special_tokens=True)["input_ids"]
         # Some tokenizers end every text, and a prompt goes on.
         return list(ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids)
 

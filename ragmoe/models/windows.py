@@ -55,7 +55,13 @@ def tokenize_passages(tokenizer: Any, texts: Sequence[str]) -> list[TokenizedPas
     if not texts:
         return []
     encoded = tokenizer(
-        list(texts), add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        list(texts),
+        add_special_tokens=False,
+        # What reads like one in a text is text.
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
     )
     return [
         TokenizedPassage(ids, offsets)
@@ -70,6 +76,7 @@ def tokenize_questions(tokenizer: Any, questions: Sequence[str], max_length: int
     encoded = tokenizer(
         list(questions),
         add_special_tokens=False,
+        split_special_tokens=True,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,

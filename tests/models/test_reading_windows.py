@@ -123,3 +123,11 @@ def test_collate(tokenizer: Any) -> None:
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 0, 0, 0, 0], [0] * 5 + [1] * 5]
     assert batch["context_mask"].tolist() == [[i == 4 for i in range(10)], [5 <= i < 9 for i in range(10)]]
     assert batch["context_mask"].dtype == torch.bool
+
+
+def test_control_tokens_in_a_text_are_text(make: Make) -> None:
+    tokenizer = make().tokenizer
+    text = "the [SEP] river [CLS]"
+    (passage,), (question,) = tokenize_passages(tokenizer, [text]), tokenize_questions(tokenizer, [text], 48)
+    assert passage.ids == question and not {*question} & {tokenizer.sep_token_id, tokenizer.cls_token_id}
+    assert tokenizer("the [SEP]", add_special_tokens=False)["input_ids"][-1] == tokenizer.sep_token_id
