@@ -56,6 +56,14 @@ class Neighbours:
     def __len__(self) -> int:
         return self.embeddings_BNR.shape[0]
 
+    def require_sequences(self, sequences: int) -> None:
+        """ValueError where so many sequences cannot be those of B questions, as many of each."""
+        if sequences % len(self):
+            raise ValueError(
+                f"{sequences} sequences came with the neighbours of {len(self)} questions; expected as many questions "
+                "as sequences, or a divisor of their number"
+            )
+
     @classmethod
     def empty(cls, questions: int, width: int, neighbours: int = 1) -> Neighbours:
         """No neighbour for any of the questions (every mask is False)."""

@@ -157,6 +157,15 @@ def test_from_the_named_tensors_and_back() -> None:
         Neighbours.from_tensors({"neighbour_embeddings": whole.embeddings_BNR})
 
 
+def test_sequences_are_of_as_many_questions_or_of_each_as_many() -> None:
+    two = full()
+    for sequences in (2, 4):
+        two.require_sequences(sequences)
+    for sequences in (1, 3):
+        with pytest.raises(ValueError, match=f"{sequences} sequences came with the neighbours of 2 questions"):
+            two.require_sequences(sequences)
+
+
 def test_shapes_of_votes_and_domains_must_agree() -> None:
     with pytest.raises(ValueError, match=r"votes have the shape \(2, 2, 2, 3\); expected \(2, 3, L, E\)"):
         replace(found(), votes_BNLE=torch.zeros(2, 2, 2, 3))

@@ -217,6 +217,8 @@ class RagmoeBertModel(RagmoeBertPreTrainedModel):
         x_QTD = self.embeddings(
             input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
         )
+        if neighbours is not None:
+            neighbours.require_sequences(x_QTD.shape[0])
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x_QTD, attention_mask=attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones(x_QTD.shape[:2], device=x_QTD.device)

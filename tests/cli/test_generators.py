@@ -87,7 +87,7 @@ def test_experts_on_demand_and_held_back(world: Path, capsys: pytest.CaptureFixt
     out, task = ["--out", str(world / "out"), "--json"], str(world / "task.yaml")
     run = ["eval", "run", task, "--model", str(bundle), "--index", str(world / "index"), *out]
     digests = []
-    for more in ([], ["--resident-experts", "2"], ["--without", first]):
+    for more in ([], ["--resident-experts", "2"], ["--without", first, "--no-resume"]):
         assert main([*run, *more]) == 0
         found = Results.load(world / "out" / "port")
         digests.append(found.model_digest)
@@ -95,7 +95,10 @@ def test_experts_on_demand_and_held_back(world: Path, capsys: pytest.CaptureFixt
         assert (sum(shares) == 0) == ("--without" in more)
         capsys.readouterr()
     assert digests[0] == digests[1] != digests[2]
-    assert main([*run, "--output-cache", "3"]) == 2 and "--output-cache is for readers" in capsys.readouterr().err
+    assert (
+        main([*run, "--output-cache", "3", "--no-resume"]) == 2
+        and "--output-cache is for readers" in capsys.readouterr().err
+    )
 
 
 def test_a_bundle_just_made_is_asked_within_its_positions(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,6 +150,9 @@ class DecoderModel(Decoder):
                     "neighbour_values": neighbour_values,
                 }
             )
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if neighbours is not None and given is not None:
+            neighbours.require_sequences(given.shape[0])
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -123,6 +123,16 @@ def test_router_logits_are_off_while_it_writes(family: str, tmp_path: Path) -> N
     assert torch.equal(out.sequences, theirs.generate(x, **kwargs))
 
 
+def test_neighbours_of_another_batch_are_refused() -> None:
+    """Whether or not its tokens could be shared out among them."""
+    model = make("olmoe")
+    for questions in (1, 3):
+        model(prompts(rows=3), **some_neighbours(questions).tensors())
+    for rows, questions in ((2, 3), (2, 4), (3, 2)):
+        with pytest.raises(ValueError, match=f"{rows} sequences came with the neighbours of {questions} questions"):
+            model(prompts(rows=rows, length=12), **some_neighbours(questions).tensors())
+
+
 def test_what_generate_does_not_know_is_refused() -> None:
     with pytest.raises(ValueError, match="neighbour_embedings"):
         make("olmoe").generate(prompts(), neighbour_embedings=torch.zeros(3, 1, 16), max_new_tokens=2)
