@@ -86,6 +86,10 @@ class XLoraReader(ReaderMixin, RagmoeBertPreTrainedModel):
         """None: PEFT's layers stand where a reader has its MoE layers."""
         return []
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the dense network that PEFT has wrapped."""
+        return next(module for name, module in self.named_modules() if name.endswith(".word_embeddings"))
+
     def forward(self, **inputs: Any) -> QuestionAnsweringOutput:
         """Read Q sequences; takes and returns what ``RagmoeBertForQuestionAnswering.forward`` does.
 

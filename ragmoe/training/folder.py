@@ -45,13 +45,13 @@ _LEFT = (
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if need be, for one process; one that was made and where nothing is left goes again.
+    """Hold a folder, made if need be, for one process; what was made for it and holds nothing in the end goes again.
 
     Raises:
         ConfigError: it is none and cannot become one, or another process is training there.
     """
     expect_folder(folder)
-    new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
@@ -67,9 +67,9 @@ def locked(folder: Path) -> Iterator[None]:
         # While it is held: whoever comes next must not hold a file that is gone.
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-        if new:
-            with suppress(OSError):
-                folder.rmdir()
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def is_started(folder: Path) -> bool:
