@@ -59,6 +59,18 @@ def complain(results: Sequence[Results], folder: Path, again: str = "the same co
         )
 
 
+def tell_problems(folder: Path, problems: Sequence[str], error: type[RagmoeError], hint: str, as_json: bool) -> None:
+    """What is wrong with a folder that was verified, as an error of the kind given; or that all is well."""
+    if as_json:
+        print_json({"ok": not problems, "problems": list(problems)})
+        if problems:
+            raise typer.Exit(1)
+    elif problems:
+        raise error(f"{folder} is damaged: {'; '.join(problems)}", hint=hint)
+    else:
+        typer.echo(f"{folder}: all is well")
+
+
 def print_tables(tables: Sequence[Table]) -> None:
     """Print tables on stdout."""
     from rich.console import Console

@@ -10,7 +10,7 @@ import typer
 from ragmoe._errors import BundleError
 from ragmoe._folders import expect_folder
 from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument, is_starter
-from ragmoe.cli._output import JsonOption, print_json, print_tables
+from ragmoe.cli._output import JsonOption, print_json, print_tables, tell_problems
 
 app = typer.Typer(
     help="Show and check a model's versions, go back to one; pack it, and unpack it.", no_args_is_help=True
@@ -72,17 +72,8 @@ def verify(
     from ragmoe.bundle import verify_bundle
 
     problems = verify_bundle(bundle, version=version)
-    if as_json:
-        print_json({"ok": not problems, "problems": problems})
-        if problems:
-            raise typer.Exit(1)
-        return
-    if problems:
-        raise BundleError(
-            f"{bundle} is damaged: {'; '.join(problems)}",
-            hint=f"copy the whole folder again, or see what there is: ragmoe bundle versions {bundle}",
-        )
-    typer.echo(f"{bundle}: all is well")
+    hint = f"copy the whole folder again, or see what there is: ragmoe bundle versions {bundle}"
+    tell_problems(bundle, problems, BundleError, hint, as_json)
 
 
 @app.command(epilog=_PACK_EXAMPLES)

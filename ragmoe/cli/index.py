@@ -29,7 +29,7 @@ from ragmoe.cli._index_output import (
     reads,
     run_plan,
 )
-from ragmoe.cli._output import JsonOption, print_json
+from ragmoe.cli._output import JsonOption, print_json, tell_problems
 from ragmoe.cli._stopped import on_stop
 from ragmoe.cli.index_change import (
     ADD_EXAMPLES,
@@ -288,17 +288,8 @@ def verify(
     from ragmoe.index.verify import verify_index
 
     problems = verify_index(folder, encoder=encoder)
-    if as_json:
-        print_json({"ok": not problems, "problems": problems})
-        if problems:
-            raise typer.Exit(1)
-        return
-    if problems:
-        raise IndexFolderError(
-            f"{folder} is damaged: {'; '.join(problems)}",
-            hint=f"build it anew: ragmoe index build ... --out {folder} --overwrite",
-        )
-    typer.echo(f"{folder}: all is well")
+    hint = f"build it anew: ragmoe index build ... --out {folder} --overwrite"
+    tell_problems(folder, problems, IndexFolderError, hint, as_json)
 
 
 def print_hits(found: list[tuple[Hit, Passage]], query: str) -> None:

@@ -27,8 +27,8 @@ from ragmoe.moe import MoELayer
 from ragmoe.moe.block import SparseBlock
 from ragmoe.moe.layer import experts_a_token
 
-# What the map says of itself, and lays over any configuration.
-_IN_MAP = ("expert_ids", "expert_names", "expert_thresholds", "encoder", "index_digest")
+# What of a configuration the map does not record: it says it itself, or it is only true of this machine.
+_NOT_RECORDED = ("expert_ids", "expert_names", "expert_thresholds", "encoder", "index_digest", "_name_or_path")
 # What a reader's training measures, which therefore belongs to the weights; decoders have no such thing.
 _CALIBRATED = "no_answer_threshold"
 # What PEFT writes beside an adapter's weights.
@@ -134,7 +134,7 @@ class BundleMixin(PreTrainedModel):
                     **self._kept_records(folder),
                     **(extra or {}),
                     **_record_of_thresholds(config),
-                    "config": {name: value for name, value in config.to_dict().items() if name not in _IN_MAP},
+                    "config": {name: value for name, value in config.to_dict().items() if name not in _NOT_RECORDED},
                     **({"generation": self.generation_config.to_dict()} if self.can_generate() else {}),
                 },
                 message=message,

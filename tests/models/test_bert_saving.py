@@ -50,6 +50,9 @@ def test_round_trip_is_exact(make: Make, tmp_path: Path, gate: str, expert_kind:
     assert again.config.encoder == ENCODER and again.config.index_digest == "cd" * 32
     before, after = model.config.to_dict(), again.config.to_dict()
     assert {k for k in before if before[k] != after.get(k)} == {"_name_or_path", "expert_ids"}
+    # Where it was opened is nothing that goes with it.
+    again.save_pretrained(tmp_path / "copy")
+    assert all(str(tmp_path) not in file.read_text() for file in (tmp_path / "copy").glob("*.json"))
 
 
 def test_a_dense_reader_and_one_with_a_shared_expert(make: Make, tmp_path: Path) -> None:
