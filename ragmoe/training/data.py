@@ -10,12 +10,14 @@ import glob
 import hashlib
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -204,19 +206,23 @@ class Retrieved:
         names = self.index.passage_ids
         return [names[row] for row in self.rows_QN[question] if row >= 0]
 
-    def neighbours(self, question: int, n: int, allowed: Callable[[int], bool] | None = None) -> Neighbours:
-        """The first n neighbours of one question, or of those whose rows of the index are allowed."""
-        rows_N, scores_N = self.rows_QN[question], self.scores_QN[question]
-        if allowed is not None:
-            kept = [at for at, row in enumerate(rows_N.tolist()) if row >= 0 and allowed(row)][:n]
-            rows_N = np.pad(rows_N[kept], (0, n - len(kept)), constant_values=-1)
-            scores_N = np.pad(scores_N[kept], (0, n - len(kept)))
-        rows_N, scores_N = rows_N[:n], scores_N[:n]
-        mask_BN = torch.from_numpy(rows_N >= 0).unsqueeze(0)
-        embeddings = np.asarray(self.index.embeddings[np.maximum(rows_N, 0)], dtype=np.float32)
-        embeddings_BNR = torch.from_numpy(embeddings).unsqueeze(0) * mask_BN.unsqueeze(-1)
-        names = [self.index.passage_ids[row] for row in rows_N if row >= 0]
-        return Neighbours(embeddings_BNR, torch.from_numpy(scores_N).unsqueeze(0), mask_BN, [names])
+    def neighbours(self, question: int, n: int) -> Neighbours:
+        """The first n neighbours of one question."""
+        return neighbours_of(self.index, self.rows_QN[question, :n], self.scores_QN[question, :n])
+
+    def found(self, question: int, n: int, allowed: Callable[[int], bool]) -> Iterator[tuple[int, float]]:
+        """Rows of the index and their scores: the first n found for one question of those that are allowed."""
+        rows, scores = self.rows_QN[question].tolist(), self.scores_QN[question].tolist()
+        return islice(((row, score) for row, score in zip(rows, scores) if row >= 0 and allowed(row)), n)
+
+
+def neighbours_of(index: Index, rows_N: NDArray[np.int64], scores_N: NDArray[np.float32]) -> Neighbours:
+    """The passages of some rows of an index as the neighbours of one question; row -1 stands for none."""
+    mask_BN = torch.from_numpy(rows_N >= 0).unsqueeze(0)
+    embeddings = np.asarray(index.embeddings[np.maximum(rows_N, 0)], dtype=np.float32)
+    embeddings_BNR = torch.from_numpy(embeddings).unsqueeze(0) * mask_BN.unsqueeze(-1)
+    names = [index.passage_ids[row] for row in rows_N if row >= 0]
+    return Neighbours(embeddings_BNR, torch.from_numpy(scores_N).unsqueeze(0), mask_BN, [names])
 
 
 class RaftDataset(Dataset):

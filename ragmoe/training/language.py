@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,7 +25,7 @@ from ragmoe.generation.batches import decode_batch, labelled_batch, pad_token
 from ragmoe.index import Index
 from ragmoe.neighbours import Neighbours
 from ragmoe.training.config import DataConfig, LanguageConfig, TrainingConfig
-from ragmoe.training.data import Retrieved, Say, digest, is_held, say_replayed
+from ragmoe.training.data import Retrieved, Say, digest, is_held, neighbours_of, say_replayed
 from ragmoe.training.raft import drop_neighbours
 
 # Of the passages that a chunk retrieves many are of its own document, most of all in the corpus that is indexed.
@@ -191,12 +192,16 @@ class LanguageDataset(Dataset):
         Those that are shown are known from the start. Of a large corpus a short run shows few, so no others are.
         """
         index = self.index
-        asked = [at for at in sorted(set(places) - self._found.keys()) if self.chunks[at].number]
+        asked = sorted({at for place in places for at in self._asking(place)} - self._found.keys())
         if index is None or not asked:
             return
         texts, n = [self.query(at) for at in asked], min(self.config.neighbours + _SPARE, len(index))
         retrieved = Retrieved.of(index, texts, n, self.config.retriever, self.cache, progress=progress)
         self._found.update((at, (retrieved, query)) for query, at in enumerate(asked))
+
+    def _asking(self, place: int) -> range:
+        """The places of the chunks whose queries find the neighbours of a chunk: none before a document's second."""
+        return range(place - min(self.config.queries, self.chunks[place].number) + 1, place + 1)
 
     def query(self, place: int) -> str:
         """What retrieves the neighbours of a chunk: the text of the chunks before it, of the same document."""
@@ -206,22 +211,25 @@ class LanguageDataset(Dataset):
     def neighbours(self, place: int) -> Neighbours | None:
         """The neighbours of a chunk, without what would tell it (see ``LeakGuard``); None without an index.
 
-        The chunk is one of those that are shown, or that ``retrieve`` was asked for.
+        They are the best by score of what its own query found and, where ``queries`` says so, those of the chunks
+        before it. The chunk is one of those that are shown, or that ``retrieve`` was asked for.
         """
         index, guard, chunk = self.index, self.guard, self.chunks[place]
         if index is None or guard is None:
             return None
-        if chunk.number:
-            grams = guard.grams(chunk.text)
-            if place not in self._found:
+        grams, n = guard.grams(chunk.text), self.config.neighbours
+        best: dict[int, float] = {}
+        for at in self._asking(place):
+            if at not in self._found:
                 raise ValueError(f"chunk {place} is none of those shown, and no neighbours were retrieved for it")
-            retrieved, query = self._found[place]
-            found = retrieved.neighbours(
-                query, self.config.neighbours, lambda row: guard.allows(chunk.document, grams, row)
-            )
-        else:
-            found = Neighbours.empty(1, index.width, self.config.neighbours)
-        return self.recall(found, self.documents[chunk.document].domain)
+            retrieved, query = self._found[at]
+            for row, score in retrieved.found(query, n, lambda row: guard.allows(chunk.document, grams, row)):
+                best[row] = max(score, best.get(row, score))
+        # What one query found stays as its retriever ranked it.
+        shown = sorted(best, key=lambda row: -best[row])[:n] if len(best) > n else list(best)
+        rows_N, scores_N = np.full(n, -1, dtype=np.int64), np.zeros(n, dtype=np.float32)
+        rows_N[: len(shown)], scores_N[: len(shown)] = shown, [best[row] for row in shown]
+        return self.recall(neighbours_of(index, rows_N, scores_N), self.documents[chunk.document].domain)
 
 
 class LanguageCollator:

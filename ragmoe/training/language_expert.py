@@ -216,7 +216,7 @@ def cut_excerpts(
 
     So no more is retrieved for than is read. Of a document at most as many are taken as are needed.
     """
-    length = (config.query_chunks + 1) * config.chunk_tokens
+    length = (config.query_chunks + config.queries) * config.chunk_tokens
     by_domain: dict[str, list[Passage]] = defaultdict(list)
     for document in sorted(documents, key=lambda document: digest(document.id)):
         by_domain[document.domain].append(document)

@@ -109,7 +109,10 @@ class LanguageConfig(Section):
         chunk_tokens: tokens that are predicted together, with the same neighbours.
         context_tokens: how many tokens before a chunk are read with it and not predicted; the first one at least
             depends on the last token before it.
-        query_chunks: how many of the chunks before it retrieve its neighbours.
+        query_chunks: how many of the chunks before it are its query, as one text.
+        queries: from how many queries its neighbours come: its own, and those of the chunks before it, which have been
+            asked already. The best by score of all that they find are shown, so that a document's topic is not lost
+            where the last chunk says little of it.
         neighbours: N, how many the gate sees.
         retriever: None means the index's default.
         drop_all, drop_each: neighbour dropout, as in ``RaftConfig``; for training alone.
@@ -118,6 +121,8 @@ class LanguageConfig(Section):
     chunk_tokens: int = Field(128, ge=1)
     context_tokens: int = Field(1, ge=1)
     query_chunks: int = Field(1, ge=1)
+    # Left out where it is one: evaluations from before there was a choice stay what they are.
+    queries: int = Field(1, ge=1, exclude_if=lambda queries: queries == 1)
     neighbours: int = Field(16, ge=1)
     retriever: str | None = None
     drop_all: float = Field(0.0, ge=0.0, le=1.0)

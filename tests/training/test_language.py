@@ -140,6 +140,34 @@ def test_neighbours_depend_on_what_precedes_alone(leaky: Path, tmp_path: Path) -
     assert two.query(begin + 1) == DOCUMENTS[1].text[:200]
 
 
+def test_several_queries_bring_the_best_they_find(leaky: Path, tmp_path: Path) -> None:
+    """Not the last chunk alone says what a document is about; what is read is as much, and nothing leaks."""
+    own, three = dataset(leaky, tmp_path), dataset(leaky, tmp_path, queries=3)
+    place = next(i for i, chunk in enumerate(own.chunks) if chunk.document == 0 and chunk.number == 4)
+    best: dict[str, float] = {}
+    for at in (place - 2, place - 1, place):
+        retrieved, query = own._found[at]
+        grams = own.guard.grams(own.chunks[place].text)
+        allowed = [
+            (row, float(score))
+            for row, score in zip(retrieved.rows_QN[query], retrieved.scores_QN[query], strict=True)
+            if row >= 0 and own.guard.allows(0, grams, int(row))
+        ]
+        for row, score in allowed[:4]:
+            name = own.index.passage_ids[row]
+            best[name] = max(score, best.get(name, score))
+    expected = sorted(best, key=lambda name: -best[name])[:4]
+    found = three.neighbours(place)
+    assert found.passage_ids[0] == expected and found.passage_ids != own.neighbours(place).passage_ids
+    assert found.scores_BN[0].tolist() == pytest.approx([best[name] for name in expected])
+    rows = three.index.rows(expected)
+    assert torch.equal(found.embeddings_BNR[0], torch.from_numpy(three.index.embeddings[rows].astype("float32")))
+    # A document's second chunk has one query, its first none; those of the document before are not asked.
+    begin = next(i for i, chunk in enumerate(own.chunks) if chunk.document == 1)
+    assert three.neighbours(begin + 1).passage_ids == own.neighbours(begin + 1).passage_ids
+    assert not three.neighbours(begin).mask_BN.any()
+
+
 def test_the_order_is_the_seeds(leaky: Path, tmp_path: Path) -> None:
     one, again, other = (dataset(leaky, tmp_path, examples=40, seed=s, drop_each=0.5) for s in (1, 1, 2))
     assert one.order == again.order != other.order
