@@ -18,7 +18,7 @@ def refresh_config(folder: Path, map_: BundleMap) -> None:
     """Bring the copies that are there up to the map; call it under the lock that the map was replaced under."""
     path = folder / "config.json"
     if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = _read(path)
         config |= map_.extra.get("config", {})
         config |= {**counted(config, len(map_.experts)), "expert_ids": map_.expert_ids}
         config["expert_names"] = map_.expert_names
@@ -30,6 +30,15 @@ def refresh_config(folder: Path, map_: BundleMap) -> None:
     path = folder / "generation_config.json"
     if path.is_file() and (generation := map_.extra.get("generation")):
         write_text(path, json.dumps(generation, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What stands in a copy; nothing where it is damaged: the map, which it follows, holds all that a model needs."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def counted(config: Mapping[str, Any], experts: int) -> dict[str, int]:

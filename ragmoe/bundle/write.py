@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,6 +46,7 @@ def write_bundle(
     max_shard_bytes: int = 2 << 30,
     message: str = "",
     parent: BundleMap | None = None,
+    finish: Callable[[], None] | None = None,
 ) -> BundleMap:
     """Save a model's tensors as a bundle, or as the next version of the bundle that is there.
 
@@ -69,6 +70,7 @@ def write_bundle(
         message: recorded in the lineage.
         parent: publish only as the next version of this map, and only if the base, the gate and the experts that stay
             keep their files, digests included; experts may join, leave or be renamed. ``config.json`` follows.
+        finish: called once the map is replaced, while other writers still wait: writes copies of what it says.
 
     Raises:
         BundleError: the arguments contradict each other or the bundle that is there, a locked expert would change or
@@ -88,6 +90,8 @@ def write_bundle(
         new = _publish(folder, old, new, [group.change for group in saved.values() if group.change], message)
         if parent is not None:
             refresh_config(folder, new)
+        if finish is not None:
+            finish()
         return new
 
 

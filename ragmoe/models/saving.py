@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,13 @@ class BundleMixin(PreTrainedModel):
                 },
                 message=message,
                 **({} if max_shard_size is None else {"max_shard_bytes": convert_file_size_to_int(max_shard_size)}),
+                finish=partial(self._write_copies, folder),
             )
         )
-        # After the map, which holds it too and is what from_pretrained goes by: this copy is for other tools.
-        config.save_pretrained(folder)
+
+    def _write_copies(self, folder: Path) -> None:
+        """For other tools: what the map holds too, which is what from_pretrained goes by."""
+        self.config.save_pretrained(folder)
         if self.can_generate():
             self.generation_config.save_pretrained(folder)
 

@@ -135,6 +135,15 @@ def test_the_copies_for_other_tools_are_those_of_the_version(bundle: Path) -> No
     assert json.loads((bundle / "config.json").read_text())["top_k"] == 2
 
 
+@pytest.mark.parametrize("damaged", ["", '{"top_k": 2', "[1]"])
+def test_a_damaged_copy_is_made_anew(bundle: Path, damaged: str) -> None:
+    (bundle / "config.json").write_text(damaged)
+    assert rename_expert(bundle, "bank", "mint").version == 2
+    settings = json.loads((bundle / "config.json").read_text())
+    assert settings["expert_names"] == ["mint", "clinic", "archive"] and settings["top_k"] == 2
+    assert load(bundle).config.to_dict() == load(bundle, version=2).config.to_dict()
+
+
 def test_a_locked_expert_keeps_its_threshold(bundle: Path) -> None:
     model = load(bundle)
     model.config.expert_thresholds = [None, 1.0, None]
@@ -199,11 +208,14 @@ def test_locked_experts_stay(bundle: Path) -> None:
 def test_no_other_writer_comes_between_the_map_and_its_copies(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rename, written = os.replace, []
 
+    def held(target: Path) -> None:
+        with pytest.raises(Timeout):
+            FileLock(bundle / ".bundle.lock", timeout=0).acquire()
+        written.append(target)
+
     def replace(source: Path, target: Path) -> None:
         if Path(target).name == "config.json":
-            with pytest.raises(Timeout):
-                FileLock(bundle / ".bundle.lock", timeout=0).acquire()
-            written.append(target)
+            held(target)
         rename(source, target)
 
     monkeypatch.setattr(_files.os, "replace", replace)
@@ -211,3 +223,7 @@ def test_no_other_writer_comes_between_the_map_and_its_copies(bundle: Path, monk
     merge_experts(bundle, "mint", "clinic", "town")
     roll_back(bundle)
     assert len(written) == 3
+    model = load(bundle)
+    monkeypatch.setattr(type(model.config), "save_pretrained", lambda config, folder: held(folder))
+    model.save_pretrained(bundle)
+    assert len(written) == 4
