@@ -43,6 +43,7 @@ from ragmoe.cli.index_change import (
 )
 from ragmoe.cli.index_exchange import EXPORT_EXAMPLES, IMPORT_EXAMPLES, export, import_
 from ragmoe.cli.index_hub import PULL_EXAMPLES, PUSH_EXAMPLES, pull, push
+from ragmoe.cli.progress import working
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Passage
@@ -174,10 +175,12 @@ def build(
         "batch_tokens": batch_tokens,
     }
     options = _options(recipe, {key: value for key, value in flags.items() if value is not None}, resume, overwrite)
-    from ragmoe.index.build import plan_build
-
     with on_stop(lambda: kept(options.out)):
-        plan = plan_build(options)
+        # Loading the encoder's libraries takes its time, and so does reading much text.
+        with working("reading the sources, measuring the encoder"):
+            from ragmoe.index.build import plan_build
+
+            plan = plan_build(options)
         print_plan(plan)
         plan.check_room()
         if dry_run:

@@ -38,6 +38,15 @@ class Show:
 
 
 @contextmanager
+def working(on: str) -> Iterator[None]:
+    """Say on a terminal what is being done while nothing can be counted yet; nothing of it stays."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{on} ..."):
+        yield
+
+
+@contextmanager
 def progress() -> Iterator[Show]:
     """Bars while something long runs; nothing of them stays."""
     from rich.console import Console
