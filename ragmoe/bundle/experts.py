@@ -91,7 +91,7 @@ def rename_expert(bundle: str | Path, expert: int | str, name: str, *, message: 
     folder = Path(bundle)
     parent = read_map(folder)
     found = parent.find(expert)
-    require_unlocked([found], "renamed")
+    require_unlocked(folder, [found], "renamed")
     check_name(parent, name)
     experts = [e.model_copy(update={"name": name}) if e == found else e for e in parent.experts]
     new = parent.model_copy(update={"experts": experts})
@@ -113,7 +113,7 @@ def prune_experts(
     folder = Path(bundle)
     parent = read_map(folder) if parent is None else parent
     gone = [parent.find(expert) for expert in experts]
-    kept = check_prune(parent, gone)
+    kept = check_prune(folder, parent, gone)
     ids, going = [e.id for e in kept], len(parent.experts) - len(kept)
     new = with_experts(parent, ids)
     # All are of one size, and those that go may be the damaged ones.
@@ -123,9 +123,9 @@ def prune_experts(
     return write_map(folder, parent, new.model_copy(update=about), said)
 
 
-def check_prune(map_: BundleMap, gone: Sequence[ExpertEntry]) -> list[ExpertEntry]:
+def check_prune(folder: Path, map_: BundleMap, gone: Sequence[ExpertEntry]) -> list[ExpertEntry]:
     """The experts that stay where some leave; BundleError where one must not, or too few would stay."""
-    require_unlocked(gone, "pruned")
+    require_unlocked(folder, gone, "pruned")
     kept = [expert for expert in map_.experts if expert not in gone]
     require_enough(map_, len(kept))
     require_common(map_, gone)
@@ -226,13 +226,13 @@ def recorded_thresholds(map_: BundleMap) -> dict[str, float]:
     return dict(map_.extra.get(THRESHOLDS, {}))
 
 
-def require_unlocked(experts: Sequence[ExpertEntry], what: str) -> None:
+def require_unlocked(folder: Path, experts: Sequence[ExpertEntry], what: str) -> None:
     """Raise BundleError where one of them may not change."""
     for expert in experts:
         if expert.locked:
             raise BundleError(
                 f"expert {expert.id} ({expert.name}) is locked and cannot be {what}",
-                hint=f"ragmoe experts unlock BUNDLE {expert.id}",
+                hint=f"ragmoe experts unlock {folder} {expert.id}",
             )
 
 

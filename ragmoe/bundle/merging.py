@@ -53,7 +53,7 @@ def merge_experts(bundle: str | Path, a: int | str, b: int | str, name: str, *, 
     pair = parent.find(a), parent.find(b)
     if pair[0] == pair[1]:
         raise BundleError(f"{a!r} and {b!r} are the same expert, {pair[0].id} ({pair[0].name}); expected two")
-    require_unlocked(pair, "merged")
+    require_unlocked(folder, pair, "merged")
     if name not in (pair[0].name, pair[1].name):
         check_name(parent, name)
     require_enough(parent, len(parent.experts) - 1)

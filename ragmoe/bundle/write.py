@@ -149,7 +149,7 @@ def _publish(
 ) -> BundleMap:
     """Put the map in force where it says anything new, and leave the folder as a reader expects it."""
     if old is not None:
-        _check_locked_thresholds(old, new)
+        _check_locked_thresholds(folder, old, new)
     if new != old:
         new = _with_step(folder, old, new, changed, message, restores)
         _commit(folder, old, new)
@@ -158,7 +158,7 @@ def _publish(
     return new
 
 
-def _check_locked_thresholds(old: BundleMap, new: BundleMap) -> None:
+def _check_locked_thresholds(folder: Path, old: BundleMap, new: BundleMap) -> None:
     """Raise BundleError where a locked expert would answer by another threshold."""
     before, after = (map_.extra.get(THRESHOLDS, {}) for map_ in (old, new))
     for expert in old.experts:
@@ -167,7 +167,7 @@ def _check_locked_thresholds(old: BundleMap, new: BundleMap) -> None:
             raise BundleError(
                 f"expert {id} ({expert.name}) is locked: its no-answer threshold cannot change from {before.get(id)} "
                 f"to {after.get(id)}",
-                hint=f"ragmoe experts unlock BUNDLE {id}",
+                hint=f"ragmoe experts unlock {folder} {id}",
             )
 
 

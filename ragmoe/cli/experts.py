@@ -119,7 +119,7 @@ def prune(
         raise UsageError(f"{given[0]} says how a task is read, but no --task was given")
     map_ = read_map(bundle)
     gone = list(dict.fromkeys(map_.find(expert) for expert in experts))
-    kept = check_prune(map_, gone)
+    kept = check_prune(bundle, map_, gone)
     loads = [show_expert(bundle, expert.id).mean_load for expert in gone]
     predicted = sum(load for load in loads if load is not None) if None not in loads else None
     measured = _measure(bundle, [expert.id for expert in kept], find_tasks(task, data, limit), index)
