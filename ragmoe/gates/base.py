@@ -21,6 +21,11 @@ from ragmoe.gates.selection import selection_class
 from ragmoe.neighbours import Neighbours
 
 
+# The logit of an expert that a token must not go to. Far below any other, but finite: a token's softmax over it is zero,
+# and no loss becomes infinite.
+NEVER = -1e4
+
+
 @dataclass(frozen=True)
 class GateSettings:
     """Sizes and selection of a gate.
@@ -198,7 +203,8 @@ class Gate(nn.Module, ABC):
             ranked_SE = ranked_SE - self.scores.log_total(logits_SE).nan_to_num(neginf=0.0)
         if selection.takes_bias:
             # The bias moves the choice only, never the weights (DeepSeek-V3's balancing without a loss).
-            ranked_SE = ranked_SE + self.balance_bias
+            # That of an expert which is held back may be broken.
+            ranked_SE = (ranked_SE + self.balance_bias).masked_fill(~self.available, -torch.inf)
         if (reachable_SE := self.reachable(logits_SE)) is not None:
             ranked_SE = ranked_SE.masked_fill(~reachable_SE, -torch.inf)
         experts_SK = selection.choose(ranked_SE, tokens)

@@ -16,13 +16,9 @@ from transformers import initialization as init
 
 from ragmoe._errors import ConfigError, ModelError
 from ragmoe.gates.attention import weigh
-from ragmoe.gates.base import GateSettings, register_gate
+from ragmoe.gates.base import NEVER, GateSettings, register_gate
 from ragmoe.gates.token import TokenGate
 from ragmoe.neighbours import Neighbours
-
-# Far below any logit, but finite: a token's softmax over it is zero and no loss becomes infinite.
-_NEVER = -1e4
-
 
 class DomainGate(TokenGate):
     """One domain's expert and the common experts beside it, weighed by the token state.
@@ -61,7 +57,10 @@ class DomainGate(TokenGate):
         allowed_BE = place_E == domain_B.unsqueeze(1)
         allowed_BE |= (place_E >= E - self.settings.common_experts) | (domain_B < 0).unsqueeze(1)
         allowed_SE = allowed_BE.repeat_interleave(x_SD.shape[0] // len(neighbours), dim=0)
-        return logits_SE.masked_fill(~allowed_SE, _NEVER)
+        return logits_SE.masked_fill(~allowed_SE, NEVER)
+
+    def reachable(self, logits_SE: Tensor) -> Tensor:
+        return logits_SE > NEVER / 2
 
 
 @register_gate("oracle")
@@ -134,7 +133,7 @@ class FittedDomainGate(DomainGate):
         empty_D = torch.bincount(domain_Q[known_Q], minlength=D) == 0
         kept_D = empty_D & self.is_ready
         weight_DR = torch.where(kept_D.unsqueeze(1), self.weight, weight_DR)
-        self.offset.copy_(torch.where(kept_D, self.offset, offset_D.masked_fill(empty_D, _NEVER)))
+        self.offset.copy_(torch.where(kept_D, self.offset, offset_D.masked_fill(empty_D, NEVER)))
         self.weight.copy_(weight_DR)
 
     @abstractmethod

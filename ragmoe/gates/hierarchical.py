@@ -48,7 +48,10 @@ class HierarchicalGate(TokenGate):
     def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
         S, G = x_SD.shape[0], self.settings.groups
         group_SG = self.group(x_SD).float().log_softmax(dim=-1)
-        inside_SGe = super().logits(x_SD, neighbours).float().view(S, G, -1).log_softmax(dim=-1)
+        token_SE = super().logits(x_SD, neighbours).float()
+        # An expert that is held back may be broken, and must not break its group.
+        token_SE = token_SE.masked_fill(~self.available & ~token_SE.isfinite(), 0.0)
+        inside_SGe = token_SE.view(S, G, -1).log_softmax(dim=-1)
         return (group_SG.unsqueeze(-1) + inside_SGe).view(S, -1).to(x_SD.dtype)
 
     def reachable(self, logits_SE: Tensor) -> Tensor:

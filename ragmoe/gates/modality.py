@@ -6,14 +6,10 @@ import torch
 from torch import Tensor
 
 from ragmoe._errors import ConfigError
-from ragmoe.gates.base import GateSettings, register_gate
+from ragmoe.gates.base import NEVER, GateSettings, register_gate
 from ragmoe.gates.routing import Tokens
 from ragmoe.gates.token import TokenGate
 from ragmoe.neighbours import Neighbours
-
-# Far below any logit, but finite: see ragmoe/gates/domain.py.
-_NEVER = -1e4
-
 
 @register_gate("modality")
 class ModalityGate(TokenGate):
@@ -53,6 +49,9 @@ class ModalityGate(TokenGate):
     def placed_logits(self, x_SD: Tensor, neighbours: Neighbours | None, tokens: Tokens) -> Tensor:
         types_BT = torch.zeros_like(tokens.mask_BT, dtype=torch.long) if tokens.types_BT is None else tokens.types_BT
         serves_SE = (self.types_E == types_BT.reshape(-1, 1)) | (self.types_E == -1)
-        # A token of a type that no expert serves goes to any.
-        serves_SE = serves_SE | ~serves_SE.any(dim=1, keepdim=True)
-        return self.logits(x_SD, neighbours).masked_fill(~serves_SE, _NEVER)
+        # A token of a type that no expert serves, or none that is not held back, goes to any.
+        serves_SE = serves_SE | ~(serves_SE & self.available).any(dim=1, keepdim=True)
+        return self.logits(x_SD, neighbours).masked_fill(~serves_SE, NEVER)
+
+    def reachable(self, logits_SE: Tensor) -> Tensor:
+        return logits_SE > NEVER / 2

@@ -9,6 +9,8 @@ import torch
 
 from ragmoe import ConfigError, ModelError, Neighbours
 from ragmoe.gates import GateSettings, gate_class
+from ragmoe.gates.routing import Tokens
+from ragmoe.moe.capacity import overflow_class
 
 SETTINGS = GateSettings(width=16, experts=5, top_k=2, neighbour_width=4, common_experts=2)
 T = 7
@@ -135,3 +137,42 @@ def test_the_questions_of_a_domain_whose_expert_is_held_back_are_free() -> None:
 @pytest.mark.parametrize("name", ["centroid", "ridge"])
 def test_a_fitted_gates_experts_stay_what_they_are(name: str) -> None:
     assert gate_class(name).fixed_experts and not gate_class("oracle").fixed_experts
+
+
+@pytest.mark.parametrize("settings", [{}, {"scores": "sigmoid"}, {"selection": "expert_choice"}])
+def test_no_selection_and_no_bias_leads_to_another_domain(settings: dict[str, str]) -> None:
+    """Scores and biases are compared by more than logits; what is closed to a token stays closed."""
+    gate = gate_class("oracle")(replace(SETTINGS, **settings))
+    gate.balance_bias.copy_(torch.tensor([5.0, -5.0, 5.0, -5.0, -5.0]))
+    routing = gate(torch.randn(2 * T, 16), asked(1, -1))
+    assert set(routing.experts_SK[:T].flatten().tolist()) <= {1, 3, 4, 5}
+    assert {1} <= set(routing.experts_SK[:T].flatten().tolist())
+
+
+def test_an_overflow_goes_on_to_no_other_domain() -> None:
+    gate = gate_class("oracle")(replace(SETTINGS, top_k=1, common_experts=1))
+    gate.leaves_empty = True
+    routing = gate(torch.randn(20, 16), asked(2))
+    served_SK = overflow_class("next").serve(routing.experts_SK, routing.ranked_SE, torch.arange(20), 5)
+    assert set(served_SK.flatten().tolist()) == {2, 4, 5} and (served_SK == 5).sum() == 10
+
+
+def test_a_broken_expert_that_is_held_back_breaks_nothing() -> None:
+    kinds = {"token": {}, "retrieval": {}, "hierarchical": {"groups": 3}, "modality": {"expert_types": (0,) * 6}}
+    for name, more in kinds.items():
+        gate = gate_class(name)(replace(SETTINGS, experts=6, common_experts=0, **more))
+        with torch.no_grad():
+            gate.token.weight[2] = torch.nan
+            gate.balance_bias[2] = torch.nan
+        gate.set_available(torch.tensor([True, True, False, True, True, True]))
+        x_SD = torch.randn(40, 16)
+        routing = gate(x_SD, Neighbours.empty(2, 4))
+        assert routing.weights_SK.isfinite().all() and not (routing.experts_SK == 2).any(), name
+
+
+def test_a_type_whose_experts_are_all_held_back_goes_to_any() -> None:
+    gate = gate_class("modality")(replace(SETTINGS, top_k=1, common_experts=0, expert_types=(0, 0, 0, 1, 1)))
+    gate.set_available(torch.tensor([True, True, True, False, False]))
+    tokens = Tokens(torch.ones(1, 8, dtype=torch.bool), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]]))
+    routing = gate(torch.randn(8, 16), None, tokens)
+    assert routing.experts_SK.max() <= 2 and torch.equal(routing.weights_SK, torch.ones(8, 1))
