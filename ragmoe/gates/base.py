@@ -20,9 +20,8 @@ from ragmoe.gates.scores import scores_class
 from ragmoe.gates.selection import selection_class
 from ragmoe.neighbours import Neighbours
 
-
-# The logit of an expert that a token must not go to. Far below any other, but finite: a token's softmax over it is zero,
-# and no loss becomes infinite.
+# The logit of an expert that a token must not go to. Far below any other, but finite: a token's softmax over it is
+# zero, and no loss becomes infinite.
 NEVER = -1e4
 
 

@@ -20,6 +20,7 @@ from ragmoe.gates.base import NEVER, GateSettings, register_gate
 from ragmoe.gates.token import TokenGate
 from ragmoe.neighbours import Neighbours
 
+
 class DomainGate(TokenGate):
     """One domain's expert and the common experts beside it, weighed by the token state.
 

@@ -11,6 +11,7 @@ from ragmoe.gates.routing import Tokens
 from ragmoe.gates.token import TokenGate
 from ragmoe.neighbours import Neighbours
 
+
 @register_gate("modality")
 class ModalityGate(TokenGate):
     """``logits = W_t x`` over the experts of the token's type and those of all types.

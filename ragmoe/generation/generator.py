@@ -45,6 +45,8 @@ _GREEDILY: dict[str, Any] = {
     "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0, "min_new_tokens": 0,
 }  # fmt: skip
+# So many logits of what a batch says are kept, in float32 a gigabyte.
+_LOGITS = 1 << 28
 # What is the model's own, and what stands for it where a model has nothing of the kind.
 _OWN: dict[str, Any] = {
     **dict.fromkeys(("sparse_layers", "expert_names", "held_back", "bundle_digests"), ()),
@@ -91,7 +93,8 @@ class Generator:
         positions = getattr(model.config, "max_position_embeddings", None)
         if style is None and positions is not None:
             # Nobody has said how it is asked: as any model is, within its positions.
-            style = PromptStyle(max_length=min(PromptStyle.max_length, positions))
+            length = min(PromptStyle.max_length, positions)
+            style = PromptStyle(max_length=length, max_answer_tokens=min(PromptStyle.max_answer_tokens, length // 2))
         self.prompts = PromptMaker(tokenizer, style)
         if positions is not None and self.style.max_length > positions:
             raise ModelError(
@@ -247,9 +250,10 @@ class Generator:
         Raises:
             ModelError: the model answers NaN; it names the broken expert, where there is one.
         """
-        if len(questions) != len(passages):
-            raise ValueError(f"{len(questions)} questions, but passages for {len(passages)}")
-        refusal = self.prompts.answer_ids(REFUSAL)
+        for name, given in (("passages", passages), ("neighbours", neighbours)):
+            if given is not None and len(given) != len(questions):
+                raise ValueError(f"{len(questions)} questions, but {name} for {len(given)}")
+        refusal = self._as_said(REFUSAL, ended=True)
         prompts = [
             self.prompts.make(asked, shown, room=len(refusal)) for asked, shown in zip(questions, passages, strict=True)
         ]
@@ -269,8 +273,14 @@ class Generator:
         answers: Sequence[str],
         neighbours: Neighbours | None = None,
     ) -> list[Likelihood]:
-        """How likely each of some answers to one question is, without the token that would end it."""
-        choices = [self.prompts.answer_ids(answer)[:-1] for answer in answers]
+        """How likely each of some answers to one question is, without the token that would end it.
+
+        Args:
+            neighbours: of that question, one row.
+        """
+        if neighbours is not None and len(neighbours) != 1:
+            raise ValueError(f"one question, but neighbours for {len(neighbours)}")
+        choices = [self._as_said(answer, ended=False) for answer in answers]
         prompt = self.prompts.make(question, passages, room=max(map(len, choices), default=0))
         pairs = [(prompt.ids, choice) for choice in choices]
         rows = neighbours.rows([0] * len(answers)) if neighbours is not None else None
@@ -291,6 +301,15 @@ class Generator:
         require_numbers(self.model, *(routing.logits_SE for routing in output.routings))
         means = [routing.probabilities_SE().mean(dim=0) for routing in output.routings]
         return np.asarray(torch.stack(means).double().cpu())
+
+    def _as_said(self, answer: str, *, ended: bool) -> list[int]:
+        """The tokens of an answer up to where the model ends it, with or without the token that does.
+
+        A chat template may go on behind the end of a turn, with what no model says.
+        """
+        ids, ends = self.prompts.answer_ids(answer), self.ends
+        end = next(at for at, id in enumerate(ids) if id in ends)
+        return ids[: end + ended]
 
     def _likelihoods(
         self,
@@ -314,11 +333,17 @@ class Generator:
         found: dict[int, tuple[str, float]] = {}
         while order:
             size = max(1, batch_tokens // (len(prompts[order[0]].ids) + self.style.max_answer_tokens))
+            size = max(1, min(size, _LOGITS // (self.style.max_answer_tokens * self._vocabulary)))
             at, order = order[:size], order[size:]
             rows = seen.rows(at) if seen is not None else None
             batch = read_batch([prompts[i].ids for i in at], pad_token(self.tokenizer), rows, left=True)
             found.update(zip(at, self._said({name: x.to(device) for name, x in batch.items()}), strict=True))
         return [found[i] for i in range(len(prompts))]
+
+    @property
+    def _vocabulary(self) -> int:
+        """The size of the vocabulary."""
+        return int(self.model.config.get_text_config().vocab_size)
 
     def _said(self, inputs: dict[str, Tensor]) -> list[tuple[str, float]]:
         ends = self.ends

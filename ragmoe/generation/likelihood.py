@@ -60,6 +60,8 @@ def log_likelihoods(
     Raises:
         ModelError: the model answers NaN; it names the broken expert, where there is one.
     """
+    if neighbours is not None and len(neighbours) != len(pairs):
+        raise ValueError(f"{len(pairs)} continuations, but neighbours for {len(neighbours)}")
     if not all(before for before, _ in pairs):
         raise ValueError("a beginning is empty: nothing predicts the first token after it")
     model.eval()

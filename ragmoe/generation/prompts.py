@@ -25,6 +25,8 @@ _INSTRUCTIONS: dict[WithoutGold, str] = {
     "memory": "Answer the question. If one of the documents says it, give its number in brackets, as in [1]; if none "
     f"does, answer from memory, without a number. If nothing is known of it, answer: {REFUSAL}",
 }
+# What a prompt ends with where there is no chat template.
+_ANSWER = "Answer:"
 # A passage shortened to fewer words than this says nothing that helps: it is left out.
 _LEAST_WORDS = 8
 # Words this long on average are none: the text is written without spaces, and so many characters count as a word.
@@ -44,6 +46,18 @@ class PromptStyle:
     without_gold: WithoutGold = "refuse"
     max_length: int = 1024
     max_answer_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.without_gold not in _INSTRUCTIONS:
+            raise ValueError(f"without_gold is {self.without_gold!r}: expected {' or '.join(_INSTRUCTIONS)}")
+        for name in ("max_length", "max_answer_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}: expected a number of tokens")
+        if self.max_answer_tokens >= self.max_length:
+            raise ValueError(
+                f"max_answer_tokens is {self.max_answer_tokens}, of which max_length, {self.max_length}, must be more"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,20 +153,23 @@ class PromptMaker:
         if self._chat:
             return self._tokens(self._rendered([{"role": "user", "content": content}], opened=True))
         # What reads like a control token in a text is text.
-        ids = self.tokenizer(f"{content}\nAnswer:", split_special_tokens=True)["input_ids"]
+        ids = self.tokenizer(f"{content}\n{_ANSWER}", split_special_tokens=True)["input_ids"]
         # Some tokenizers end every text, and a prompt goes on.
         return list(ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids)
 
     def answer_ids(self, answer: str) -> list[int]:
         """The tokens of an answer after its prompt, up to the one that ends it."""
-        said = f" {answer}"
         if self._chat:
             # What a template puts around an answer does not depend on what was asked.
             asked = [{"role": "user", "content": "?"}]
             before = self._rendered(asked, opened=True)
             whole = self._rendered([*asked, {"role": "assistant", "content": answer}])
-            said = whole.removeprefix(before) if whole.startswith(before) else answer
-        ids, end = self._tokens(said), self.tokenizer.eos_token_id
+            ids = self._tokens(whole.removeprefix(before) if whole.startswith(before) else answer)
+        else:
+            # Some tokenizers set a token before whatever text they are given: the answer goes on after a colon.
+            before, whole = self._tokens(_ANSWER), self._tokens(f"{_ANSWER} {answer}")
+            ids = whole[len(before) :] if whole[: len(before)] == before else self._tokens(f" {answer}")
+        end = self.tokenizer.eos_token_id
         return ids[: ids.index(end) + 1] if end in ids else [*ids, end]
 
     def _prompt(

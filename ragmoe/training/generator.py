@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ragmoe._errors import DataError, ModelError
+from ragmoe._errors import ConfigError, DataError, ModelError
 from ragmoe.corpus.types import Question
 from ragmoe.generation.batches import IGNORED
 from ragmoe.generation.generator import Generator
@@ -39,9 +39,12 @@ def trains_generator(config: TrainingConfig) -> bool:
 
 
 def style_of(config: TrainingConfig) -> PromptStyle:
-    """How a generator is asked that is trained so."""
+    """How a generator is asked that is trained so; ConfigError where its lengths do not go together."""
     generate = config.generate or GenerateConfig()
-    return PromptStyle(generate.without_gold, config.raft.max_length, generate.max_answer_tokens)
+    try:
+        return PromptStyle(generate.without_gold, config.raft.max_length, generate.max_answer_tokens)
+    except ValueError as error:
+        raise ConfigError(str(error), hint="raft.max_length and generate.max_answer_tokens") from None
 
 
 def open_generator(config: TrainingConfig, index: Index) -> Generator:

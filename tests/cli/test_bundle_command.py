@@ -82,7 +82,11 @@ def test_versions_and_the_way_back(ragmoe: Any, make_bundle: Any) -> None:
     assert (code, out) == (0, f"{bundle}: version 4, lock expert 1, expert 2\n")
     assert "locked" in ragmoe("experts", "ls", bundle)[1]
     code, _, err = ragmoe("experts", "prune", bundle, 1)
-    assert code == 1 and "is locked and cannot be pruned" in err and f"ragmoe experts unlock {bundle}" in err.replace("\n", "")
+    assert (
+        code == 1
+        and "is locked and cannot be pruned" in err
+        and f"ragmoe experts unlock {bundle}" in err.replace("\n", "")
+    )
     assert ragmoe("experts", "lock", bundle, 1)[1] == f"{bundle}: version 4, nothing to do\n"
     assert ragmoe("experts", "unlock", bundle, 1, 2)[1] == f"{bundle}: version 5, unlock expert 1, expert 2\n"
 

@@ -16,6 +16,7 @@ from ragmoe import DataError, Index, ModelError, Passage, Question
 from ragmoe.evaluation.choices import accuracy, choose, multiple_choice
 from ragmoe.generation import REFUSAL, Generator, PromptStyle, is_generator
 from ragmoe.generation.answers import read_answer
+from ragmoe.generation.likelihood import log_likelihoods
 from ragmoe.generation.prompts import Prompt
 from ragmoe.models.initialising import init
 from ragmoe.moe import RoutingStatistics
@@ -210,6 +211,58 @@ def test_a_taught_answer_is_chosen(anna: Generator, index: Index) -> None:
         multiple_choice(anna, [Question("n", "?", ("a",), meta={"choices": ["b", "c"]})], index)
     with pytest.raises(DataError, match="no question was asked"):
         accuracy([])
+
+
+def test_a_turn_that_ends_before_the_text_does() -> None:
+    """A model says nothing behind the end of its turn, so nothing there is judged."""
+    tokenizer = byte_tokenizer(chat=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}#\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    made = Generator(tiny_llama(num_hidden_layers=1), tokenizer, PromptStyle("refuse", 700, 24))
+    end = tokenizer("#", add_special_tokens=False)["input_ids"][0]
+    made.model.generation_config.eos_token_id = [end]
+    assert tokenizer.decode(made.prompts.answer_ids("Anna")) == "Anna#\n</s>"
+    assert tokenizer.decode(made._as_said("Anna", ended=True)) == "Anna#"
+    judged = made.likelihoods("who?", [], ["Anna"])[0]
+    assert judged.tokens == len(tokenizer("Anna", add_special_tokens=False)["input_ids"])
+
+
+def test_neighbours_of_other_questions_are_refused(index: Index) -> None:
+    made, neighbours = generator(), index.neighbours(QUESTIONS, 2)
+    with pytest.raises(ValueError, match="2 questions, but neighbours for 3"):
+        made.read(QUESTIONS[1:], [[], []], neighbours)
+    with pytest.raises(ValueError, match="one question, but neighbours for 3"):
+        made.likelihoods(QUESTIONS[0], [], ["Anna"], neighbours)
+    with pytest.raises(ValueError, match="1 continuations, but neighbours for 3"):
+        log_likelihoods(made.model, [([5], [6])], neighbours)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"without_gold": "refusal"}', "without_gold is 'refusal': expected refuse or memory"),
+        ('{"max_length": "512"}', "max_length is '512': expected a number of tokens"),
+        ('{"max_length": 64}', "max_answer_tokens is 64, of which max_length, 64, must be more"),
+    ],
+)
+def test_a_prompt_style_that_cannot_be_is_told(content: str, message: str, tmp_path: Path) -> None:
+    generator().save(tmp_path)
+    (tmp_path / "prompt.json").write_text(content)
+    with pytest.raises(ModelError, match=message):
+        Generator.load(tmp_path)
+
+
+def test_a_large_vocabulary_makes_smaller_batches(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, read = generator(), [index.passages(["quay"])] * 3
+    whole = made.read(QUESTIONS, read)
+    sizes: list[int] = []
+    said = made._said
+    monkeypatch.setattr(made, "_said", lambda inputs: sizes.append(len(inputs["input_ids"])) or said(inputs))
+    monkeypatch.setattr("ragmoe.generation.generator._LOGITS", 2 * 12 * made.config.vocab_size)
+    assert [answer.said for answer in made.read(QUESTIONS, read)] == [answer.said for answer in whole]
+    assert sizes == [2, 1]
 
 
 def test_a_decoder_with_gates_opens_in_a_process_that_knows_none_yet(tmp_path: Path) -> None:

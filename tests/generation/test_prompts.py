@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from tiny_decoder import byte_tokenizer
+from tokenizers.normalizers import Prepend
 
 from ragmoe import DataError, ModelError, Passage
 from ragmoe.generation import REFUSAL, PromptMaker, PromptStyle, cite, cited_numbers, without_citations
@@ -101,6 +102,17 @@ def test_in_answering_the_worst_passages_go_first() -> None:
     assert (prompt.shortened, prompt.left_out) == (1, 2)
     assert OTHERS[0].text.startswith(prompt.passages[0].text.removesuffix(" ..."))
     assert prompt.answer_ids == []
+
+
+def test_what_a_tokenizer_sets_before_a_text_is_no_answer() -> None:
+    """Such as Llama 2's, which put a word's beginning before whatever they are given."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = Prepend("#")
+    made = PromptMaker(tokenizer, PromptStyle(max_length=4000))
+    assert tokenizer.decode(tokenizer(" Anna", add_special_tokens=False)["input_ids"]) == "# Anna"
+    assert text(made, made.answer_ids("Anna")) == " Anna</s>"
+    prompt = made.make(QUESTION, [GOLD], gold=0, answer="Anna")
+    assert text(made, [*prompt.ids, *prompt.answer_ids]).endswith("Answer: Anna [1]</s>")
 
 
 def test_an_answer_ends_with_the_end_of_text() -> None:

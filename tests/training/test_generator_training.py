@@ -217,9 +217,10 @@ def test_a_dry_run_shows_prompts_and_answers(content: Config) -> None:
         ({"train.dropout": 0.1}, "train.dropout is set"),
         ({"data.calibration_share": 0.1}, "data.calibration_share is 0.1, but a causal language model has no"),
         ({"train.what": "new_expert", "new_expert": {"name": "a"}}, "data.documents is empty, which a causal"),
+        ({"generate.max_answer_tokens": 480}, "max_answer_tokens is 480, of which max_length, 480, must be more"),
     ],
 )
-def test_what_only_a_reader_has_is_refused(content: Config, changes: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_a_generator_is_refused(content: Config, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(load_config(content(**changes)))
 
