@@ -36,6 +36,7 @@ class SoftmaxGate(TokenGate):
     """
 
     keeps_token_gate = False
+    fixed_experts = "it uses all of them for every token"
     summary = "all experts for every token, weighed by the softmax; costs E experts a token, and nothing is left out"
 
     def __init__(self, settings: GateSettings) -> None:

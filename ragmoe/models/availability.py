@@ -44,5 +44,7 @@ class AvailabilityMixin:
         wanted = [int(e) if isinstance(e, str) and e.isdigit() and e not in places else e for e in experts]
         if unknown := [e for e in wanted if e not in places]:
             raise ModelError(f"there is no expert {unknown[0]!r}; there are: {', '.join(self.expert_names)}")
+        if wanted and not self.gates:
+            raise ModelError("the model has no sparse layer, and so no expert that could be held back")
         held = {places[e] for e in wanted}
         self.set_available_experts([at for at in range(self.config.experts) if at not in held])

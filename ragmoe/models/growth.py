@@ -45,6 +45,8 @@ def grow(model: Model, rows: Mapping[str, Tensor], *, id: int, name: str) -> Mod
             f"the gate {model.config.gate!r} takes no new expert: {why}",
             hint="train with another gate first: ragmoe train CONFIG.yaml model.gate=retrieval",
         )
+    if (groups := getattr(model.config, "choice_groups", 1)) > 1:
+        raise ModelError(f"the experts stand in {groups} groups of one size (n_group): none can join alone")
     config = copy.deepcopy(model.config)
     E = config.experts
     config.experts = E + 1

@@ -34,8 +34,9 @@ class LoadBalance(RoutingLoss):
         choices_SE = inputs.routing.choices_SE().to(probability_SE.dtype)
         return torch.stack([token_sum(x_SE, inputs.mask_S) for x_SE in (choices_SE, probability_SE)])
 
-    def value(self, sums: Tensor, tokens: Tensor, top_k: int) -> Tensor:
-        load_E, probability_E = sums[0] / (tokens * top_k), sums[1] / tokens
+    def value(self, sums: Tensor, tokens: Tensor) -> Tensor:
+        # Where experts choose, or few are available, a token has not just K choices.
+        load_E, probability_E = sums[0] / sums[0].sum().clamp(min=1), sums[1] / tokens
         return sums.shape[1] * (load_E * probability_E).sum()
 
 
@@ -56,7 +57,7 @@ class GShard(RoutingLoss):
         first_SE = first.choices_SE().to(probability_SE.dtype)
         return torch.stack([token_sum(x_SE, inputs.mask_S) for x_SE in (first_SE, probability_SE)])
 
-    def value(self, sums: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+    def value(self, sums: Tensor, tokens: Tensor) -> Tensor:
         return (sums[0] / tokens * sums[1] / tokens).mean()
 
 
@@ -78,7 +79,7 @@ class Importance(RoutingLoss):
         weights_SE = weights_SE.scatter_add(1, routing.experts_SK, routing.weights_SK.to(weights_SE.dtype))
         return token_sum(weights_SE[:, :E], inputs.mask_S)
 
-    def value(self, sums: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+    def value(self, sums: Tensor, tokens: Tensor) -> Tensor:
         return _squared_variation(sums)
 
 
@@ -110,7 +111,7 @@ class Load(RoutingLoss):
             )
         return token_sum(inputs.routing.load_SE, inputs.mask_S)
 
-    def value(self, sums: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+    def value(self, sums: Tensor, tokens: Tensor) -> Tensor:
         return _squared_variation(sums)
 
 
@@ -124,7 +125,7 @@ class Uniform(RoutingLoss):
     def sums(self, inputs: LossInputs) -> Tensor:
         return token_sum(probabilities(inputs.routing), inputs.mask_S)
 
-    def value(self, sums: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+    def value(self, sums: Tensor, tokens: Tensor) -> Tensor:
         probability_E = sums / tokens
         # Their mean is 1/E, and zero where there is not one token.
         return (probability_E - probability_E.mean()).square().mean()
@@ -163,7 +164,7 @@ class Domain(RoutingLoss):
         joint_DE = probability_SE.new_zeros(E, E)
         return joint_DE.index_add(0, inputs.domain_S.clamp(min=0), probability_SE * known_S.unsqueeze(1))
 
-    def value(self, sums: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+    def value(self, sums: Tensor, tokens: Tensor) -> Tensor:
         # Each token adds one; by something far smaller the gradients of no token at all would be infinite.
         joint_DE = sums / sums.sum().clamp(min=1)
         entropy_D, entropy_E, entropy_DE = (_entropy(p) for p in (joint_DE.sum(dim=1), joint_DE.sum(dim=0), joint_DE))

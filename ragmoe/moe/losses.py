@@ -96,13 +96,12 @@ class RoutingLoss(ABC):
         """What the loss is a function of, summed over tokens: of two batches together, the sum of theirs."""
 
     @abstractmethod
-    def value(self, sums: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+    def value(self, sums: Tensor, tokens: Tensor) -> Tensor:
         """The loss, ().
 
         Args:
             sums: what ``sums`` gave.
             tokens: float32 (), at least 1: over how many tokens.
-            top_k: K.
         """
 
     def check(self, config: Any) -> None:
@@ -128,7 +127,7 @@ class RoutingLoss(ABC):
             tokens, sums = totals.tokens.to(sums), totals.parts * sums
             if totals.sums is not None:
                 sums = sums + (totals.sums - sums).detach()
-        return self.value(sums, tokens.clamp(min=1), inputs.routing.experts_SK.shape[1])
+        return self.value(sums, tokens.clamp(min=1))
 
 
 def token_sum(x_SX: Tensor, mask_S: Tensor) -> Tensor:

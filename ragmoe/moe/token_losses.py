@@ -40,7 +40,7 @@ class TokenLoss(RoutingLoss):
         loss_S = self.loss_S(inputs)
         return (loss_S * inputs.mask_S.to(loss_S.dtype)).sum()
 
-    def value(self, sums: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+    def value(self, sums: Tensor, tokens: Tensor) -> Tensor:
         return sums / tokens
 
 

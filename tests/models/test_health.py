@@ -56,6 +56,13 @@ def test_reading_names_it_and_goes_on_without_it(broken: RagmoeBertForQuestionAn
     assert broken.held_back == []
 
 
+def test_a_dense_model_has_no_expert_to_hold_back(make: Make) -> None:
+    dense = make(sparse_layers=[])
+    dense.hold_back([])
+    with pytest.raises(ModelError, match="has no sparse layer, and so no expert"):
+        dense.hold_back(["expert 1"])
+
+
 @pytest.mark.parametrize("start_or_end", [0, 1])
 def test_nan_elsewhere_is_no_experts_fault(make: Make, start_or_end: int) -> None:
     model = make(experts=4)

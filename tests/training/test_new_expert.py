@@ -692,6 +692,13 @@ def test_the_oracle_gate_takes_no_new_expert(bundle: Callable[..., Path]) -> Non
         grow(model, {}, id=3, name="market")
 
 
+def test_a_gate_that_uses_all_experts_takes_no_new_one(bundle: Callable[..., Path]) -> None:
+    model = load(bundle())
+    model.config.gate = "softmax"
+    with pytest.raises(ModelError, match="the gate 'softmax' takes no new expert: it uses all of them"):
+        grow(model, {}, id=3, name="market")
+
+
 @pytest.mark.parametrize("settings", [(), ("new_expert.train_gate=false",)])
 def test_a_plan_counts_the_new_expert(bundle: Callable[..., Path], market: Any, settings: tuple[str, ...]) -> None:
     asked = market(bundle(), *settings)

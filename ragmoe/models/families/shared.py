@@ -300,13 +300,26 @@ class DecoderForCausalLM(Decoder, GenerationMixin):
         return super()._expand_inputs_for_generation(*args, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        # An assistant is handed the arguments of this model, and mostly is none of ours. One of ours makes keys and
-        # votes of its own.
         assistant = kwargs.get("assistant_model")
-        width = getattr(assistant.config, "neighbour_width", None) if isinstance(assistant, Decoder) else None
-        kept = ("neighbour_embeddings", "neighbour_scores", "neighbour_mask") * (width == self.config.neighbour_width)
+        kept = self._read_by(assistant) if isinstance(assistant, Decoder) else ()
         given = {k: v for k, v in model_kwargs.items() if k in kept or k not in NEIGHBOUR_ARGUMENTS}
         return super()._get_candidate_generator(*args, model_kwargs=given, **kwargs)
+
+    def _read_by(self, assistant: Decoder) -> tuple[str, ...]:
+        """Which of this model's arguments an assistant of ours can read; it makes keys of its own.
+
+        Votes are for this model's experts. A gate that wants some for others is shown no neighbours: what an assistant
+        drafts is judged anyway.
+        """
+        own, other = self.config, assistant.config
+        if own.neighbour_width != other.neighbour_width:
+            return ()
+        read = ("neighbour_embeddings", "neighbour_scores", "neighbour_mask")
+        if not any(gate.uses_votes for gate in assistant.gates):
+            return read
+        alike = (own.experts, len(self.gates)) == (other.experts, len(assistant.gates))
+        same = alike and self.expert_names == assistant.expert_names
+        return (*read, "neighbour_votes") if same else ()
 
     # generate asks its signature whether it takes inputs_embeds.
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())

@@ -16,6 +16,7 @@ from ragmoe import BundleError, ConfigError, ModelError
 from ragmoe.bundle import merge_experts, prune_experts, read_bundle
 from ragmoe.gates import Gate
 from ragmoe.models.families import FAMILIES
+from ragmoe.models.growth import grow
 
 SMALL = {"neighbour_width": R, "gate_width": 8}
 UNNORMALISED = {"qwen3_moe", "olmoe", "glm4_moe"}
@@ -74,6 +75,8 @@ def test_a_group_that_is_held_back_is_not_chosen(tmp_path: Path) -> None:
     for routing in ours(x, output_routings=True).routings:
         assert set(routing.experts_SK.flatten().tolist()) == {4, 5}
     ours.save_pretrained(tmp_path / "bundle")
+    with pytest.raises(ModelError, match=r"stand in 4 groups of one size \(n_group\): none can join alone"):
+        grow(ours, {}, id=8, name="port")
     with pytest.raises(BundleError, match=r"stand in 4 groups of one size \(n_group\): none can go alone"):
         prune_experts(tmp_path / "bundle", [0])
 

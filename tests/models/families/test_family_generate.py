@@ -157,6 +157,27 @@ def test_it_goes_on_from_embeddings_as_from_their_tokens(family: str) -> None:
         assert torch.equal(model.generate(inputs_embeds=embedded, **dict(named), **how), want), mode
 
 
+@pytest.mark.parametrize("helper", ["the same", "other names", "other layers", "without votes"])
+def test_an_assistant_with_expert_memory_reads_votes_that_are_for_it(helper: str) -> None:
+    names = {"expert_names": ["a", "b", "c", "d"]}
+    model, x = make("mixtral", gate="memory", vote_start=2.0, **names), prompts()[:1]
+    named = {**some_neighbours().rows([0]).tensors(), "neighbour_votes": torch.rand(1, 4, 2, 4)}
+    other = {
+        "the same": {"gate": "memory", **names},
+        "other names": {"gate": "memory", "expert_names": ["a", "b", "c", "x"]},
+        "other layers": {"gate": "memory", "sparse_layers": [1], **names},
+        "without votes": {"gate": "retrieval", **names},
+    }[helper]
+    assistant = make("qwen3_moe", **other)
+    want = written(model, x, dict(named), do_sample=False)
+    assert torch.equal(written(model, x, dict(named), do_sample=False, assistant_model=assistant), want)
+    read = model._read_by(assistant)
+    assert ("neighbour_votes" in read, "neighbour_scores" in read) == {
+        "the same": (True, True),
+        "without votes": (False, True),
+    }.get(helper, (False, False))
+
+
 @pytest.mark.parametrize("assistant", ["plain", "of ours", "of another width"])
 def test_an_assistant_changes_nothing_of_what_is_written(assistant: str) -> None:
     model, x, named = make("mixtral"), prompts()[:1], some_neighbours().rows([0]).tensors()
