@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
+from ragmoe.experts.low_rank import grouped_product
 from ragmoe.experts.rows import Pairs
 
 AUTO = "auto"
@@ -51,7 +51,7 @@ def _processor_forward(module: Any, x_SD: Tensor, experts_SK: Tensor, weights_SK
 
     def linear(x: Tensor, name: str) -> Tensor:
         weight = getattr(module, name)
-        y = F.grouped_mm(x, weight if module.is_transposed else weight.transpose(1, 2), offs=pairs.offsets_E)
+        y = grouped_product(x, weight if module.is_transposed else weight.transpose(1, 2), pairs.offsets_E)
         return _AddBias.apply(y, getattr(module, f"{name}_bias"), counts) if module.has_bias else y
 
     # In the experts' own dtype, also under autocast: a half-precision copy of all experts takes longer than it saves.

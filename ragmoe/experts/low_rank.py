@@ -15,13 +15,21 @@ from torch.nn import functional as F
 
 def low_rank(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor, offsets_E: Tensor) -> Tensor:
     """``x A_e B_e`` of each row by its expert, (P, H)."""
-    inner_Pr = _grouped(x_PD, a_EDr.to(x_PD.dtype), offsets_E)
-    return _grouped(inner_Pr, b_ErH.to(x_PD.dtype), offsets_E)
+    inner_Pr = grouped_product(x_PD, a_EDr.to(x_PD.dtype), offsets_E)
+    return grouped_product(inner_Pr, b_ErH.to(x_PD.dtype), offsets_E)
 
 
-def _grouped(x_PD: Tensor, weight_EDH: Tensor, offsets_E: Tensor) -> Tensor:
-    """torch's grouped product; while compiling, which that can in bfloat16 alone, the way around it of transformers."""
-    if torch.compiler.is_compiling() and x_PD.dtype != torch.bfloat16:
+def grouped_product(x_PD: Tensor, weight_EDH: Tensor, offsets_E: Tensor) -> Tensor:
+    """``x W_e`` of each row by its expert, (P, H): torch's own, or where that cannot, the way around of transformers.
+
+    It cannot while compiling in anything but bfloat16, nor in widths whose rows are no multiple of 16 bytes.
+    """
+    if torch.compiler.is_compiling():
+        around = x_PD.dtype != torch.bfloat16
+    else:
+        # The gradient of the result is as wide as the result.
+        around = any(width * x_PD.element_size() % 16 for width in weight_EDH.shape[1:])
+    if around:
         return torch.ops.transformers.grouped_mm_fallback(x_PD, weight_EDH, offs=offsets_E)
     return F.grouped_mm(x_PD, weight_EDH, offs=offsets_E)
 

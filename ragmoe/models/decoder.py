@@ -23,6 +23,7 @@ from ragmoe.experts import AUTO, Experts, FeedForward
 from ragmoe.gates import Gate, Routing, Selection, Tokens, gate_class, selection_class
 from ragmoe.models.loss import routing_losses
 from ragmoe.moe import MoELayer, routing_loss
+from ragmoe.moe.capacity import priority_class
 from ragmoe.moe.losses import loss_inputs
 from ragmoe.neighbours import Neighbours
 
@@ -215,22 +216,28 @@ class MoEBlock(nn.Module):
 class MoEDecoder(nn.Module):
     """A causal language model of ``MoEBlock``s, with its embedding as its head.
 
+    Where capacity is limited and a token has several experts, its second choice waits for the first choices of the
+    tokens after it, as in GShard, and the room grows with the text: such a model is not quite causal, and its losses
+    are to be compared with those of its like alone.
+
     Raises:
-        ConfigError: for a gate or a selection that lets a token's experts depend on later tokens, or a loss that needs
-            more than the routing.
+        ConfigError: for a gate, a selection or an order of overflow that lets a token's experts depend on later tokens,
+            or a loss that needs more than the routing.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        for kind, name, known in (
+        for field_name, name, known in (
             ("selection", config.selection, selection_class(config.selection)),
             ("gate", config.gate, gate_class(config.gate)),
+            ("overflow_priority", config.overflow_priority, priority_class(config.overflow_priority)),
         ):
             if not known.is_causal:
                 raise ConfigError(
-                    f"the {kind} {name!r} lets a token's experts depend on tokens after it: not for a causal decoder",
-                    hint="selection=top_k, or gate=token",
+                    f"the {field_name.replace('_', ' ')} {name!r} lets a token's experts depend on tokens after it: "
+                    "not for a causal decoder",
+                    hint="selection=top_k, gate=token, overflow_priority=position",
                 )
         for name in config.losses:
             loss = routing_loss(name)

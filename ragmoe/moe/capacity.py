@@ -135,8 +135,13 @@ def _with_room(experts_SK: Tensor, E: int, order_S: Tensor, capacity: int, room_
 
 
 class Priority(ABC):
-    """The order in which tokens are served."""
+    """The order in which tokens are served.
 
+    Attributes:
+        is_causal: whether no later token is served before an earlier one's same choice.
+    """
+
+    is_causal: ClassVar[bool] = False
     summary: ClassVar[str] = ""
 
     @staticmethod
@@ -153,6 +158,7 @@ register_priority, priority_names, priority_class = _PRIORITIES.register, _PRIOR
 class ByPosition(Priority):
     """As tokens stand in the batch. Source: Lepikhin et al. 2020 (GShard); Fedus et al. 2021 (Switch)."""
 
+    is_causal = True
     summary = "tokens are served as they stand in the batch; the default"
 
     @staticmethod

@@ -13,6 +13,7 @@ from transformers.integrations import use_experts_implementation
 
 from ragmoe.experts import kernel
 from ragmoe.experts.ffn import FusedExperts
+from ragmoe.experts.low_rank import grouped_product
 
 D, H, E = 16, 32, 4
 
@@ -99,3 +100,18 @@ def test_elsewhere_it_is_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     module(torch.zeros(2, D), experts_SK, torch.ones(2, 1))
     assert len(called) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inner", "outer"), [(16, 16), (16, 18), (18, 16), (17, 19)])
+def test_products_of_any_width(inner: int, outer: int, dtype: torch.dtype) -> None:
+    """torch's own grouped product takes rows of a multiple of 16 bytes alone."""
+    x, weight = torch.randn(7, inner, dtype=dtype), torch.randn(3, outer, inner, dtype=dtype)
+    offsets, rows = torch.tensor([2, 2, 7], dtype=torch.int32), [(0, 2), (2, 2), (2, 7)]
+    x.requires_grad_(), weight.requires_grad_()
+    got = grouped_product(x, weight.transpose(1, 2), offsets)
+    want = torch.cat([x[begin:end] @ weight[e].T for e, (begin, end) in enumerate(rows)])
+    torch.testing.assert_close(got, want)
+    grad = torch.randn_like(want)
+    for mine, theirs in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (got, want)), strict=True):
+        torch.testing.assert_close(mine, theirs)

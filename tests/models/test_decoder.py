@@ -110,6 +110,9 @@ def test_what_a_causal_decoder_refuses() -> None:
         MoEDecoder(gshard_style(**SIZES, selection="expert_choice"))
     with pytest.raises(ConfigError, match="the gate 'task' lets a token's experts depend on tokens after"):
         MoEDecoder(gshard_style(**SIZES, gate="task"))
+    for priority in ("probability", "random"):
+        with pytest.raises(ConfigError, match=f"the overflow priority '{priority}' lets a token's experts depend on"):
+            MoEDecoder(switch_style(**SIZES, overflow_priority=priority))
     with pytest.raises(ConfigError, match="the loss 'context' needs more than the routing"):
         MoEDecoder(gshard_style(**SIZES, losses={"context": 1.0}))
     with pytest.raises(ConfigError, match="there is no norm 'batch'; there are: layer, rms"):

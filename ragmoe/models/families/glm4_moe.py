@@ -41,7 +41,7 @@ class RagmoeGlm4MoeConfig(RoutingConfig, Glm4MoeConfig):
 
     @property
     def float_weights(self) -> bool:
-        """Its own experts take their weights in float32."""
+        """Its own experts are handed their weights in float32."""
         return self.expert_kind == "ffn"
 
     @property

@@ -31,7 +31,7 @@ class RagmoeMixtralConfig(RoutingConfig, MixtralConfig):
 
     @property
     def float_weights(self) -> bool:
-        """Its own experts take their weights in float32."""
+        """Its own experts are handed their weights in float32."""
         return self.expert_kind == "ffn"
 
 
