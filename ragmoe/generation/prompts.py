@@ -167,8 +167,8 @@ class PromptMaker:
             ids = self._tokens(whole.removeprefix(before) if whole.startswith(before) else answer)
         else:
             # Some tokenizers set a token before whatever text they are given: the answer goes on after a colon.
-            before, whole = self._tokens(_ANSWER), self._tokens(f"{_ANSWER} {answer}")
-            ids = whole[len(before) :] if whole[: len(before)] == before else self._tokens(f" {answer}")
+            opening, ids = self._tokens(_ANSWER), self._tokens(f"{_ANSWER} {answer}")
+            ids = ids[len(opening) :] if ids[: len(opening)] == opening else self._tokens(f" {answer}")
         end = self.tokenizer.eos_token_id
         return ids[: ids.index(end) + 1] if end in ids else [*ids, end]
 
