@@ -4,9 +4,10 @@
 
 Cuts the `valid` documents of the six domains of eval/experiments/lm_domains.yaml in chunks of several lengths, and
 retrieves for some of each domain (drawn with seed 0) what a language model is shown: the neighbours of the chunk
-before, leaks held back. By length: the share of neighbours that are of the chunk's domain, the share of chunks whose
-domain most of the neighbours have (weighted as their votes are), and the share of all tokens that are in such chunks:
-the first chunk of a document has no neighbours. What it does not do: say what that is worth, which the experiment does.
+before, leaks held back; of one length also the best of what several chunks before it retrieve. By row: the share of
+neighbours that are of the chunk's domain, the share of chunks whose domain most of the neighbours have (weighted as
+their votes are), and the share of all tokens that are in such chunks: the first chunk of a document has no neighbours.
+What it does not do: say what that is worth, which the experiment does.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from ragmoe.training.config import LanguageConfig
 from ragmoe.training.data import CACHE_NAME
 from ragmoe.training.language import LanguageDataset
 
-LENGTHS = (16, 32, 64, 128, 256)
+# Tokens of a chunk, and how many of the chunks before it are queries.
+ROWS = ((16, 1), (32, 1), (64, 1), (128, 1), (128, 2), (128, 4), (128, 8), (256, 1))
 NEIGHBOURS = 8
 
 
@@ -79,25 +81,33 @@ def main() -> None:
     domain_of = {passage.id: passage.domain for passage in passages}
     guard = LeakGuard(documents, passages)
     rows, lines = [], []
-    for length in LENGTHS:
-        config = LanguageConfig(chunk_tokens=length, neighbours=NEIGHBOURS)
+    for length, queries in ROWS:
+        config = LanguageConfig(chunk_tokens=length, queries=queries, neighbours=NEIGHBOURS)
         dataset = LanguageDataset(documents, None, tokenizer, config, cache=arguments.out.parent)
         # Only now, and for a few: given at once, it would retrieve for all chunks.
         dataset.index, dataset.guard, dataset.cache = index, guard, index.folder / CACHE_NAME
         found = judge(dataset, arguments.chunks, domain_of)
         found["mean"] = tuple(float(np.mean([of[i] for of in found.values()])) for i in range(3))  # type: ignore[assignment]
+        label = f"{length} tokens" if queries == 1 else f"{length} tokens, {queries} queries"
         for name, values in found.items():
             for metric, value in zip(("of the domain", "voted into it", "tokens voted into it"), values, strict=True):
-                rows.append(row(f"{length} tokens, {name}", metric, value, baseline=None, target=None))
-        lines.append([str(length), *("{:.2f} / {:.2f} / {:.2f}".format(*found[name]) for name in (*DOMAINS, "mean"))])
-        print(f"{length} tokens: {found['mean']}", flush=True)
+                rows.append(row(f"{label}, {name}", metric, value, baseline=None, target=None))
+        lines.append(
+            [
+                str(length),
+                str(queries),
+                *("{:.2f} / {:.2f} / {:.2f}".format(*found[name]) for name in (*DOMAINS, "mean")),
+            ]
+        )
+        print(f"{label}: {found['mean']}", flush=True)
     report = (
         "# What the neighbours of the text before tell of a chunk's domain\n\n"
         f"{NEIGHBOURS} neighbours of {len(index):,} passages of six domains, retrieved by as many tokens before a "
-        f"chunk as it has; up to {arguments.chunks} chunks of each domain's `valid` documents. Share of neighbours of "
+        "chunk as it has, or the best of what so many such queries retrieve; up to "
+        f"{arguments.chunks} chunks of each domain's `valid` documents. Share of neighbours of "
         "the chunk's domain / share of chunks whose domain most neighbours have, weighted as votes are / share of all "
         "tokens that are in such chunks (the first chunk of a document has no neighbours).\n\n"
-        + table(["tokens", *DOMAINS, "mean"], lines)
+        + table(["tokens", "queries", *DOMAINS, "mean"], lines)
         + "\nMade by `python eval/bench/lm_neighbours.py --data DIR`.\n"
     )
     write_result(arguments.out, "lm_neighbours", rows, report)
