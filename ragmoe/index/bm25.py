@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ragmoe._errors import IndexFolderError
 from ragmoe.index.store import map_npy
 
-#: Recorded in the manifest. Stems and k1 were measured: see eval/results/retrieval_core7.md.
+#: Recorded in the manifest. What they find: eval/results/retrieval_core7.md.
 SETTINGS: dict[str, Any] = {"method": "lucene", "k1": 1.2, "b": 0.75, "stopwords": "english", "stemmer": "english"}
 #: Texts in memory at a time.
 _BLOCK = 4096
