@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from ragmoe.corpus import read_documents
 from ragmoe.corpus.leaks import LeakGuard
 from ragmoe.gates.attention import weigh
-from ragmoe.gates.memory import MemoryGate
+from ragmoe.gates.memory import TEMPERATURE
 from ragmoe.index import Index
 from ragmoe.training.config import LanguageConfig
 from ragmoe.training.data import CACHE_NAME
@@ -55,7 +55,7 @@ def judge(dataset: LanguageDataset, chunks: int, domain_of: dict[str, str]) -> d
             neighbours = dataset.neighbours(at)
             assert neighbours is not None
             own = np.array([domain_of[passage] == name for passage in neighbours.passage_ids[0]])
-            weights = weigh(neighbours, MemoryGate.temperature)[0][neighbours.mask_BN[0]].numpy()
+            weights = weigh(neighbours, TEMPERATURE)[0][neighbours.mask_BN[0]].numpy()
             totals: dict[str, float] = defaultdict(float)
             for passage, weight in zip(neighbours.passage_ids[0], weights, strict=True):
                 totals[domain_of[passage]] += float(weight)

@@ -165,6 +165,10 @@ class Gate(nn.Module, ABC):
         """``logits`` for gates that must know how the tokens stand in sequences, which override this."""
         return self.logits(x_SD, neighbours)
 
+    def missed(self, x_SD: Tensor, neighbours: Neighbours) -> Tensor | None:
+        """What ``Routing.missed_S`` says, for gates that count votes."""
+        return None
+
     def reachable(self, logits_SE: Tensor) -> Tensor | None:
         """Which experts may be chosen, bool (S, E), though all count in the scores' total; None where all may."""
         return None
@@ -189,7 +193,9 @@ class Gate(nn.Module, ABC):
             neighbours = None
         if neighbours is not None:
             self._check(x_SD, neighbours)
+        missed_S = None
         if self.training:
+            missed_S = None if neighbours is None else self.missed(x_SD, neighbours)
             x_SD = self._disturbed(x_SD, neighbours)
         clean_SE = logits_SE = self.placed_logits(x_SD, neighbours, tokens).float()
         if self.training:
@@ -218,7 +224,7 @@ class Gate(nn.Module, ABC):
         kept_SE = ranked_SE.detach() if self.leaves_empty else None
         if not self.settings.float_weights:
             weights_SK = weights_SK.to(x_SD.dtype)
-        return Routing(weights_SK, experts_SK, logits_SE, load_SE=load_SE, ranked_SE=kept_SE)
+        return Routing(weights_SK, experts_SK, logits_SE, load_SE=load_SE, ranked_SE=kept_SE, missed_S=missed_S)
 
     def weigh(self, logits_SE: Tensor, experts_SK: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of chosen experts, float32 (S, K), and where there is none because none was available (bool)."""

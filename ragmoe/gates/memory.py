@@ -21,6 +21,8 @@ from ragmoe.neighbours import Neighbours
 # A learned scale moves by about one learning rate a step. Gates learn with rates around 1e-3, and a vote counts for
 # nothing before it is worth a few units of logit: so one unit of the parameter is worth ten.
 _UNIT = 10.0
+# As in the pooled gate.
+TEMPERATURE = 0.1
 
 
 @register_gate("memory")
@@ -34,8 +36,6 @@ class MemoryGate(TokenGate):
     uses_neighbours = True
     uses_votes = True
     summary = "token state plus the votes of the neighbours for the experts that have served them"
-    # As in the pooled gate.
-    temperature = 0.1
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__(settings)
@@ -49,9 +49,11 @@ class MemoryGate(TokenGate):
         logits_SE = super().logits(x_SD, neighbours)
         if neighbours is None:
             return logits_SE
-        votes_BE = torch.einsum("bn,bne->be", weigh(neighbours, self.temperature), votes(self, neighbours))
-        scaled_BE = (_UNIT * self.vote_scale * votes_BE).to(x_SD.dtype)
+        scaled_BE = (_UNIT * self.vote_scale * heard(self, neighbours)).to(x_SD.dtype)
         return logits_SE + scaled_BE.repeat_interleave(x_SD.shape[0] // len(neighbours), dim=0)
+
+    def missed(self, x_SD: Tensor, neighbours: Neighbours) -> Tensor:
+        return missed(self, self.token(x_SD), neighbours)
 
 
 @register_gate("retrieval+memory")
@@ -79,6 +81,30 @@ class RetrievalMemoryGate(RetrievalGate):
         found_SV = self.attention(x_SD, neighbours, votes(self, neighbours), prepared)
         context_SA, votes_SE = found_SV.split([self.attention.width, self.settings.experts], dim=-1)
         return logits_SE + self.context(context_SA) + _UNIT * self.vote_scale * votes_SE
+
+    def missed(self, x_SD: Tensor, neighbours: Neighbours) -> Tensor:
+        return missed(self, self.token(x_SD), neighbours)
+
+
+def heard(gate: Gate, neighbours: Neighbours) -> Tensor:
+    """What the neighbours of each question vote, weighted by the softmax of their scores, float32 (B, E)."""
+    return torch.einsum("bn,bne->be", weigh(neighbours, TEMPERATURE), votes(gate, neighbours))
+
+
+def missed(gate: Gate, alone_SE: Tensor, neighbours: Neighbours) -> Tensor:
+    """The cross-entropy of the token's own choice to the votes, float32 (S,).
+
+    Votes for nothing count nothing, and so do those for experts that are held back.
+
+    Args:
+        alone_SE: the logits without neighbours.
+    """
+    if gate.none_available:
+        return alone_SE.new_zeros(len(alone_SE), dtype=torch.float32)
+    votes_BE = heard(gate, neighbours).masked_fill(~gate.available, 0.0)
+    log_SE = alone_SE.float().masked_fill(~gate.available, -torch.inf).log_softmax(dim=-1)
+    votes_SE = votes_BE.repeat_interleave(alone_SE.shape[0] // len(neighbours), dim=0)
+    return -(votes_SE * log_SE.masked_fill(votes_SE == 0, 0.0)).sum(dim=-1)
 
 
 def votes(gate: Gate, neighbours: Neighbours) -> Tensor:

@@ -57,6 +57,30 @@ class Z(TokenLoss):
         return log_S.masked_fill(log_S.isneginf(), 0.0).square()
 
 
+@register_loss("votes")
+class Votes(TokenLoss):
+    """The cross-entropy, in nats, of what the gate would choose by the token alone to what the neighbours vote.
+
+    It teaches the part of the gate that sees the token alone, which then routes alike where nothing is found; what the
+    votes are worth beside it is learned elsewhere. Tokens of questions whose neighbours vote for nothing count 0.
+    """
+
+    summary = "teaches the token state to choose as the votes do, for where nothing is found; needs a gate with memory"
+    source = "knowledge distillation (Hinton et al. 2015), from the votes to the token gate"
+
+    def check(self, config: Any) -> None:
+        if not gate_class(config.gate).uses_votes:
+            raise ModelError(
+                f"the loss 'votes' teaches what the neighbours vote, and the gate {config.gate!r} counts no votes",
+                hint="model.gate=memory",
+            )
+
+    def loss_S(self, inputs: LossInputs) -> Tensor:
+        routing = inputs.routing
+        # Without neighbours, and outside training, nothing is voted.
+        return routing.logits_SE.new_zeros(len(routing.logits_SE)) if routing.missed_S is None else routing.missed_S
+
+
 @register_loss("diversity")
 class Diversity(TokenLoss):
     """The mean over pairs of a token's experts of the squared cosine of their outputs: 0 orthogonal, 1 parallel.

@@ -126,6 +126,38 @@ def test_several_sequences_share_the_neighbours_of_one_question(
     assert torch.allclose(gate(x_SD, two).logits_SE, gate(x_SD, each).logits_SE, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["memory", "retrieval+memory"])
+def test_the_token_alone_can_learn_what_the_neighbours_vote(name: str) -> None:
+    """A question's share of the cross-entropy, by hand; then, taught, the gate routes alike without neighbours."""
+    torch.manual_seed(1)
+    settings = replace(SETTINGS, layer=1, vote_start=4.0)
+    gate = gate_class(name)(settings)
+    votes_BNLE = torch.zeros(2, 2, 2, E)
+    votes_BNLE[0, :, 1, 0] = 1.0  # unanimous
+    votes_BNLE[1, 0, 1, 2] = 1.0  # the other neighbour speaks for nobody
+    found = Neighbours(
+        torch.randn(2, 2, settings.neighbour_width), torch.zeros(2, 2), torch.ones(2, 2).bool(), votes_BNLE=votes_BNLE
+    )
+    kinds = torch.randn(2, settings.width)
+    x_SD = kinds.repeat_interleave(3, dim=0)
+    log_SE = gate.token(x_SD).log_softmax(dim=1)
+    want = torch.cat([-log_SE[:3, 0], -0.5 * log_SE[3:, 2]])
+    torch.testing.assert_close(gate.train()(x_SD, found).missed_S, want)
+    assert gate.eval()(x_SD, found).missed_S is None and gate.train()(x_SD).missed_S is None
+    optimiser = torch.optim.Adam(gate.token.parameters(), lr=0.1)
+    for _ in range(50):
+        gate(x_SD, found).missed_S.mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert gate.eval()(x_SD).experts_SK[:, 0].tolist() == [0, 0, 0, 2, 2, 2]
+    # Who is held back is voted for in vain.
+    gate.train().set_available(torch.arange(E) != 0)
+    missed_S = gate(x_SD, found).missed_S
+    assert not missed_S[:3].any() and missed_S.isfinite().all()
+    gate.set_available(torch.zeros(E).bool())
+    assert not gate(x_SD, found).missed_S.any()
+
+
 @pytest.mark.parametrize("name", ["retrieval", "retrieval+memory"])
 def test_retrieval_gate_against_a_loop(name: str, gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
     logits_SE = gate.logits(x_SD, neighbours)

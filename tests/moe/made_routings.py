@@ -39,6 +39,7 @@ def inputs(logits_SE: Tensor, K: int = 2, mask_S: Tensor | None = None, experts_
             logits_SE,
             load_SE=finite_SE.sigmoid(),
             probe=Probe(Swapped(logits_SE, other_SE, compared_S), outputs_SKD),
+            missed_S=-finite_SE.log_softmax(dim=1)[:, 0],
         ),
         everything(S) if mask_S is None else mask_S,
         experts_SK[:, -1].clamp(max=E - 1) % 3 - 1,

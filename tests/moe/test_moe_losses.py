@@ -129,7 +129,7 @@ def test_layers_are_not_pooled() -> None:
 
 
 def test_names_and_unknown_names() -> None:
-    want = ["context", "diversity", "domain", "gshard", "importance", "load", "load_balance", "uniform", "z"]
+    want = ["context", "diversity", "domain", "gshard", "importance", "load", "load_balance", "uniform", "votes", "z"]
     assert loss_names() == want
     with pytest.raises(ConfigError, match="there is no routing loss 'switch'; there are: context, diversity, domain"):
         routing_loss("switch")

@@ -177,6 +177,7 @@ def test_jitter_is_mixtrals_own() -> None:
         ("olmoe", {"vote_start": 1.0}, ModelError, "vote_start is 1.0, but the gate 'retrieval' counts no votes"),
         ("olmoe", {"expert_names": ["a", "a", "b", "c"]}, ModelError, "expected 4 different names"),
         ("olmoe", {"losses": {"diversity": 1.0}}, ModelError, "needs more than the routing"),
+        ("olmoe", {"losses": {"votes": 1.0}}, ModelError, "the gate 'retrieval' counts no votes"),
         ("olmoe", {"losses": {"z": 1.0}}, ModelError, "losses has 'z', whose weight is z_loss"),
         ("olmoe", {"balance_loss": -1.0}, ModelError, "the weight of the loss 'load_balance' is -1.0"),
     ],

@@ -53,6 +53,20 @@ def close(one: Any, two: Any) -> bool:
     return same and torch.allclose(a, b, atol=1e-6)
 
 
+def test_the_votes_teach_the_token_gate() -> None:
+    model, inputs = make("mixtral", gate="memory", losses={"votes": 0.5}, balance_loss=0.0, z_loss=0.0), batch()
+    votes = torch.zeros(6, 4, 2, E)
+    votes[:3, :, :, 1], votes[3:, :, :, 2] = 1.0, 1.0
+    inputs["neighbour_votes"] = votes
+    out = model.train()(**inputs)
+    mask_S = inputs["attention_mask"].flatten().bool()
+    missed = torch.stack([routing.missed_S[mask_S].mean() for routing in out.routings]).mean()
+    assert missed > 0 and torch.allclose(out.loss, out.language_loss + 0.5 * missed, atol=1e-6)
+    out.loss.backward()
+    for layer in model.moe_layers:
+        assert layer.gate.inner.token.weight.grad.abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("family", NATIVE)
 def test_the_parts_of_the_loss(family: str) -> None:
     model, inputs = make(family, losses={"importance": 0.3}, **HEAVY).train(), batch()
