@@ -53,7 +53,7 @@ class MemoryGate(TokenGate):
         return logits_SE + scaled_BE.repeat_interleave(x_SD.shape[0] // len(neighbours), dim=0)
 
     def missed(self, x_SD: Tensor, neighbours: Neighbours) -> Tensor:
-        return missed(self, self.token(x_SD), neighbours)
+        return missed(self, self.token(x_SD.detach()), neighbours)
 
 
 @register_gate("retrieval+memory")
@@ -83,7 +83,7 @@ class RetrievalMemoryGate(RetrievalGate):
         return logits_SE + self.context(context_SA) + _UNIT * self.vote_scale * votes_SE
 
     def missed(self, x_SD: Tensor, neighbours: Neighbours) -> Tensor:
-        return missed(self, self.token(x_SD), neighbours)
+        return missed(self, self.token(x_SD.detach()), neighbours)
 
 
 def heard(gate: Gate, neighbours: Neighbours) -> Tensor:

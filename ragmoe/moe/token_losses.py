@@ -61,8 +61,9 @@ class Z(TokenLoss):
 class Votes(TokenLoss):
     """The cross-entropy, in nats, of what the gate would choose by the token alone to what the neighbours vote.
 
-    It teaches the part of the gate that sees the token alone, which then routes alike where nothing is found; what the
-    votes are worth beside it is learned elsewhere. Tokens of questions whose neighbours vote for nothing count 0.
+    It teaches the part of the gate that sees the token alone, which then routes alike where nothing is found. The token
+    states it leaves as they are (to make them tell the domain costs what they are for), and what the votes are worth
+    beside it is learned elsewhere. Tokens of questions whose neighbours vote for nothing count 0.
     """
 
     summary = "teaches the token state to choose as the votes do, for where nothing is found; needs a gate with memory"

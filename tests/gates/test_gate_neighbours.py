@@ -139,7 +139,7 @@ def test_the_token_alone_can_learn_what_the_neighbours_vote(name: str) -> None:
         torch.randn(2, 2, settings.neighbour_width), torch.zeros(2, 2), torch.ones(2, 2).bool(), votes_BNLE=votes_BNLE
     )
     kinds = torch.randn(2, settings.width)
-    x_SD = kinds.repeat_interleave(3, dim=0)
+    x_SD = kinds.repeat_interleave(3, dim=0).requires_grad_()
     log_SE = gate.token(x_SD).log_softmax(dim=1)
     want = torch.cat([-log_SE[:3, 0], -0.5 * log_SE[3:, 2]])
     torch.testing.assert_close(gate.train()(x_SD, found).missed_S, want)
@@ -149,6 +149,7 @@ def test_the_token_alone_can_learn_what_the_neighbours_vote(name: str) -> None:
         gate(x_SD, found).missed_S.mean().backward()
         optimiser.step()
         optimiser.zero_grad()
+    assert x_SD.grad is None
     assert gate.eval()(x_SD).experts_SK[:, 0].tolist() == [0, 0, 0, 2, 2, 2]
     # Who is held back is voted for in vain.
     gate.train().set_available(torch.arange(E) != 0)
