@@ -46,9 +46,9 @@ class Routing(NamedTuple):
         probe: what some losses ask of a layer besides, put there by the layer; None where none asks.
         ranked_SE: float32, what the choice was made by where a slot may stay empty: scores with the balance bias, -inf
             for what the gate cannot choose. None where it is not needed, or is the logits.
-        missed_S: float32, with a gradient to the gate alone: the cross-entropy in nats of what the gate would choose by the token alone
-            to what the neighbours vote, zero where they vote for nothing. None but of gates with expert memory, while
-            training.
+        missed_S: float32, with a gradient to the gate alone: the cross-entropy in nats of what the gate would choose by
+            the token alone to what the neighbours vote, zero where they vote for nothing. None but of gates with expert
+            memory, while training.
     """
 
     weights_SK: Tensor
