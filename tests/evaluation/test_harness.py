@@ -30,7 +30,8 @@ def ask(*args: Any) -> Any:
 
 def generator(**changes: Any) -> Generator:
     positions = changes.setdefault("max_position_embeddings", 128)
-    return Generator(tiny_llama(**changes), byte_tokenizer(), PromptStyle(max_length=positions))
+    style = PromptStyle(max_length=positions, max_answer_tokens=positions // 2)
+    return Generator(tiny_llama(**changes), byte_tokenizer(), style)
 
 
 class Watched:
@@ -74,7 +75,7 @@ def logs(made: Generator, ids: list[int]) -> torch.Tensor:
 def test_a_token_that_spans_both_is_not_made_use_of() -> None:
     """Else nothing of the continuation would be left to judge, which is likelier than anything."""
     tokenizer = byte_tokenizer(merges=[("1", "0")])
-    made = Generator(tiny_llama(vocab_size=len(tokenizer)), tokenizer, PromptStyle(max_length=64))
+    made = Generator(tiny_llama(vocab_size=len(tokenizer)), tokenizer, PromptStyle(max_length=64, max_answer_tokens=16))
     assert len(tokenizer("x10")["input_ids"]) == len(tokenizer("x1")["input_ids"])
     model = HarnessModel(made)
     (merged, greedy), (other, _) = model.loglikelihood([ask("x1", "0"), ask("x1", "5")])

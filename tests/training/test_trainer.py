@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +130,15 @@ def test_a_killed_run_resumes_to_the_same_model(
     assert [json.loads(line)["loss"] for line in lines[0]] == [json.loads(line)["loss"] for line in lines[1]]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_ends_a_run_after_its_step(
     config: Config, tmp_path: Path, number: signal.Signals, error: type[BaseException]
@@ -151,6 +160,7 @@ def test_a_signal_ends_a_run_after_its_step(
         assert "going on after step 1" in again.lines
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_stops_at_once() -> None:
     stop = StopCallback()
 
