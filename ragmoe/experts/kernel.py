@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
-from ragmoe.experts.low_rank import grouped_product
-from ragmoe.experts.rows import Pairs
+from ragmoe.experts.rows import Pairs, grouped_product
 
 AUTO = "auto"
 

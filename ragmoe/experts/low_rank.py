@@ -10,28 +10,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from ragmoe.experts.rows import grouped_product
 
 
 def low_rank(x_PD: Tensor, a_EDr: Tensor, b_ErH: Tensor, offsets_E: Tensor) -> Tensor:
     """``x A_e B_e`` of each row by its expert, (P, H)."""
     inner_Pr = grouped_product(x_PD, a_EDr.to(x_PD.dtype), offsets_E)
     return grouped_product(inner_Pr, b_ErH.to(x_PD.dtype), offsets_E)
-
-
-def grouped_product(x_PD: Tensor, weight_EDH: Tensor, offsets_E: Tensor) -> Tensor:
-    """``x W_e`` of each row by its expert, (P, H): torch's own, or where that cannot, the way around of transformers.
-
-    It cannot while compiling in anything but bfloat16, nor in widths whose rows are no multiple of 16 bytes.
-    """
-    if torch.compiler.is_compiling():
-        around = x_PD.dtype != torch.bfloat16
-    else:
-        # The gradient of the result is as wide as the result.
-        around = any(width * x_PD.element_size() % 16 for width in weight_EDH.shape[1:])
-    if around:
-        return torch.ops.transformers.grouped_mm_fallback(x_PD, weight_EDH, offs=offsets_E)
-    return F.grouped_mm(x_PD, weight_EDH, offs=offsets_E)
 
 
 class Product(NamedTuple):

@@ -39,6 +39,21 @@ def dispatch(experts_SK: Tensor, experts: int) -> Dispatch:
     return Dispatch(order_P, back_P, offsets_E)
 
 
+def grouped_product(x_PD: Tensor, weight_EDH: Tensor, offsets_E: Tensor) -> Tensor:
+    """``x W_e`` of each row by its expert, (P, H): torch's own, or where that cannot, the way around of transformers.
+
+    It cannot while compiling in anything but bfloat16, nor in widths whose rows are no multiple of 16 bytes.
+    """
+    if torch.compiler.is_compiling():
+        around = x_PD.dtype != torch.bfloat16
+    else:
+        # The gradient of the result is as wide as the result.
+        around = any(width * x_PD.element_size() % 16 for width in weight_EDH.shape[1:])
+    if around:
+        return torch.ops.transformers.grouped_mm_fallback(x_PD, weight_EDH, offs=offsets_E)
+    return F.grouped_mm(x_PD, weight_EDH, offs=offsets_E)
+
+
 class Pairs:
     """The pairs of a routing that are served, sorted by expert, and what is done with their rows.
 

@@ -53,7 +53,7 @@ class MemoryGate(TokenGate):
         return logits_SE + scaled_BE.repeat_interleave(x_SD.shape[0] // len(neighbours), dim=0)
 
     def missed(self, x_SD: Tensor, neighbours: Neighbours) -> Tensor:
-        return missed(self, self.token(x_SD.detach()), neighbours)
+        return missed(self, x_SD, neighbours)
 
 
 @register_gate("retrieval+memory")
@@ -83,7 +83,7 @@ class RetrievalMemoryGate(RetrievalGate):
         return logits_SE + self.context(context_SA) + _UNIT * self.vote_scale * votes_SE
 
     def missed(self, x_SD: Tensor, neighbours: Neighbours) -> Tensor:
-        return missed(self, self.token(x_SD.detach()), neighbours)
+        return missed(self, x_SD, neighbours)
 
 
 def heard(gate: Gate, neighbours: Neighbours) -> Tensor:
@@ -91,19 +91,16 @@ def heard(gate: Gate, neighbours: Neighbours) -> Tensor:
     return torch.einsum("bn,bne->be", weigh(neighbours, TEMPERATURE), votes(gate, neighbours))
 
 
-def missed(gate: Gate, alone_SE: Tensor, neighbours: Neighbours) -> Tensor:
-    """The cross-entropy of the token's own choice to the votes, float32 (S,).
+def missed(gate: MemoryGate | RetrievalMemoryGate, x_SD: Tensor, neighbours: Neighbours) -> Tensor:
+    """The cross-entropy of the token's own choice to the votes, float32 (S,), without a gradient to the token states.
 
     Votes for nothing count nothing, and so do those for experts that are held back.
-
-    Args:
-        alone_SE: the logits without neighbours.
     """
     if gate.none_available:
-        return alone_SE.new_zeros(len(alone_SE), dtype=torch.float32)
+        return x_SD.new_zeros(len(x_SD), dtype=torch.float32)
     votes_BE = heard(gate, neighbours).masked_fill(~gate.available, 0.0)
-    log_SE = alone_SE.float().masked_fill(~gate.available, -torch.inf).log_softmax(dim=-1)
-    votes_SE = votes_BE.repeat_interleave(alone_SE.shape[0] // len(neighbours), dim=0)
+    log_SE = gate.token(x_SD.detach()).float().masked_fill(~gate.available, -torch.inf).log_softmax(dim=-1)
+    votes_SE = votes_BE.repeat_interleave(len(x_SD) // len(neighbours), dim=0)
     return -(votes_SE * log_SE.masked_fill(votes_SE == 0, 0.0)).sum(dim=-1)
 
 

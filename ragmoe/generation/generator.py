@@ -95,7 +95,7 @@ class Generator:
             # Nobody has said how it is asked: as any model is, within its positions.
             length = min(PromptStyle.max_length, positions)
             style = PromptStyle(max_length=length, max_answer_tokens=min(PromptStyle.max_answer_tokens, length // 2))
-        self.prompts = PromptMaker(tokenizer, style)
+        self.prompts = PromptMaker(tokenizer, style, self.ends)
         if positions is not None and self.style.max_length > positions:
             raise ModelError(
                 f"prompts have up to {self.style.max_length} tokens, but the model has {positions} positions",
@@ -253,7 +253,7 @@ class Generator:
         for name, given in (("passages", passages), ("neighbours", neighbours)):
             if given is not None and len(given) != len(questions):
                 raise ValueError(f"{len(questions)} questions, but {name} for {len(given)}")
-        refusal = self._as_said(REFUSAL, ended=True)
+        refusal = self.prompts.answer_ids(REFUSAL)
         prompts = [
             self.prompts.make(asked, shown, room=len(refusal)) for asked, shown in zip(questions, passages, strict=True)
         ]
@@ -280,7 +280,7 @@ class Generator:
         """
         if neighbours is not None and len(neighbours) != 1:
             raise ValueError(f"one question, but neighbours for {len(neighbours)}")
-        choices = [self._as_said(answer, ended=False) for answer in answers]
+        choices = [self.prompts.answer_ids(answer)[:-1] for answer in answers]
         prompt = self.prompts.make(question, passages, room=max(map(len, choices), default=0))
         pairs = [(prompt.ids, choice) for choice in choices]
         rows = neighbours.rows([0] * len(answers)) if neighbours is not None else None
@@ -301,15 +301,6 @@ class Generator:
         require_numbers(self.model, *(routing.logits_SE for routing in output.routings))
         means = [routing.probabilities_SE().mean(dim=0) for routing in output.routings]
         return np.asarray(torch.stack(means).double().cpu())
-
-    def _as_said(self, answer: str, *, ended: bool) -> list[int]:
-        """The tokens of an answer up to where the model ends it, with or without the token that does.
-
-        A chat template may go on behind the end of a turn, with what no model says.
-        """
-        ids, ends = self.prompts.answer_ids(answer), self.ends
-        end = next(at for at, id in enumerate(ids) if id in ends)
-        return ids[: end + ended]
 
     def _likelihoods(
         self,

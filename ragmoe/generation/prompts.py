@@ -81,15 +81,19 @@ class Prompt:
 class PromptMaker:
     """Makes prompts for one tokenizer.
 
+    Args:
+        ends: further tokens by which a model ends its turn, beside the tokenizer's ``eos_token``.
+
     Raises:
         ModelError: the tokenizer has no token that ends a text, so that no answer would ever end.
     """
 
-    def __init__(self, tokenizer: Any, style: PromptStyle | None = None) -> None:
+    def __init__(self, tokenizer: Any, style: PromptStyle | None = None, ends: Sequence[int] = ()) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no eos_token, so that no answer would end: expected one")
         self.tokenizer = tokenizer
         self.style = style or PromptStyle()
+        self._ends = {tokenizer.eos_token_id, *ends}
         self._chat = bool(getattr(tokenizer, "chat_template", None))
 
     def make(
@@ -158,7 +162,10 @@ class PromptMaker:
         return list(ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids)
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The tokens of an answer after its prompt, up to the one that ends it."""
+        """The tokens of an answer after its prompt, up to the one that ends it.
+
+        A chat template may go on behind the end of a turn, with what no model says.
+        """
         if self._chat:
             # What a template puts around an answer does not depend on what was asked.
             asked = [{"role": "user", "content": "?"}]
@@ -169,8 +176,8 @@ class PromptMaker:
             # Some tokenizers set a token before whatever text they are given: the answer goes on after a colon.
             opening, ids = self._tokens(_ANSWER), self._tokens(f"{_ANSWER} {answer}")
             ids = ids[len(opening) :] if ids[: len(opening)] == opening else self._tokens(f" {answer}")
-        end = self.tokenizer.eos_token_id
-        return ids[: ids.index(end) + 1] if end in ids else [*ids, end]
+        end = next((at for at, id in enumerate(ids) if id in self._ends), None)
+        return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]
 
     def _prompt(
         self, ids: list[int], kept: Sequence[Passage], given: Sequence[Passage], gold: int | None, answer: str | None

@@ -13,7 +13,7 @@ from transformers.integrations import use_experts_implementation
 
 from ragmoe.experts import kernel
 from ragmoe.experts.ffn import FusedExperts
-from ragmoe.experts.low_rank import grouped_product
+from ragmoe.experts.rows import grouped_product
 
 D, H, E = 16, 32, 4
 

@@ -220,11 +220,12 @@ def test_a_turn_that_ends_before_the_text_does() -> None:
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}#\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    made = Generator(tiny_llama(num_hidden_layers=1), tokenizer, PromptStyle("refuse", 700, 24))
-    end = tokenizer("#", add_special_tokens=False)["input_ids"][0]
-    made.model.generation_config.eos_token_id = [end]
-    assert tokenizer.decode(made.prompts.answer_ids("Anna")) == "Anna#\n</s>"
-    assert tokenizer.decode(made._as_said("Anna", ended=True)) == "Anna#"
+    model = tiny_llama(num_hidden_layers=1)
+    assert tokenizer.decode(Generator(model, tokenizer).prompts.answer_ids("Anna")) == "Anna#\n</s>"
+    model.generation_config.eos_token_id = tokenizer("#", add_special_tokens=False)["input_ids"]
+    made = Generator(model, tokenizer, PromptStyle("refuse", 700, 24))
+    # What is learned and what is judged are the same.
+    assert tokenizer.decode(made.prompts.answer_ids("Anna")) == "Anna#"
     judged = made.likelihoods("who?", [], ["Anna"])[0]
     assert judged.tokens == len(tokenizer("Anna", add_special_tokens=False)["input_ids"])
 
