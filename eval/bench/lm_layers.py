@@ -27,9 +27,9 @@ from ragmoe.corpus import read_documents
 from ragmoe.evaluation.perplexity import compare_perplexity, document_losses, perplexity
 from ragmoe.index import Index
 from ragmoe.training.config import load_config
-from ragmoe.training.data import CACHE_NAME
 from ragmoe.training.language import LanguageDataset
 from ragmoe.training.language_expert import recalling
+from ragmoe.training.retrieved import CACHE_NAME
 
 
 @contextmanager

@@ -28,8 +28,8 @@ from ragmoe.gates.attention import weigh
 from ragmoe.gates.memory import TEMPERATURE
 from ragmoe.index import Index
 from ragmoe.training.config import LanguageConfig
-from ragmoe.training.data import CACHE_NAME
 from ragmoe.training.language import LanguageDataset
+from ragmoe.training.retrieved import CACHE_NAME
 
 # Tokens of a chunk, and how many of the chunks before it are queries.
 ROWS = ((16, 1), (32, 1), (64, 1), (128, 1), (128, 2), (128, 4), (128, 8), (256, 1))

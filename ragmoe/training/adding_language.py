@@ -20,9 +20,10 @@ from ragmoe.index import Index
 from ragmoe.moe import RoutingStatistics
 from ragmoe.moe.layer import experts_a_token
 from ragmoe.training.config import LanguageConfig, TrainingConfig
-from ragmoe.training.data import CACHE_NAME, digest
+from ragmoe.training.digests import digest
 from ragmoe.training.language import LanguageDataset, learned_documents
 from ragmoe.training.language_expert import recalling
+from ragmoe.training.retrieved import CACHE_NAME
 
 if TYPE_CHECKING:
     from ragmoe.training.adding import Judges

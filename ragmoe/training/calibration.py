@@ -16,8 +16,9 @@ from ragmoe.index import Index
 from ragmoe.models import Answer, RagmoeBertForQuestionAnswering
 from ragmoe.neighbours import Neighbours
 from ragmoe.training.config import RaftConfig
-from ragmoe.training.data import Retrieved, gold_ids
+from ragmoe.training.data import gold_ids
 from ragmoe.training.raft import hard_distractors
+from ragmoe.training.retrieved import Retrieved
 
 # How many passages a question is read with when it is asked (``model.answer``, tasks in the open setting).
 READ = 5

@@ -5,25 +5,17 @@ B questions, M passages a question, Q = B*M sequences, T tokens, N neighbours.
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import hashlib
-import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ragmoe._errors import DataError
-from ragmoe._folders import share
 from ragmoe.corpus import read_questions
 from ragmoe.corpus.cloze import CLOZE, ORIGIN
 from ragmoe.corpus.types import Passage, Question
@@ -32,16 +24,14 @@ from ragmoe.models.config import SPECIAL_CANDIDATES
 from ragmoe.models.windows import Window, collate, room, tokenize_passages, tokenize_questions, window
 from ragmoe.neighbours import Neighbours
 from ragmoe.training.config import DataConfig, RaftConfig
+from ragmoe.training.digests import digest, is_held
 from ragmoe.training.raft import Example, sample
+from ragmoe.training.retrieved import Retrieved
 
-# The folder in an index's own where neighbours of questions are kept between runs.
-CACHE_NAME = ".neighbours"
 # So many more than are read are retrieved for a question.
 SPARE_NEIGHBOURS = 10
 # Distractors come from this many neighbours beyond those that are read, since some hold the answer.
 _SPARE = 8
-# Questions that are retrieved for at a time.
-_CHUNK = 256
 _FIRST_TOKEN = len(SPECIAL_CANDIDATES)
 
 Recall = Callable[[Neighbours, Question], Neighbours]
@@ -111,11 +101,6 @@ def hold_out(
     return fit, sorted(held, key=lambda question: digest(question.id))[:limit]
 
 
-def is_held(document: str, share: float) -> bool:
-    """Whether a document, by its id, is among those that are kept aside."""
-    return int(digest(document), 16) % 10_000 < share * 10_000
-
-
 def check_questions(questions: Sequence[Question], index: Index) -> None:
     """Raise DataError for the first question that cannot be what it says it is."""
     for question in questions:
@@ -136,11 +121,6 @@ def check_passages(questions: Sequence[Question], index: Index) -> None:
                 )
 
 
-def digest(text: str) -> str:
-    """What orders questions and documents by nothing but their ids."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def gold_ids(question: Question) -> list[str]:
     """The passages from which an answer can be learned: those with a span, or any gold one for yes, no and maybe."""
     if question.answer_type == "yesno":
@@ -151,78 +131,6 @@ def gold_ids(question: Question) -> list[str]:
 def learnable(question: Question) -> bool:
     """Whether a reader can learn from a question: it has an answer to point at, or none at all."""
     return bool(gold_ids(question)) or not question.answers
-
-
-class Retrieved:
-    """The neighbours of many questions, retrieved once: ids and scores; embeddings stay in the index."""
-
-    def __init__(self, index: Index, rows_QN: np.ndarray, scores_QN: np.ndarray) -> None:
-        self.index = index
-        self.rows_QN = rows_QN
-        self.scores_QN = scores_QN
-
-    @classmethod
-    def of(
-        cls,
-        index: Index,
-        texts: Sequence[str],
-        n: int,
-        retriever: str | None,
-        cache: Path,
-        *,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Retrieved:
-        """Retrieve, or take what was retrieved before for the same index, questions and retriever.
-
-        Args:
-            progress: called with questions done and questions in all; not where all was retrieved before.
-        """
-        key = digest("\x1f".join([index.digest, str(n), retriever or index.retriever, *texts]))
-        path = cache / f"neighbours-{key}.safetensors"
-        if path.is_file():
-            stored = load_file(path)
-            return cls(index, stored["rows"], stored["scores"])
-        rows_QN = np.full((len(texts), n), -1, dtype=np.int64)
-        scores_QN = np.zeros((len(texts), n), dtype=np.float32)
-        progress = progress or (lambda done, total: None)
-        progress(0, len(texts))
-        for begin in range(0, len(texts), _CHUNK):
-            found = index.neighbours(texts[begin : begin + _CHUNK], n, retriever=retriever)
-            for at, ids in enumerate(found.passage_ids):
-                rows_QN[begin + at, : len(ids)] = index.rows(ids)
-                scores_QN[begin + at, : len(ids)] = found.scores_BN[at, : len(ids)].numpy()
-            progress(min(begin + _CHUNK, len(texts)), len(texts))
-        # An index may lie where nothing can be written; then the next run retrieves again.
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.part")
-            save_file({"rows": rows_QN, "scores": scores_QN}, part)
-            share(part)
-            part.replace(path)
-        return cls(index, rows_QN, scores_QN)
-
-    def ids(self, question: int) -> list[str]:
-        """Passage ids, best first."""
-        names = self.index.passage_ids
-        return [names[row] for row in self.rows_QN[question] if row >= 0]
-
-    def neighbours(self, question: int, n: int) -> Neighbours:
-        """The first n neighbours of one question."""
-        return neighbours_of(self.index, self.rows_QN[question, :n], self.scores_QN[question, :n])
-
-    def found(self, question: int, n: int, allowed: Callable[[int], bool]) -> Iterator[tuple[int, float]]:
-        """Rows of the index and their scores: the first n found for one question of those that are allowed."""
-        rows, scores = self.rows_QN[question].tolist(), self.scores_QN[question].tolist()
-        return islice(((row, score) for row, score in zip(rows, scores) if row >= 0 and allowed(row)), n)
-
-
-def neighbours_of(index: Index, rows_N: NDArray[np.int64], scores_N: NDArray[np.float32]) -> Neighbours:
-    """The passages of some rows of an index as the neighbours of one question; row -1 stands for none."""
-    mask_BN = torch.from_numpy(rows_N >= 0).unsqueeze(0)
-    embeddings = np.asarray(index.embeddings[np.maximum(rows_N, 0)], dtype=np.float32)
-    embeddings_BNR = torch.from_numpy(embeddings).unsqueeze(0) * mask_BN.unsqueeze(-1)
-    names = [index.passage_ids[row] for row in rows_N if row >= 0]
-    return Neighbours(embeddings_BNR, torch.from_numpy(scores_N).unsqueeze(0), mask_BN, [names])
 
 
 class RaftDataset(Dataset):

@@ -20,7 +20,8 @@ from ragmoe.corpus.types import Passage, Question
 from ragmoe.index import Index
 from ragmoe.index.rows import key
 from ragmoe.training.config import NewExpertConfig
-from ragmoe.training.data import digest, gold_ids, load_questions
+from ragmoe.training.data import gold_ids, load_questions
+from ragmoe.training.digests import digest
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 # Words of a sentence that can stand for a question.

@@ -14,7 +14,7 @@ from ragmoe.gates import FittedDomainGate
 from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering
 from ragmoe.neighbours import Neighbours
-from ragmoe.training.data import Retrieved
+from ragmoe.training.retrieved import Retrieved
 
 _CHUNK = 512
 

@@ -26,9 +26,10 @@ from ragmoe.training.adapters import merge
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.clusters import start_gates
 from ragmoe.training.config import GenerateConfig, TrainingConfig
-from ragmoe.training.data import CACHE_NAME, SPARE_NEIGHBOURS, Retrieved, check_passages, training_questions
+from ragmoe.training.data import SPARE_NEIGHBOURS, check_passages, training_questions
 from ragmoe.training.decoders import decoder_parameters, is_decoder, open_decoder, save_checked
 from ragmoe.training.generator_data import GeneratorCollator, GeneratorDataset, answerable_from, fitting
+from ragmoe.training.retrieved import CACHE_NAME, Retrieved
 from ragmoe.training.totals import check_decoder_losses
 from ragmoe.training.trainer import RagmoeTrainer
 

@@ -25,8 +25,10 @@ from ragmoe.generation.batches import decode_batch, labelled_batch, pad_token
 from ragmoe.index import Index
 from ragmoe.neighbours import Neighbours
 from ragmoe.training.config import DataConfig, LanguageConfig, TrainingConfig
-from ragmoe.training.data import Retrieved, Say, digest, is_held, neighbours_of, say_replayed
+from ragmoe.training.data import Say, say_replayed
+from ragmoe.training.digests import digest, is_held
 from ragmoe.training.raft import drop_neighbours
+from ragmoe.training.retrieved import Retrieved, neighbours_of
 
 # Of the passages that a chunk retrieves many are of its own document, most of all in the corpus that is indexed.
 _SPARE = 100

@@ -29,7 +29,7 @@ from ragmoe.index import Index
 from ragmoe.models.growth import grow
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import LanguageConfig, NewExpertConfig, TrainingConfig
-from ragmoe.training.data import digest
+from ragmoe.training.digests import digest
 from ragmoe.training.language import LanguageCollator, LanguageDataset
 from ragmoe.training.lesson import CallingLesson, gate_inputs, lesson_size
 from ragmoe.training.new_expert import (

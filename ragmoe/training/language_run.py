@@ -16,11 +16,11 @@ from ragmoe.training.adapters import merge
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.clusters import start_gates
 from ragmoe.training.config import LanguageConfig, TrainingConfig
-from ragmoe.training.data import CACHE_NAME
 from ragmoe.training.decoders import decoder_parameters, is_decoder, open_decoder, save_checked
 from ragmoe.training.generator import GeneratorTrainer
 from ragmoe.training.language import LanguageCollator, LanguageDataset, learned_documents
 from ragmoe.training.language_expert import LanguageExpert, begin_language_expert, recalling
+from ragmoe.training.retrieved import CACHE_NAME
 from ragmoe.training.totals import check_decoder_losses
 from ragmoe.training.trainer import RagmoeTrainer
 

@@ -22,9 +22,10 @@ from ragmoe.models import RagmoeBertForQuestionAnswering
 from ragmoe.models.sparse import SparseModel
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import TrainingConfig
-from ragmoe.training.data import RaftCollator, Retrieved
+from ragmoe.training.data import RaftCollator
 from ragmoe.training.documents import Document, Documents
 from ragmoe.training.raft import Example, drop_neighbours
+from ragmoe.training.retrieved import Retrieved
 
 # How far the balance bias moves a step, in units of logit.
 _FOLLOW = 0.02

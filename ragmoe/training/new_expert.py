@@ -29,7 +29,8 @@ from ragmoe.models.sparse import SparseModel
 from ragmoe.moe import RoutingStatistics
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import NewExpertConfig, TrainingConfig
-from ragmoe.training.data import digest, gold_ids
+from ragmoe.training.data import gold_ids
+from ragmoe.training.digests import digest
 from ragmoe.training.documents import Document, Documents, find_documents
 from ragmoe.training.lesson import CallingLesson, DocumentBatches, gate_inputs, margins
 from ragmoe.training.trainer import GateLesson, check_balance, part_of

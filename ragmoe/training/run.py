@@ -26,11 +26,9 @@ from ragmoe.training.callbacks import HistoryCallback, Shows, load_record
 from ragmoe.training.clusters import start_gates
 from ragmoe.training.config import TrainingConfig, load_config, refuse_idle
 from ragmoe.training.data import (
-    CACHE_NAME,
     SPARE_NEIGHBOURS,
     RaftCollator,
     RaftDataset,
-    Retrieved,
     check_questions,
     hold_out,
     learnable,
@@ -52,6 +50,7 @@ from ragmoe.training.folder import (
 from ragmoe.training.generator import GeneratorRun, prepare_generator, trains_generator
 from ragmoe.training.language_run import LanguageRun, prepare_language
 from ragmoe.training.new_expert import NewExpert, begin_new_expert
+from ragmoe.training.retrieved import CACHE_NAME, Retrieved
 from ragmoe.training.stopping import StopCallback
 from ragmoe.training.totals import check_losses
 from ragmoe.training.trainer import TRAINS_GATES, RagmoeTrainer

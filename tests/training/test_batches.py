@@ -14,10 +14,11 @@ import torch
 
 from ragmoe import DataError, Index, Neighbours, Passage, Question
 from ragmoe.corpus.types import Span
-from ragmoe.training import data, load_config, prepare
+from ragmoe.training import load_config, prepare, retrieved
 from ragmoe.training.config import DataConfig, RaftConfig
-from ragmoe.training.data import RaftCollator, Retrieved, hold_out, load_questions, training_questions
+from ragmoe.training.data import RaftCollator, hold_out, load_questions, training_questions
 from ragmoe.training.raft import Example
+from ragmoe.training.retrieved import Retrieved
 from ragmoe.training.run import Run
 
 Config = Callable[..., dict[str, Any]]
@@ -119,12 +120,74 @@ def test_retrieval_is_taken_from_the_cache_the_second_time(
 
 
 def test_progress_of_retrieving(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_CHUNK", 2)
+    monkeypatch.setattr(retrieved, "_CHUNK", 2)
     index, texts, told = Index.open(world / "index"), [f"who keeps the {thing}?" for thing in "abcde"], []
     for _ in range(2):
         # The second time it comes from the cache.
         Retrieved.of(index, texts, 3, None, tmp_path, progress=lambda done, total: told.append((done, total)))
     assert told == [(0, 5), (2, 5), (4, 5), (5, 5)]
+
+
+def watched(index: Index, monkeypatch: pytest.MonkeyPatch, *, fails_at: int = -1) -> list[list[str]]:
+    """The questions of each call that retrieves; the call of one number is stopped."""
+    asked: list[list[str]] = []
+    retrieve = index.neighbours
+
+    def neighbours(texts: list[str], *args: Any, **kwargs: Any) -> Neighbours:
+        if len(asked) == fails_at:
+            raise KeyboardInterrupt
+        asked.append(list(texts))
+        return retrieve(texts, *args, **kwargs)
+
+    monkeypatch.setattr(index, "neighbours", neighbours)
+    return asked
+
+
+def test_retrieving_that_was_stopped_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieved, "_CHUNK", 2)
+    index, texts, told = Index.open(world / "index"), [f"who keeps the {thing}?" for thing in "abcde"], []
+    asked = watched(index, monkeypatch, fails_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        Retrieved.of(index, texts, 3, None, tmp_path)
+    index = Index.open(world / "index")
+    rest = watched(index, monkeypatch)
+    found = Retrieved.of(index, texts, 3, None, tmp_path, progress=lambda done, total: told.append((done, total)))
+    assert asked == [texts[:2]] and rest == [texts[2:4], texts[4:]] and told == [(0, 3), (2, 3), (3, 3)]
+    whole = Retrieved.of(Index.open(world / "index"), texts, 3, None, tmp_path / "other")
+    np.testing.assert_array_equal(found.rows_QN, whole.rows_QN)
+    np.testing.assert_array_equal(found.scores_QN, whole.scores_QN)
+
+
+def test_questions_are_retrieved_for_once_however_they_are_grouped(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = Index.open(world / "index")
+    asked = watched(index, monkeypatch)
+    Retrieved.of(index, ["who keeps the map?", "who keeps the ferry?"], 3, "bm25", tmp_path)
+    both = Retrieved.of(index, ["who tolls?", "who keeps the map?", "who tolls?"], 3, "bm25", tmp_path)
+    assert asked == [["who keeps the map?", "who keeps the ferry?"], ["who tolls?"]]
+    direct = index.neighbours(["who keeps the map?"], 3, retriever="bm25")
+    assert both.ids(0) == both.ids(2) and both.ids(1) == direct.passage_ids[0]
+    # Another number of neighbours, or another retriever, is another matter.
+    asked.clear()
+    Retrieved.of(index, ["who keeps the map?"], 2, "bm25", tmp_path)
+    Retrieved.of(index, ["who keeps the map?"], 3, "dense", tmp_path)
+    assert len(asked) == 2
+
+
+def test_a_damaged_or_unwritable_cache_costs_only_retrieving_again(world: Path, tmp_path: Path) -> None:
+    index = Index.open(world / "index")
+    first = Retrieved.of(index, ["who keeps the map?"], 3, None, tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").rglob("*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-8])
+    again = Retrieved.of(index, ["who keeps the map?"], 3, None, tmp_path / "cache")
+    (tmp_path / "file").write_text("no folder")
+    third = Retrieved.of(index, ["who keeps the map?"], 3, None, tmp_path / "file")
+    for found in (again, third):
+        np.testing.assert_array_equal(first.rows_QN, found.rows_QN)
+    # What was damaged is whole again.
+    assert Retrieved.of(index, ["who keeps the map?"], 3, None, tmp_path / "cache").ids(0) == first.ids(0)
+    assert kept.stat().st_size > 0 and not list((tmp_path / "cache").rglob("*.part"))
 
 
 def test_a_document_is_never_on_both_sides_of_the_calibration_slice(world: Path) -> None:

@@ -13,7 +13,7 @@ from tiny_decoder import byte_tokenizer, tiny_llama
 from ragmoe import Index, Neighbours, Passage, Question
 from ragmoe.generation import REFUSAL, PromptMaker, PromptStyle
 from ragmoe.training.config import GenerateConfig, RaftConfig
-from ragmoe.training.data import Retrieved, load_questions
+from ragmoe.training.data import load_questions
 from ragmoe.training.generator_data import (
     GeneratorCollator,
     GeneratorDataset,
@@ -22,6 +22,7 @@ from ragmoe.training.generator_data import (
     gold_passages,
 )
 from ragmoe.training.raft import Example
+from ragmoe.training.retrieved import Retrieved
 
 STYLE = PromptStyle(max_length=900)
 

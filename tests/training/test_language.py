@@ -17,8 +17,8 @@ from tiny_decoder import byte_tokenizer
 from ragmoe import DataError, Index, Passage
 from ragmoe.index import BuildOptions, build_index
 from ragmoe.training.config import LanguageConfig
-from ragmoe.training.data import Retrieved
 from ragmoe.training.language import LanguageCollator, LanguageDataset, cut_documents
+from ragmoe.training.retrieved import Retrieved
 
 WORDS = [f"{a}{b}" for a in ("ri", "mo", "ta", "ke", "lu", "so") for b in ("ver", "nas", "tel", "bin", "dor", "gap")]
 CONFIG = LanguageConfig(chunk_tokens=200, neighbours=4)
