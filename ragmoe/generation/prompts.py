@@ -6,6 +6,7 @@ Source of the examples: Zhang et al. 2024, "RAFT: Adapting Language Model to Dom
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -95,6 +96,7 @@ class PromptMaker:
         self.style = style or PromptStyle()
         self._ends = {tokenizer.eos_token_id, *ends}
         self._chat = bool(getattr(tokenizer, "chat_template", None))
+        self._control = _control_tokens(tokenizer)
 
     def make(
         self,
@@ -155,7 +157,7 @@ class PromptMaker:
         parts += [f"[{number}] {encoder_text(passage)}" for number, passage in enumerate(passages, start=1)]
         content = "\n\n".join([*parts, f"Question: {question}"])
         if self._chat:
-            return self._tokens(self._rendered([{"role": "user", "content": content}], opened=True))
+            return self._tokens(self._rendered([{"role": "user", "content": self._text(content)}], opened=True))
         # What reads like a control token in a text is text.
         ids = self.tokenizer(f"{content}\n{_ANSWER}", split_special_tokens=True)["input_ids"]
         # Some tokenizers end every text, and a prompt goes on.
@@ -166,6 +168,7 @@ class PromptMaker:
 
         A chat template may go on behind the end of a turn, with what no model says.
         """
+        answer = self._text(answer)
         if self._chat:
             # What a template puts around an answer does not depend on what was asked.
             asked = [{"role": "user", "content": "?"}]
@@ -217,8 +220,22 @@ class PromptMaker:
         how = {"add_generation_prompt": opened, "enable_thinking": False}
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **how))
 
+    def _text(self, text: str) -> str:
+        """A text in which nothing reads like a control token: no passage ends the user's turn, or begins another.
+
+        A chat template's own control tokens stand in the same string, so those of a text are told apart by a space.
+        """
+        return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text) if self._control else text
+
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds what a tokenizer reads as control tokens; None where it has none."""
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = {name for name in names if len(name) > 1}
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
 
 
 def _without_spaces(text: str) -> bool:
