@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePath
 from statistics import fmean
@@ -62,8 +62,9 @@ class ExperimentFolder:
         """What is known of its training; empty before it began.
 
         Keys are ``index``, ``seconds``, ``machine``, ``commit``, ``base``, a digest of the folder that it began from
-        (None where that was none), and ``before``, machine and commit of those runs of a training that were stopped. An
-        untrained arm has ``index``, ``base`` and ``config``, the configuration that made it.
+        (None where that was none), ``before``, machine and commit of those runs of a training that were stopped, and
+        ``evaluated``, the commits that its figures are of. An untrained arm has ``index``, ``base``, ``evaluated`` and
+        ``config``, the configuration that made it.
         """
         return _read_json(self.place(arm, seed) / "arm.json")
 
@@ -86,7 +87,7 @@ class ExperimentFolder:
         if not self._is_current(arm, seed, config):
             self._forget_figures(arm, seed)
         made = {"index": self.index, "base": _digest_of_base(config), "config": config.model_dump(mode="json")}
-        self._write_note(arm, seed, made)
+        self._write_note(arm, seed, {**made, "evaluated": self.note(arm, seed).get("evaluated", [])})
 
     def _is_current(self, arm: str, seed: int, config: TrainingConfig) -> bool:
         """Whether an untrained arm is made as its note says; what has no note, or no base here, says nothing."""
@@ -103,10 +104,18 @@ class ExperimentFolder:
         for name in (RESULTS_NAME, _PERPLEXITIES):
             for stale in self.place(arm, seed).rglob(name):
                 stale.unlink()
+        if note := self.note(arm, seed):
+            self._write_note(arm, seed, {**note, "evaluated": []})
 
     def end(self, arm: str, seed: int, seconds: float | None) -> None:
         """Record how long it took; None where that is not known."""
         self._write_note(arm, seed, {**self.note(arm, seed), "seconds": seconds})
+
+    def measuring(self, arm: str, seed: int) -> None:
+        """Record that figures of an arm are made, or scored anew, at this commit."""
+        note = self.note(arm, seed)
+        commits = [*note.get("evaluated", []), commit(self.experiment.folder) or "none"]
+        self._write_note(arm, seed, {**note, "evaluated": [*dict.fromkeys(commits)]})
 
     def _write_note(self, arm: str, seed: int, content: dict[str, Any]) -> None:
         write_text(self.place(arm, seed) / "arm.json", json.dumps(content) + "\n")
@@ -231,10 +240,12 @@ class ExperimentFolder:
 
     def commits(self) -> dict[str, list[str]]:
         """The arms by the commit they were trained at."""
-        found: dict[str, dict[str, None]] = {}
-        for arm, value in self._recorded("commit"):
-            found.setdefault(value, {})[arm] = None
-        return {value: list(arms) for value, arms in found.items()}
+        return _arms_by_value(self._recorded("commit"))
+
+    def evaluated_at(self) -> dict[str, list[str]]:
+        """The arms by the commit that their figures are of; without those whose figures say nothing of it."""
+        notes = [(arm, self.note(arm, seed)) for arm in self.experiment.arm_names for seed in self.experiment.seeds]
+        return _arms_by_value([(arm, value) for arm, note in notes for value in note.get("evaluated", [])])
 
     def _recorded(self, key: str) -> list[tuple[str, Any]]:
         """Each arm with what a training of it recorded under a key."""
@@ -265,6 +276,13 @@ class ExperimentFolder:
 
 def _block_of(results: dict[str, Any], task: Task) -> dict[str, Any]:
     return results.get("ragmoe", {}).get("tasks", {}).get(task.name, {})
+
+
+def _arms_by_value(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    by_value: dict[str, dict[str, None]] = {}
+    for arm, value in found:
+        by_value.setdefault(value, {})[arm] = None
+    return {value: list(arms) for value, arms in by_value.items()}
 
 
 def _as(model: type[BaseModel], content: Any) -> Any:

@@ -222,7 +222,7 @@ def head(folder: ExperimentFolder, result: Result, missing: Sequence[str]) -> li
     """What the Markdown begins with: where the figures come from."""
     experiment, where = folder.experiment, result.machine
     lines = [experiment.description.strip(), ""] if experiment.description else []
-    trained = folder.commits()
+    trained, evaluated = folder.commits(), folder.evaluated_at()
     written = "report" if isinstance(experiment, LanguageExperiment) else "report and pictures"
     return [
         *lines,
@@ -230,6 +230,7 @@ def head(folder: ExperimentFolder, result: Result, missing: Sequence[str]) -> li
         f"- {written}: `{command_of(experiment, verb='report')}`",
         f"- commit: {result.commit or 'none'}",
         *([f"- trained at commit: {_said(trained)}"] if [*trained] not in ([], [result.commit]) else []),
+        *([f"- evaluated at commit: {_said(evaluated)}"] if [*evaluated] not in ([], [result.commit]) else []),
         f"- machine: {', '.join(f'{key} {where[key]}' for key in ('cpu', 'gpu', 'cores', 'threads') if where[key])}",
         f"- seeds: {', '.join(map(str, result.seeds))}",
         *([f"- not run yet: {', '.join(missing)}"] if missing else []),

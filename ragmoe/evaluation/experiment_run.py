@@ -70,6 +70,8 @@ def run_experiment(
             model = _model(folder, arm, seed, index, say, show_training)
             for task in tasks:
                 say(f"{arm}, seed {seed}: evaluating {task.name}")
+                if not folder.evaluated(arm, seed, task):
+                    folder.measuring(arm, seed)
                 place = folder.place(arm, seed) / task.name
                 evaluate(model, task, index, out=place, progress=progress, retrieval=retrieval, name=arm)
     outcome = gather(folder, tasks, command or command_of(experiment))

@@ -168,6 +168,23 @@ def test_machines_and_commits_are_those_of_the_training(write: Any, trained: lis
     assert "- trained at commit: commit of dense (dense); commit of retrieval (retrieval)" in outcome.lines
 
 
+def test_figures_are_of_the_commits_that_they_were_measured_at(
+    write: Any, trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ragmoe.evaluation import experiment_folder
+
+    def run_at(name: str) -> list[str]:
+        monkeypatch.setattr(experiment_folder, "commit", lambda folder: name)
+        return run_experiment(load_experiment(write()), out=tmp_path / "out").lines
+
+    assert "- evaluated at commit: first" in run_at("first")
+    # What is taken over was measured before, what is scored anew is of both.
+    assert "- evaluated at commit: first" in run_at("second")
+    for stale in (tmp_path / "out" / "dense").rglob("results.json"):
+        stale.unlink()
+    assert "- evaluated at commit: first (dense, retrieval); third (dense)" in run_at("third")
+
+
 def test_goals_are_met_or_not(write: Any, make_task: Any, trained: list[str], tmp_path: Path) -> None:
     goals = [
         {"a": "dense", "b": "retrieval", "at_least": 30.0},
