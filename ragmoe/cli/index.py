@@ -87,6 +87,7 @@ _BUILD_EXAMPLES = """Examples:
 
   ragmoe index build docs notes.md 'wiki/**/*.html' --out indexes/mine
   ragmoe index build corpus.jsonl --out indexes/mine --domain law --dry-run
+  ragmoe index build docs --out indexes/e5 --encoder e5-small-v2 --query-prompt 'query: ' --passage-prompt 'passage: '
   ragmoe index build docs --out indexes/mine --resume
   torchrun --nproc-per-node=2 -m ragmoe index build docs --out indexes/mine
   ragmoe index build --recipe indexes/demo.yaml"""
@@ -126,6 +127,12 @@ def build(
         str | None,
         typer.Option(metavar="NAME", help="minilm (offline), a folder, or a Hub id.", show_default="minilm"),
     ] = None,
+    query_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Put before queries.", show_default="the encoder's own")
+    ] = None,
+    passage_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Put before passages.", show_default="the encoder's own")
+    ] = None,
     domain: Annotated[str | None, typer.Option(metavar="NAME", help="The domain of records that name none.")] = None,
     chunk_words: Annotated[
         int | None, typer.Option(help="Words in a chunk at most, for text without ids.", show_default="200")
@@ -164,6 +171,8 @@ def build(
         "sources": tuple(sources) if sources else None,
         "out": out,
         "encoder": encoder,
+        "query_prompt": query_prompt,
+        "passage_prompt": passage_prompt,
         "domain": domain,
         "chunk_words": chunk_words,
         "chunk_overlap": chunk_overlap,

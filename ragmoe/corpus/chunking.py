@@ -11,7 +11,11 @@ from ragmoe._errors import DataError, UsageError
 from ragmoe.corpus.types import Passage, Question, Span
 
 _WORD = re.compile(r"\S+")
-_SENTENCE_END = re.compile(r"[.!?][\"')\]”’]*$")
+# Of a text written without spaces so many characters count as a word.
+_PIECE = re.compile(r"\S{1,2}")
+# Words this long on average are none.
+_NO_WORD = 24
+_SENTENCE_END = re.compile(r"[.!?。！？][\"')\]”’」』]*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +36,12 @@ class Chunk:
 def chunk_passage(passage: Passage, *, words: int = 200, overlap: int = 40) -> list[Chunk]:
     """Cut a passage into chunks of at most ``words`` words that share about ``overlap``, verbatim.
 
-    A chunk ends with a sentence where one ends in its last quarter. A passage that fits stays as it is, id included;
+    In a text written without spaces, such as Chinese, two characters count as a word. A chunk ends with a sentence
+    where one ends in its last quarter. A passage that fits stays as it is, id included;
     the chunks of one that does not are named ``ID#1``, ``ID#2``, and so on, all of the passage's document.
     """
     check_sizes(words, overlap)
-    spans = [match.span() for match in _WORD.finditer(passage.text)]
+    spans = _words(passage.text)
     if len(spans) <= words:
         return [Chunk(passage, passage.id)]
     chunks: list[Chunk] = []
@@ -49,6 +54,14 @@ def chunk_passage(passage: Passage, *, words: int = 200, overlap: int = 40) -> l
         if last == len(spans):
             return chunks
         first = max(last - overlap, first + 1)
+
+
+def _words(text: str) -> list[tuple[int, int]]:
+    """Where each word stands."""
+    spans = [match.span() for match in _WORD.finditer(text)]
+    if sum(end - start for start, end in spans) > _NO_WORD * len(spans):
+        spans = [match.span() for match in _PIECE.finditer(text)]
+    return spans
 
 
 def chunk_id(passage_id: str, number: int) -> str:

@@ -21,7 +21,8 @@ class LeakGuard:
     - so large a share of its 13-grams stands in the chunk's document, or
     - so large a share of the chunk's 13-grams stands in it.
 
-    The last two find what is quoted in a document that is another one otherwise.
+    The last two find what is quoted in a document that is another one otherwise. A chunk of fewer words than a gram, as
+    a document's last may be, is no quotation: it is judged by the others alone.
 
     Args:
         documents: those that are predicted.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from ragmoe._errors import DataError
+from ragmoe._errors import DataError, UsageError
 from ragmoe._keys import KeyTable
 from ragmoe.corpus.chunking import Chunk, check_sizes, chunk_passage
 from ragmoe.corpus.files import check_encoding, is_text
@@ -157,7 +157,7 @@ def read_passages(
         DataError: on reading, naming the file, the line and the reason; also a source that does not exist.
         UsageError: chunk sizes that make no sense, or an unknown encoding.
     """
-    names = [os.fspath(source) for source in sources]
+    names = _names(sources)
     return PassageReader(
         names,
         domain=domain,
@@ -169,6 +169,13 @@ def read_passages(
     )
 
 
+def _names(sources: Sequence[str | os.PathLike[str]]) -> list[str]:
+    # A single string is a sequence of strings too, of which "/" is a folder.
+    if isinstance(sources, str | os.PathLike):
+        raise UsageError(f"a single source was given, {os.fspath(sources)!r}; expected a list of them")
+    return [os.fspath(source) for source in sources]
+
+
 def read_documents(sources: Sequence[str | os.PathLike[str]], *, encoding: str = "utf-8") -> PassageReader:
     """Read whole documents from the same sources: nothing is cut, whether it has an id or not.
 
@@ -178,7 +185,7 @@ def read_documents(sources: Sequence[str | os.PathLike[str]], *, encoding: str =
         DataError: as ``read_passages``.
     """
     return PassageReader(
-        [os.fspath(source) for source in sources],
+        _names(sources),
         domain=None,
         chunk_words=200,
         chunk_overlap=0,

@@ -31,6 +31,7 @@ class BuildOptions:
         encoder: ``minilm``, a sentence-transformers folder, a Hub id, or an `Encoder`.
         domain: of records that name none.
         rechunk: cut also passages that bring an id.
+        query_prompt, passage_prompt: what is put before a text of that kind; what the encoder declares if None.
         long_passages: ``windows`` (token-weighted mean of overlapping windows) or ``truncate`` for passages longer
         than the encoder reads.
         text_encoding: of text files among the sources.
@@ -44,6 +45,8 @@ class BuildOptions:
     sources: tuple[str, ...]
     out: Path
     encoder: str | Encoder = DEFAULT_ENCODER
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
     domain: str | None = None
     chunk_words: int = 200
     chunk_overlap: int = 40
@@ -55,6 +58,9 @@ class BuildOptions:
     batch_tokens: int | None = None
     resume: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))
 
 
 def plan_build(options: BuildOptions) -> BuildPlan:
@@ -94,15 +100,17 @@ def build_index(options: BuildOptions, *, progress: Progress | None = None) -> M
     return plan_build(options).run(progress)
 
 
-def encoder_record(encoder: Encoder) -> EncoderRecord:
-    """What a manifest says of an encoder."""
+def encoder_record(
+    encoder: Encoder, *, query_prompt: str | None = None, passage_prompt: str | None = None
+) -> EncoderRecord:
+    """What a manifest says of an encoder; prompts are those that it declares where none are given."""
     return EncoderRecord(
         id=encoder.id,
         digest=encoder.digest,
         width=encoder.width,
         max_length=encoder.max_length,
-        query_prompt=encoder.prompts["query"],
-        passage_prompt=encoder.prompts["passage"],
+        query_prompt=encoder.prompts["query"] if query_prompt is None else query_prompt,
+        passage_prompt=encoder.prompts["passage"] if passage_prompt is None else passage_prompt,
         settings=settings_of(encoder),
     )
 
@@ -110,7 +118,7 @@ def encoder_record(encoder: Encoder) -> EncoderRecord:
 def _how(options: BuildOptions) -> tuple[How, Encoder]:
     """How the index will be made: what nobody asked for, as the one that stands in the folder."""
     encoder = load_encoder(options.encoder)
-    record = encoder_record(encoder)
+    record = encoder_record(encoder, query_prompt=options.query_prompt, passage_prompt=options.passage_prompt)
     made = asked_record(encoder, options.precision, options.batch_tokens)
     old = current(options.out)
     if options.precision == "auto" and made is not None:

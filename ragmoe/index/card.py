@@ -34,7 +34,11 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 def _card(name: str, manifest: Manifest) -> str:
     encoder, long, cut, faiss = manifest.encoder, manifest.long_passages, manifest.chunking, manifest.faiss
     domains = "\n".join(f"| {domain or '(no domain)'} | {count:,} |" for domain, count in manifest.domains.items())
-    recall = "exact" if faiss.recall_at_20 is None else f"finds {faiss.recall_at_20:.1%} of the exact top 20"
+    recall = (
+        "exact"
+        if faiss.recall_at_20 is None
+        else f"finds {faiss.recall_at_20:.1%} of the exact top 20 of stored passages"
+    )
     versions = ", ".join(f"{library} {number}" for library, number in manifest.versions.items())
     return f"""{_MARK}
 # {name}

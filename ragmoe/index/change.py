@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ragmoe._errors import DataError, EncoderMismatchError, IndexFolderError, UsageError
 from ragmoe.corpus.passages import OnError, read_passages
-from ragmoe.index.encoder import Encoder, check_same, load_encoder
+from ragmoe.index.encoder import Encoder, check_same, load_encoder, token_encoder
 from ragmoe.index.manifest import Manifest, read_manifest
 from ragmoe.index.plan import BuildPlan, How, make_plan, read_contents
 from ragmoe.index.rows import AddedRows, KeptRows, MergedRows, OldIndex
@@ -67,8 +67,11 @@ def plan_add(
         lines = rows.skipped
         bad = f"; {len(lines)} bad lines were skipped, the first: {lines[0]}" if lines else ""
         raise DataError(f"no passages in {', '.join(sources)}{bad}")
-    made = _encoder_of(base, encoder, path) if contents.new else None
-    return make_plan(target, rows, How.of(base), made, contents)
+    made, how = _encoder_of(base, encoder, path) if contents.new else None, How.of(base)
+    if how.made is not None and (model := token_encoder(made)) is not None:
+        # The size of a batch suited the machine that built the index; its precision is the index's own.
+        how = replace(how, made=how.made.model_copy(update={"batch_tokens": model.budgets[0]}))
+    return make_plan(target, rows, how, made, contents)
 
 
 def plan_remove(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -71,7 +72,7 @@ class SentenceEncoder:
         by_tokens: what takes tokens in place of texts, None where the model does more than read text.
 
     Raises:
-        ConfigError: the folder is not a sentence-transformers model.
+        ConfigError: the folder is not a sentence-transformers model, or not one that reads every text in one way.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -86,11 +87,12 @@ class SentenceEncoder:
                 self._model: SentenceTransformer = SentenceTransformer(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"encoder {name!r} cannot be loaded: {error}", hint=_HINT) from error
+        _check_reads(name, self._model)
         self._model = self._model.float().eval()
         self._tokenizer: Any = self._model.tokenizer
         self.width = int(self._model.get_embedding_dimension() or 0)
         self.max_length = int(self._model.max_seq_length or 512)
-        self.prompts: Mapping[str, str] = _prompts(self._model)
+        self.prompts: Mapping[str, str] = declared_prompts(folder)
         self.by_tokens = TokenEncoder.of(self._model)
 
     def encode(self, texts: Sequence[str], *, prompt: str = "") -> NDArray[np.float32]:
@@ -102,7 +104,8 @@ class SentenceEncoder:
         for batch in length_batches(lengths, _TOKEN_BUDGET):
             vectors[batch] = self._model.encode(
                 [texts[i] for i in batch],
-                prompt=prompt or None,
+                # Not None, which is the model's own default.
+                prompt=prompt,
                 batch_size=len(batch),
                 normalize_embeddings=True,
                 convert_to_numpy=True,
@@ -134,7 +137,10 @@ def load_encoder(name: str | Encoder) -> Encoder:
     """
     if not isinstance(name, str):
         return name
-    return SentenceEncoder(name, encoder_folder(name))
+    folder = encoder_folder(name)
+    # A folder's own name says where it is from everywhere.
+    local = name != DEFAULT_ENCODER and Path(name).expanduser().is_dir()
+    return SentenceEncoder(str(folder.resolve()) if local else name, folder)
 
 
 def encoder_folder(name: str) -> Path:
@@ -155,7 +161,8 @@ def encoder_folder(name: str) -> Path:
     except Exception as error:  # the hub client raises many kinds, offline ones among them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"encoder {name!r} is neither a folder nor could it be fetched: {reason}", hint=_HINT
+            f"encoder {name!r} is neither a folder nor could it be fetched: {reason}",
+            hint=f"{_HINT}; where its folder has moved since an index was built: --encoder DIR",
         ) from error
 
 
@@ -221,15 +228,40 @@ def check_same(record: EncoderRecord, got: Encoder, folder: Path) -> None:
         )
 
 
-def _prompts(model: SentenceTransformer) -> dict[str, str]:
-    """The query and passage prompts of a model's own configuration ('' where it has none)."""
-    have: dict[str, str] = {key: value or "" for key, value in dict(model.prompts or {}).items()}
-    default = have.get(model.default_prompt_name or "", "")
+def declared_prompts(folder: Path) -> dict[str, str]:
+    """The query and passage prompts that an encoder's own configuration declares, '' where it has none.
+
+    As `SentenceTransformer.encode_query` and `encode_document` choose them, but for one that is not declared the
+    default prompt is taken where the configuration names one.
+    """
+    path = folder / "config_sentence_transformers.json"
+    try:
+        said: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        have = {name: text or "" for name, text in (said.get("prompts") or {}).items()}
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"encoder file {path} is damaged: {error}", hint=_HINT) from error
+    default = have.get(said.get("default_prompt_name") or "", "")
 
     def first(*names: str) -> str:
-        return next((have[name] for name in names if have.get(name)), default)
+        return next((have[name] for name in names if name in have), default)
 
-    return {"query": first("query"), "passage": first("passage", "document", "corpus")}
+    return {"query": first("query"), "passage": first("document", "passage", "corpus")}
+
+
+def _check_reads(name: str, model: SentenceTransformer) -> None:
+    """Refuse what reads queries otherwise than passages, and what has no tokens or no end to them."""
+    modules = [type(module).__name__ for module in model]
+    if "Router" in modules:
+        raise ConfigError(
+            f"encoder {name!r} reads queries with other modules than passages ({', '.join(modules)}); expected one "
+            "that reads both alike, with a prompt at most",
+            hint=_HINT,
+        )
+    longest = model.max_seq_length
+    if longest is not None and not math.isfinite(longest):
+        raise ConfigError(
+            f"encoder {name!r} has no maximum length ({', '.join(modules)}); expected a transformer", hint=_HINT
+        )
 
 
 _HINT = (

@@ -25,6 +25,7 @@ from ragmoe.index.manifest import Manifest, file_record, read_manifest
 from ragmoe.index.retrievers import DEFAULT, Queries, Ranking, make_retriever
 from ragmoe.index.store import PassageStore, map_npy
 from ragmoe.index.vectors import FaissSearcher, unit_rows
+from ragmoe.index.windows import encode_passages
 
 if TYPE_CHECKING:
     from ragmoe.neighbours import Neighbours
@@ -166,10 +167,16 @@ class Index:
             return Bm25Searcher(path, len(self))
 
     def encode(self, queries: Sequence[str]) -> NDArray[np.float32]:
-        """The vectors of queries, float32 (B, R), unit length, with the query prompt."""
-        if not queries:
-            return np.zeros((0, self.width), dtype=np.float32)
-        return self.encoder.encode(queries, prompt=self.manifest.encoder.query_prompt)
+        """The vectors of queries, float32 (B, R), unit length, with the query prompt.
+
+        One that is longer than the encoder reads is treated as such a passage of this index: by default it is the
+        token-weighted mean of its windows.
+        """
+        asked = [Passage(id="", text=query) for query in queries]
+        vectors, _ = encode_passages(
+            asked, self.encoder, mode=self.manifest.long_passages.mode, prompt=self.manifest.encoder.query_prompt
+        )
+        return vectors
 
     def search(
         self,
@@ -293,20 +300,24 @@ class Index:
 
     def _rank_where(self, queries: Queries, k: int, retriever: str | None, where: Mapping[str, str]) -> list[Ranking]:
         """As `_rank`, of some passages: deeper and deeper until enough of them were met."""
+        if others := [value for value in where.values() if not isinstance(value, str)]:
+            raise UsageError(f"the filter asks for {others[0]!r}; expected one text for each of {', '.join(where)}")
         wanted_P = np.logical_and.reduce([self._store.matching(name, value) for name, value in where.items()])
         if not wanted_P.any():
             asked = ", ".join(f"{name}={value}" for name, value in where.items())
             raise UsageError(
                 f"{self.folder} holds no passage with {asked}; domains: {', '.join(sorted(self.manifest.domains))}"
             )
-        depth = k
-        while True:
+        found: list[Ranking] = [(np.zeros(0, np.int64), np.zeros(0, np.float32))] * len(queries.texts)
+        # Each as if it had been asked alone: at another depth a fusion of two retrievers ranks otherwise.
+        lacking, depth = list(range(len(queries.texts))), k
+        while lacking:
             depth = min(4 * depth, len(self))
-            found = [
-                (rows[wanted_P[rows]], scores[wanted_P[rows]]) for rows, scores in self._rank(queries, depth, retriever)
-            ]
-            if depth == len(self) or all(len(rows) >= k for rows, _ in found):
-                return [(rows[:k], scores[:k]) for rows, scores in found]
+            for place, (rows, scores) in zip(lacking, self._rank(queries.of(lacking), depth, retriever), strict=True):
+                kept = wanted_P[rows]
+                found[place] = rows[kept][:k], scores[kept][:k]
+            lacking = [place for place in lacking if len(found[place][0]) < k] if depth < len(self) else []
+        return found
 
     def _rank(self, queries: Queries, k: int, retriever: str | None) -> list[Ranking]:
         if k < 1:
@@ -368,6 +379,8 @@ def _listed(texts: Sequence[str]) -> Sequence[str]:
     # A single string is a sequence of strings too, and would be searched letter by letter.
     if isinstance(texts, str):
         raise UsageError("a single string was given; expected a list of queries")
+    if others := [text for text in texts if not isinstance(text, str)]:
+        raise UsageError(f"the query {others[0]!r} is of the type {type(others[0]).__name__}; expected text")
     if bad := [text for text in texts if not is_text(text)]:
         raise UsageError(
             f"the query {bad[0]!a} holds what is not UTF-8; expected text",

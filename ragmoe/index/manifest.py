@@ -112,7 +112,7 @@ class FaissRecord(_Strict):
     Attributes:
         nprobe: the lists that are visited.
         depth: the candidates that are ranked again by the stored embeddings for the best 20.
-        recall_at_20: the share of the exact top 20 that is found so.
+        recall_at_20: the share of the exact top 20 of stored passages, asked as queries, that is found so.
     """
 
     factory: str

@@ -32,6 +32,8 @@ class Recipe(BaseModel):
     sources: list[str] = Field(min_length=1)
     out: str
     encoder: str = DEFAULT_ENCODER
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
     domain: str | None = None
     chunk_words: int = 200
     chunk_overlap: int = 40
@@ -69,7 +71,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         update={
             "sources": [_place(source, file) for source in recipe.sources],
             "out": _place(recipe.out, file),
-            "encoder": _fill(recipe.encoder, file),
+            "encoder": _encoder(recipe.encoder, file),
         }
     )
 
@@ -80,6 +82,13 @@ def _place(source: str, recipe: Path) -> str:
         return filled
     # normpath, not resolve: a message should show the path as the recipe means it, links included.
     return os.path.normpath(recipe.parent / Path(filled).expanduser())
+
+
+def _encoder(name: str, recipe: Path) -> str:
+    """A folder, by its place beside the recipe, where there is one or it can be nothing else; or else a name."""
+    filled = _fill(name, recipe)
+    placed = _place(filled, recipe)
+    return placed if filled.startswith((".", "~")) or Path(placed).is_dir() else filled
 
 
 def _fill(text: str, recipe: Path) -> str:

@@ -45,6 +45,20 @@ class Queries:
         """float32 (B, R), unit length."""
         return self._index.encode(self.texts)
 
+    def of(self, places: Sequence[int]) -> Queries:
+        """Some of them, by their places; none is encoded again."""
+        return _Some(self, list(places))
+
+
+class _Some(Queries):
+    def __init__(self, whole: Queries, places: list[int]) -> None:
+        self.texts = [whole.texts[place] for place in places]
+        self._whole, self._places = whole, places
+
+    @cached_property
+    def vectors(self) -> NDArray[np.float32]:
+        return self._whole.vectors[self._places]
+
 
 class Retriever(ABC):
     """Ranks the passages of one index."""

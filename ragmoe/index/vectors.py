@@ -221,12 +221,14 @@ def _ranked(
 def _tune(index: Any, embeddings: NDArray[np.float16]) -> tuple[int, int, float]:
     """The fewest lists, a power of two, and then the fewest candidates that hold 98 % of the exact top 20 of a sample.
 
-    Returns lists, candidates and the share found, which is less where the codes are too coarse for more.
+    The sample is of passages that are stored, each without itself; questions lie further off, and less is found of
+    theirs. Returns lists, candidates and the share found, which is less where the codes are too coarse for more.
     """
     rows = np.random.default_rng(1).choice(len(embeddings), size=min(_SAMPLE, len(embeddings)), replace=False)
-    queries = unit_rows(embeddings, np.sort(rows))
-    k = min(_BEST, len(embeddings))
-    exact = exact_search(embeddings, queries, k)
+    rows.sort()
+    queries = unit_rows(embeddings, rows)
+    k = min(_BEST, len(embeddings) - 1)
+    exact = [own[own != row][:k] for own, row in zip(exact_search(embeddings, queries, k + 1), rows, strict=True)]
 
     def shares(nprobe: int) -> list[float]:
         index.nprobe = nprobe

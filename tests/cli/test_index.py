@@ -225,6 +225,21 @@ def test_a_locked_index(run: Run, corpus: Path, folder: Path) -> None:
     assert done.code == 1 and "is locked: another process is writing to it\nhint: wait" in done.err
 
 
+def test_an_encoder_beside_a_recipe(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny_encoder(tmp_path / "models")
+    place = tmp_path / "recipes"
+    place.mkdir()
+    (place / "r.yaml").write_text(
+        f"sources: ['{corpus}']\nout: built\nencoder: ../{folder.relative_to(tmp_path)}\nquery_prompt: 'q: '\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(tmp_path / "models")
+    assert run("index", "build", "--recipe", place / "r.yaml", "--passage-prompt", "p: ").code == 0
+    info = json.loads(run("index", "info", place / "built", "--json").out)["manifest"]["encoder"]
+    assert info["id"] == str(folder)
+    assert (info["query_prompt"], info["passage_prompt"]) == ("q: ", "p: ")
+
+
 def test_recipes(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("sources: ['${PLACE}/corpus.jsonl']\nout: built\nlong_passages: truncate\n")

@@ -85,3 +85,16 @@ def test_spans_that_cannot_move_are_errors() -> None:
         remap_questions([wrong], chunks)
     with pytest.raises(DataError, match="no chunk comes from its passage 'elsewhere'; there are 1 passages, such as"):
         remap_questions([Question(id="q", question="?", gold_ids=("elsewhere",))], chunks)
+
+
+def test_a_text_without_spaces_is_cut_too() -> None:
+    sentence = "これは空白のない長い文章です。"
+    whole = Passage("book", sentence * 300)
+    chunks = chunk_passage(whole, words=200, overlap=40)
+    assert len(chunks) > 10 and all(len(chunk.passage.text) <= 400 for chunk in chunks)
+    assert all(whole.text[c.start :].startswith(c.passage.text) for c in chunks)
+    assert chunks[-1].start + len(chunks[-1].passage.text) == len(whole.text)
+    # Where a sentence ends within reach, so does the chunk.
+    assert sum(chunk.passage.text.endswith("。") for chunk in chunks) > len(chunks) // 2
+    # A long word among others is one.
+    assert len(chunk_passage(Passage("p", "a link " * 20 + "x" * 300), words=50, overlap=0)) == 1

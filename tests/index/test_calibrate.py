@@ -147,10 +147,12 @@ def test_what_was_chosen_is_used_recorded_and_kept_by_changes(world: SimpleNames
     assert Index.open(world.out, encoder=encoder).search(["the zebra of the city"], 1, retriever="dense")
     assert world.used.pop() == ("fp32", None)
     plan = plan_add(world.out, [world.law], encoder=encoder)
-    assert plan.run().encoding == BF16 and world.used[3:] == [("bf16", 777)]
+    # The precision is the index's, the size of a batch that of the machine that adds.
+    own = encoder.by_tokens.budgets[0]
+    assert plan.run().encoding == BF16.model_copy(update={"batch_tokens": own}) and world.used[3:] == [("bf16", own)]
     # Built over: what is known stays, so what is new is encoded like it.
     again = world.build(world.city, world.law, world.source("bank", ["open"]), overwrite=True)
-    assert again.encoding == BF16 and world.used[4:] == [("bf16", 777)] and world.calibrated == 1
+    assert again.encoding.precision == "bf16" and world.used[4:] == [("bf16", own)] and world.calibrated == 1
     # Asked for something else, all is encoded anew.
     other = world.build(world.city, overwrite=True, precision="fp32", batch_tokens=64)
     assert other.encoding == EncodingRecord(precision="fp32", batch_tokens=64, chosen="asked")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stub_encoder import StubEncoder
+from tiny import save_tiny_encoder
 
 from ragmoe import ConfigError, EncoderMismatchError, Passage
 from ragmoe.index import BuildOptions, Index, Manifest, build_index, plan_add, plan_build, plan_merge
-from ragmoe.index.encoder import Encoder, encoder_folder, load_encoder, settings_digest, settings_of
+from ragmoe.index.encoder import Encoder, declared_prompts, encoder_folder, load_encoder, settings_digest, settings_of
 from ragmoe.index.manifest import read_manifest
 from ragmoe.index.tokens import length_batches
 from ragmoe.index.windows import cut_windows, encode_passages, encoder_text, pool_windows
@@ -140,6 +142,49 @@ def test_windows_of_real_tokens_are_read_whole(minilm: Encoder) -> None:
     # Two special tokens are added to each.
     assert all(len(spans) + 2 <= minilm.max_length for spans in minilm.token_spans(windows.texts))
     assert {word for part in windows.texts for word in part.split()} >= set(text.split())
+
+
+@pytest.mark.parametrize(
+    ("said", "query", "passage"),
+    [
+        ({}, "", ""),
+        ({"prompts": {"query": "q: ", "passage": "p: "}}, "q: ", "p: "),
+        ({"prompts": {"query": "q: ", "document": "d: ", "passage": "p: "}}, "q: ", "d: "),
+        # Declared as empty, it is no matter for the default.
+        ({"prompts": {"query": "q: ", "document": ""}, "default_prompt_name": "query"}, "q: ", ""),
+        ({"prompts": {"all": "a: "}, "default_prompt_name": "all"}, "a: ", "a: "),
+        ({"prompts": {"query": None}, "default_prompt_name": None}, "", ""),
+    ],
+)
+def test_prompts_are_those_that_a_model_declares(
+    said: dict[str, Any], query: str, passage: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(said))
+    assert declared_prompts(tmp_path) == {"query": query, "passage": passage}
+
+
+def test_an_encoder_in_a_folder_is_known_by_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny_encoder(tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    assert load_encoder(str(folder.relative_to(tmp_path))).id == str(folder)
+
+
+def test_an_encoder_that_reads_queries_otherwise_is_refused(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+    from tokenizers import Tokenizer, models
+
+    def static() -> StaticEmbedding:
+        return StaticEmbedding(Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]")), embedding_dim=8)
+
+    both = Router.for_query_document(query_modules=[static()], document_modules=[static()])
+    SentenceTransformer(modules=[both]).save(str(tmp_path / "router"))
+    with pytest.raises(ConfigError, match=r"reads queries with other modules than passages \(Router\)"):
+        load_encoder(str(tmp_path / "router"))
+    SentenceTransformer(modules=[static()]).save(str(tmp_path / "static"))
+    with pytest.raises(ConfigError, match=r"has no maximum length \(StaticEmbedding\)"):
+        load_encoder(str(tmp_path / "static"))
 
 
 def test_loading_is_quiet_whatever_the_user_has_set(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from small_corpus import rows
 from stub_encoder import StubEncoder
 
-from ragmoe import DataError, Index, IndexFolderError, IndexLockedError, ModelError
+from ragmoe import DataError, Index, IndexFolderError, IndexLockedError, ModelError, UsageError
 from ragmoe.index import BuildOptions, Manifest, _crash, plan_build, verify_index
 from ragmoe.index import blocks as blocks_module
 from ragmoe.index.manifest import read_manifest
@@ -361,3 +361,17 @@ def test_files_that_are_named_like_an_indexs_are_somebodys(build: Build, tmp_pat
     (tmp_path / "index" / "texts-2024.txt").write_text("mine")
     with pytest.raises(IndexFolderError, match=r"holds other things than an index: texts-2024\.txt"):
         build(overwrite=True)
+
+
+def test_prompts_may_be_given(build: Callable[..., Manifest], tmp_path: Path) -> None:
+    encoder = StubEncoder(query_prompt="own: ", passage_prompt="own: ")
+    made = build(encoder=encoder, passage_prompt="passage: ", out=str(tmp_path / "index"))
+    assert (made.encoder.query_prompt, made.encoder.passage_prompt) == ("own: ", "passage: ")
+    assert encoder.encoded and all(text.startswith("passage: ") for text in encoder.encoded)
+    made = build(encoder=encoder, query_prompt="", passage_prompt="", overwrite=True)
+    assert (made.encoder.query_prompt, made.encoder.passage_prompt) == ("", "")
+
+
+def test_a_single_source_is_no_list(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a single source was given, '/tmp/x'; expected a list of them"):
+        plan_build(BuildOptions("/tmp/x", tmp_path / "index", encoder=StubEncoder()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from stub_encoder import StubEncoder
 from ragmoe import EncoderMismatchError, Index, IndexFolderError, Passage, UsageError
 from ragmoe.index import Manifest, retriever_names, store
 from ragmoe.index.retrievers import Blend, Hybrid, fuse
+from ragmoe.index.windows import encode_passages
 
 RETRIEVERS = ("blend", "bm25", "dense", "hybrid")
 
@@ -165,6 +167,50 @@ def test_the_query_prompt_of_the_manifest_is_applied(build: Callable[..., Manife
     assert encoder.encoded == ["query: honey"]
 
 
+def test_a_query_longer_than_the_encoder_reads_is_read_to_its_end(
+    build: Callable[..., Manifest], tmp_path: Path, index: Index
+) -> None:
+    preamble = " ".join(f"word{i}" for i in range(40))
+    first, second = index.encode([f"{preamble} honey", f"{preamble} apple"])
+    assert not np.allclose(first, second)
+    whole = Passage("p", f"{preamble} honey")
+    np.testing.assert_array_equal(first, encode_passages([whole], index.encoder, mode="windows")[0][0])
+    # As passages are where whoever built the index wanted them cut.
+    build(long_passages="truncate")
+    first, second = Index.open(tmp_path / "index", encoder=StubEncoder()).encode(
+        [f"{preamble} honey", f"{preamble} apple"]
+    )
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("retriever", ["dense", "bm25", "hybrid", "blend"])
+def test_a_filtered_search_does_not_depend_on_the_other_queries(index: Index, retriever: str) -> None:
+    queries = ["which number has the honey of the market", "zebra", "the apple of the harbour", "number"]
+    together = index.search(queries, 3, retriever=retriever, where={"domain": index.domains[-1]})
+    alone = [index.search([query], 3, retriever=retriever, where={"domain": index.domains[-1]})[0] for query in queries]
+    assert [[(hit.row, hit.rank) for hit in hits] for hits in together] == [
+        [(hit.row, hit.rank) for hit in hits] for hits in alone
+    ]
+    for hits, own in zip(together, alone, strict=True):
+        np.testing.assert_allclose([hit.score for hit in hits], [hit.score for hit in own], atol=1e-6)
+
+
+def test_each_filtered_query_is_ranked_no_deeper_than_it_needs(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[tuple[str, ...], int]] = []
+    rank = Index._rank
+
+    def watched(self: Index, queries: Any, k: int, retriever: str | None) -> Any:
+        asked.append((tuple(queries.texts), k))
+        return rank(self, queries, k, retriever)
+
+    monkeypatch.setattr(Index, "_rank", watched)
+    market = next(row for row, domain in enumerate(index.domains) if domain == "market")
+    text = index.passage(index.passage_ids[market]).text
+    index.search([text, "zebra"], 1, retriever="dense", where={"domain": "market"})
+    # Of what was found at once no more is asked.
+    assert asked[0] == ((text, "zebra"), 4) and all(text not in texts for texts, _ in asked[1:])
+
+
 def test_another_encoder_is_refused_and_both_are_named(folder: Path) -> None:
     with pytest.raises(EncoderMismatchError) as caught:
         Index.open(folder, encoder=StubEncoder(7))
@@ -198,6 +244,10 @@ def test_bad_arguments(index: Index) -> None:
         index.search(["café", "caf\udce9"])
     with pytest.raises(UsageError, match="a single string"):
         index.neighbours("x")
+    with pytest.raises(UsageError, match="the query None is of the type NoneType; expected text"):
+        index.search([None])
+    with pytest.raises(UsageError, match=r"the filter asks for \['a', 'b'\]; expected one text for each of domain"):
+        index.search(["x"], where={"domain": ["a", "b"]})
 
 
 def test_one_passage_and_more_asked_for_than_there_are(build: Callable[..., Manifest], tmp_path: Path) -> None:
