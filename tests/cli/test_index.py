@@ -229,13 +229,11 @@ def test_an_encoder_beside_a_recipe(run: Run, corpus: Path, tmp_path: Path, monk
     folder = save_tiny_encoder(tmp_path / "models")
     place = tmp_path / "recipes"
     place.mkdir()
-    (place / "r.yaml").write_text(
-        f"sources: ['{corpus}']\nout: built\nencoder: ../{folder.relative_to(tmp_path)}\nquery_prompt: 'q: '\n",
-        encoding="utf-8",
-    )
+    beside = f"encoder: ../{folder.relative_to(tmp_path)}\nquery_prompt: 'q: '\n"
+    (place / "r.yaml").write_text(f"sources: ['{corpus}']\nout: built\n{beside}")
     monkeypatch.chdir(tmp_path / "models")
     assert run("index", "build", "--recipe", place / "r.yaml", "--passage-prompt", "p: ").code == 0
-    info = json.loads(run("index", "info", place / "built", "--json").out)["manifest"]["encoder"]
+    info = json.loads(run("index", "info", place / "built", "--json").out)["encoder"]
     assert info["id"] == str(folder)
     assert (info["query_prompt"], info["passage_prompt"]) == ("q: ", "p: ")
 
