@@ -289,7 +289,8 @@ class Gate(nn.Module, ABC):
     def set_available(self, available_E: Tensor) -> None:
         """Hold experts back (False) or let them in (True); a token never goes to one that is held back."""
         self.available.copy_(available_E)
-        self.none_available = not bool(available_E.any())
+        self.selection.available = int(available_E.sum())
+        self.none_available = not self.selection.available
 
     @torch.no_grad()
     def update_balance_bias(self, load_E: Tensor, rate: float) -> None:

@@ -66,10 +66,10 @@ class DomainGate(TokenGate):
 
 @register_gate("oracle")
 class OracleGate(DomainGate):
-    """The expert of the question's true domain: the upper bound of an evaluation, and not for use."""
+    """The expert of the question's true domain: for evaluations, and not for use."""
 
     uses_domain = True
-    summary = "the expert of the question's true domain; the upper bound of an evaluation"
+    summary = "the expert of the question's true domain; for evaluations only"
 
     def domain(self, neighbours: Neighbours) -> Tensor | None:
         return neighbours.domain_B

@@ -44,6 +44,8 @@ class Selection(nn.Module, ABC):
     def __init__(self, settings: GateSettings) -> None:
         super().__init__()
         self.settings = settings
+        # How many experts are not held back, as the gate says.
+        self.available = settings.experts
 
     def reset_parameters(self) -> None:
         """Set what must not start random."""
@@ -160,8 +162,9 @@ class ExpertChoice(Selection):
         E, (B, T) = self.settings.experts, tokens.mask_BT.shape
         mask_BT1 = tokens.mask_BT.unsqueeze(-1)
         ranked_BTE = ranked_SE.view(B, T, E).masked_fill(~mask_BT1, -torch.inf)
-        # ceil(tokens * K / E), in integers.
-        room_B = (tokens.mask_BT.sum(dim=1) * self.settings.top_k + E - 1) // E
+        # ceil(tokens * K / E), in integers, of the experts that are there to choose.
+        choosing = max(self.available, 1)
+        room_B = (tokens.mask_BT.sum(dim=1) * self.settings.top_k + choosing - 1) // choosing
         rank_BTE = ranked_BTE.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         taken_SE = ((rank_BTE < room_B.view(B, 1, 1)) & ~ranked_BTE.isneginf()).view(B * T, E)
         slots = max(1, int(taken_SE.sum(dim=1).max()) if taken_SE.numel() else 1)

@@ -210,15 +210,19 @@ class Capacity:
         return cls(config.capacity_factor, config.overflow, config.overflow_priority)
 
     @torch.no_grad()
-    def serve(self, routing: Routing, mask_S: Tensor, top_k: int, *, training: bool) -> Tensor:
+    def serve(
+        self, routing: Routing, mask_S: Tensor, top_k: int, *, training: bool, available: int | None = None
+    ) -> Tensor:
         """Who serves each choice, int64 (S, K), E where nobody does; padding is never served.
 
         Args:
             mask_S: bool, False for padding, which takes no capacity.
             top_k: choices of a token that the capacity is reckoned by.
+            available: experts that share them out, those held back left out; None for all E.
         """
         E = routing.logits_SE.shape[1]
-        capacity = expert_capacity(int(mask_S.sum()), E, top_k, self.factor)
+        sharing = E if available is None else max(available, 1)
+        capacity = expert_capacity(int(mask_S.sum()), sharing, top_k, self.factor)
         choices_SK = routing.experts_SK.masked_fill(~mask_S.unsqueeze(1), E)
         ranked_SE = routing.logits_SE if routing.ranked_SE is None else routing.ranked_SE
         return self.overflow.serve(choices_SK, ranked_SE, self.priority.order(routing, mask_S, training), capacity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,10 +82,11 @@ class MoELayer(nn.Module):
         """Who serves each choice: while training of the whole batch at once, otherwise of each sequence by itself, so
         that an answer does not depend on what else is read beside it."""
         (B, T), mask_S, top_k = mask_BT.shape, mask_BT.reshape(-1), self.gate.settings.top_k
+        serve = partial(capacity.serve, training=self.training, available=self.gate.selection.available)
         if self.training or B <= 1:
-            return capacity.serve(routing, mask_S, top_k, training=self.training)
+            return serve(routing, mask_S, top_k)
         rows = [slice(b * T, (b + 1) * T) for b in range(B)]
-        return torch.cat([capacity.serve(routing.rows(row), mask_S[row], top_k, training=False) for row in rows])
+        return torch.cat([serve(routing.rows(row), mask_S[row], top_k) for row in rows])
 
     def key_values(self, x_BTD: Tensor, routing: Routing) -> Tensor | None:
         """What the experts add to the keys and values of the layer's attention, (B, T, 2 D); None where they do not."""

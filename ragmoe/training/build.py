@@ -47,7 +47,7 @@ def build_model(config: TrainingConfig, index: Any, *, on_cpu: bool) -> RagmoeBe
     settings = model_settings(config, index.width, on_cpu=on_cpu)
     encoder = index.manifest.encoder
     if is_bundle(config.base):
-        model = _train_on(config, settings)
+        model = _train_on(config, settings, index)
         if config.train.what == "xlora":
             model = XLoraReader(model, seed=config.seed)
     elif config.train.what == "xlora":
@@ -98,9 +98,11 @@ def check_length(config: TrainingConfig, model: RagmoeBertConfig) -> None:
         raise ConfigError(f"max_length is {longest}, but the base has {model.max_position_embeddings} positions")
 
 
-def _train_on(config: TrainingConfig, settings: dict[str, Any]) -> RagmoeBertForQuestionAnswering:
+def _train_on(config: TrainingConfig, settings: dict[str, Any], index: Any) -> RagmoeBertForQuestionAnswering:
     opened, exchanged = opened_config(config, settings)
     model = RagmoeBertForQuestionAnswering.from_pretrained(config.base, config=opened)
+    # The gate goes on with what it has learned of embeddings, so they must be of the encoder that it learned from.
+    model.check_index(index)
     return exchange_gate(model, seed=config.seed, **exchanged) if exchanged else model
 
 

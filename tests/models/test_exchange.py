@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,32 @@ def test_a_reader_without_a_tokenizer_is_changed_all_the_same(make: Make) -> Non
         assert changed.held_back == [1]
         with pytest.raises(ModelError, match="the model has no tokenizer"):
             assert changed.tokenizer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"capacity_factor": 1.0}, {"capacity_factor": 1.0, "overflow": "next"}, {"selection": "expert_choice"}],
+)
+def test_an_expert_that_is_held_back_takes_no_share(make: Make, settings: dict[str, Any]) -> None:
+    model = make(gate="token", expert_names=["law", "bank", "city", "all"], **settings)
+    rows = {name: model.state_dict()[name][0] for name in model.expert_tensors()}
+    # Experts that choose take no new one; here it is only grown so that it can be held back.
+    selection, model.config.selection = model.config.selection, "top_k"
+    grown = grow(model, rows, id=4, name="port")
+    grown.config.selection = selection
+    grown = settle(grown)
+    grown.hold_back(["port"])
+    inputs = tokens()
+    before, after = model(**inputs), grown(**inputs)
+    assert torch.equal(before.start_logits, after.start_logits)
+    # It is there, for all that.
+    grown.hold_back([])
+    assert not torch.equal(before.start_logits, grown(**inputs).start_logits)
+
+
+def test_experts_that_choose_take_no_new_one(make: Make) -> None:
+    with pytest.raises(ModelError, match=r"experts choose their tokens \(expert_choice\): a new one would take its"):
+        grow(make(gate="token", selection="expert_choice"), {}, id=4, name="port")
 
 
 def test_everything_but_the_gate_is_kept(make: Make) -> None:
