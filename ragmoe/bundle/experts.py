@@ -30,8 +30,8 @@ class ExpertInfo:
     """One expert as it stands in a map.
 
     Attributes:
-        load: for each sparse layer the share of all choices that fell on it while the bundle was trained; None where
-            that was not recorded.
+        load: for each sparse layer the share of the choices that fell on it as training ended, over the last steps that
+            were logged; None where that was not recorded.
         certificate: what adding it has cost and brought, where it was added later.
         no_answer_threshold: a reader's for what most tokens take to this expert; None where that is the bundle's.
         history: the steps of the bundle's lineage that changed it.
@@ -217,7 +217,7 @@ def _info(folder: Path, map_: BundleMap, expert: ExpertEntry) -> ExpertInfo:
 
 
 def recorded_load(map_: BundleMap) -> dict[str, list[float]]:
-    """By id, the share of the choices that fell on an expert in each sparse layer while the bundle was trained."""
+    """By id, the share of the choices that fell on an expert in each sparse layer as training ended."""
     return dict(map_.extra.get(LOAD, {}))
 
 

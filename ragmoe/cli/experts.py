@@ -64,7 +64,7 @@ def ls(bundle: BundleArgument, version: VersionOption = None, as_json: JsonOptio
         ]
         for e in experts
     ]
-    note = f"Load: share of the choices in training. One expert: ragmoe experts show {bundle} EXPERT"
+    note = f"Load: share of the choices as training ended. One expert: ragmoe experts show {bundle} EXPERT"
     columns = ["id", "name", "version", "", "parameters", "load (%)"]
     print_tables([Table(f"Experts of {bundle}", columns, rows, note=note, labels=2)])
 
@@ -90,10 +90,16 @@ def rename(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Its new name.", show_default=False)],
 ) -> None:
     """Give an expert another name."""
-    from ragmoe.bundle import rename_expert
+    from ragmoe.bundle import read_map, rename_expert
 
+    before = read_map(bundle).find(expert).name
     map_ = rename_expert(bundle, expert, name)
     typer.echo(f"{bundle}: version {map_.version}, {map_.lineage[-1].message}")
+    if name != before and "memory" in str(map_.extra.get("config", {}).get("gate")):
+        typer.echo(
+            f"passages of the domain {before} speak for this expert no longer, and those of {name} do, but for what an "
+            f"index has recorded: ragmoe index annotate DIR --model {bundle} --questions FILE"
+        )
 
 
 @app.command()
@@ -216,7 +222,7 @@ def _measure(bundle: Path, kept: list[int], tasks: list[Task], index: Path | Non
 def _prediction(predicted: float | None) -> str:
     if predicted is None:
         return "predicted: unknown, its load was not recorded"
-    return f"predicted: {100 * predicted:.1f} % of the choices fell on it in training and go to others"
+    return f"predicted: {100 * predicted:.1f} % of the choices fell on it as training ended and go to others"
 
 
 def _sentence(change: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
@@ -63,6 +63,10 @@ class RagmoeBertConfig(BertConfig):
     """
 
     model_type = "ragmoe_bert"
+    # Of a batch, and no predictions: Trainer's evaluation would gather them.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "answer_loss", "balance_loss", "z_loss", "further_losses", "routings", "hidden_states",
+    ]  # fmt: skip
 
     gate: str = "retrieval"
     experts: int = 8

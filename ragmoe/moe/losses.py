@@ -80,6 +80,7 @@ class RoutingLoss(ABC):
             tokens in the step alone. The others are of a batch's statistics: cut into micro-batches, these are other
             statistics (the imbalance of each part, and not of the whole), unless the loss is told their sums.
         needs_domain: whether it needs ``LossInputs.domain_S``.
+        needs_votes: whether it teaches nothing where no neighbour has a vote.
         needs_swapped: whether it needs the routing under another question's neighbours.
         needs_outputs: whether it needs what each chosen expert answers by itself.
     """
@@ -88,6 +89,7 @@ class RoutingLoss(ABC):
     source: ClassVar[str]
     per_token: ClassVar[bool] = False
     needs_domain: ClassVar[bool] = False
+    needs_votes: ClassVar[bool] = False
     needs_swapped: ClassVar[bool] = False
     needs_outputs: ClassVar[bool] = False
 

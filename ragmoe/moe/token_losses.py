@@ -68,6 +68,7 @@ class Votes(TokenLoss):
 
     summary = "teaches the token state to choose as the votes do, for where nothing is found; needs a gate with memory"
     source = "knowledge distillation (Hinton et al. 2015), from the votes to the token gate"
+    needs_votes = True
 
     def check(self, config: Any) -> None:
         if not gate_class(config.gate).uses_votes:

@@ -201,6 +201,8 @@ def new_expert_config(
         "data": {
             "index": None if index is None else os.path.abspath(index),
             "calibration_share": 0.0 if judges.dev else _DEV_SHARE,
+            # As the bundle's questions were asked.
+            "question_field": _section_of(Path(bundle), "data").get("question_field", "question"),
             **learned,
         },
         section: {"neighbours": settings.get("neighbours", 16), **_section_of(Path(bundle), section)},

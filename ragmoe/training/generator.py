@@ -32,6 +32,7 @@ from ragmoe.training.generator_data import GeneratorCollator, GeneratorDataset, 
 from ragmoe.training.retrieved import CACHE_NAME, Retrieved
 from ragmoe.training.totals import check_decoder_losses
 from ragmoe.training.trainer import RagmoeTrainer
+from ragmoe.training.votes import check_votes
 
 
 def trains_generator(config: TrainingConfig) -> bool:
@@ -213,6 +214,7 @@ def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show
         recall=lambda neighbours, question: generator.recall(neighbours, index, [question.domain]),
     )
     check_decoder_losses(model.config, fit, sees_neighbours=generator.gate_sees_neighbours)
+    check_votes(model, index, show.line if show else None)
     start_gates(model, dataset, config, show)
     collator = GeneratorCollator(generator.prompts, sees_neighbours=generator.gate_sees_neighbours, raw=raw)
     return GeneratorRun(config, index, model, style, dataset, collator, len(questions) - len(fit), adapted)

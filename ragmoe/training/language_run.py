@@ -23,6 +23,7 @@ from ragmoe.training.language_expert import LanguageExpert, begin_language_exper
 from ragmoe.training.retrieved import CACHE_NAME
 from ragmoe.training.totals import check_decoder_losses
 from ragmoe.training.trainer import RagmoeTrainer
+from ragmoe.training.votes import check_votes
 
 
 @dataclass
@@ -87,6 +88,7 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
     cache = cache or (index.folder / CACHE_NAME if index is not None else Path(CACHE_NAME))
     documents = learned_documents(config, show.line if show else None)[0]
     check_decoder_losses(model.config, documents, sees_neighbours=sees_neighbours(model))
+    check_votes(model, index, show.line if show else None)
     dataset = LanguageDataset(
         documents,
         index if sees_neighbours(model) else None,

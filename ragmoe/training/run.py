@@ -54,6 +54,7 @@ from ragmoe.training.retrieved import CACHE_NAME, Retrieved
 from ragmoe.training.stopping import StopCallback
 from ragmoe.training.totals import check_losses
 from ragmoe.training.trainer import TRAINS_GATES, RagmoeTrainer
+from ragmoe.training.votes import check_votes, say_left_behind
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ def prepare_reader(config: TrainingConfig, *, cache: Path | None = None, show: S
     if new_expert is not None:
         model = new_expert.model
     check_losses(model.config, fit, train.batch_size * train.accumulation)
+    check_votes(model, index, show.line if show else None)
     adapted = make_trainable(model, config)
 
     raw = config.data.question_field == "question_raw"
@@ -246,6 +248,8 @@ def train(
         goes_on = resume and is_started(folder)
         set_seed(resolved.seed)
         run = prepare(resolved, cache=Path(cache) if cache else None, show=show)
+        if resolved.new_expert is None:
+            say_left_behind(resolved.base, run.model, run.index, show.line if show else None)
         bf16 = start(
             folder,
             resolved,

@@ -56,6 +56,14 @@ def test_renaming_and_looking_back(ragmoe: Any, bundle: Path) -> None:
     assert names == ["bank", "expert 1"]
 
 
+def test_renaming_an_expert_that_votes_lead_to(ragmoe: Any, make_bundle: Any, tmp_path: Path) -> None:
+    names = ["rivers", "coins", "a", "b"]
+    made = make_bundle("memory", gate="memory", sparse_layers=[0, 1], expert_names=names)
+    own = shutil.copytree(made, tmp_path / "own")
+    code, out, _ = ragmoe("experts", "rename", own, 1, "bank")
+    assert code == 0 and "passages of the domain coins speak for this expert no longer, and those of bank do" in out
+
+
 def test_pruning_predicts_and_measures(ragmoe: Any, small_city: Path, bundle: Path) -> None:
     words = ("experts", "prune", bundle, "expert 1", 3)
     code, out, _ = ragmoe(*words, "--dry-run")
