@@ -121,27 +121,39 @@ class ExperimentFolder:
         write_text(self.place(arm, seed) / "arm.json", json.dumps(content) + "\n")
 
     def check_arms(self, index: Path, *, moved: bool = False) -> None:
-        """``check`` every arm and seed, and that those which name the same files learned from the same material.
+        """``check`` every arm and seed, and that those which name the same files learned from the same material, and
+        those which name the same base began from the same.
 
         Args:
             index: folder of the index that configurations are resolved with.
         """
         learned: dict[str, tuple[str, str]] = {}
+        begun: dict[str, tuple[str, str]] = {}
         for seed in self.experiment.seeds:
             for arm in self.experiment.arm_names:
-                config = self.experiment.training(arm, seed, index)
+                config, of_arm = self.experiment.training(arm, seed, index), (arm, seed)
                 self.check(arm, seed, config, moved=moved)
-                material = _read_json(self.bundle(arm, seed) / "started.json").get("questions")
-                if arm in self.experiment.untrained_arms or material is None:
-                    continue
-                named = json.dumps([config.data.model_dump(mode="json"), config.new_expert is None])
-                first, where = learned.setdefault(named, (material, f"{arm}, seed {seed}"))
-                if first != material:
-                    raise ConfigError(
-                        f"{where} and {arm}, seed {seed} in {self.root} name the same files and learned from others: "
-                        "their content has changed between",
-                        hint=f"train again what is older: remove {self.place(arm, seed)}, or that of the other",
-                    )
+                untrained = arm in self.experiment.untrained_arms
+                if untrained or (self.bundle(arm, seed) / "training.yaml").is_file():
+                    self._check_same(begun, config.base, self.note(arm, seed).get("base"), of_arm, "base, and began")
+                if not untrained:
+                    named = json.dumps([config.data.model_dump(mode="json"), config.new_expert is None])
+                    material = _read_json(self.bundle(arm, seed) / "started.json").get("questions")
+                    self._check_same(learned, named, material, of_arm, "files, and learned")
+
+    def _check_same(
+        self, seen: dict[str, tuple[str, str]], named: str, content: str | None, of_arm: tuple[str, int], what: str
+    ) -> None:
+        """ConfigError where another arm names the same and had another content of it; None is not known."""
+        if content is None:
+            return
+        said = "{}, seed {}".format(*of_arm)
+        first, where = seen.setdefault(named, (content, said))
+        if first != content:
+            raise ConfigError(
+                f"{where} and {said} in {self.root} name the same {what} from others: the content has changed between",
+                hint=f"train again what is older: remove {self.place(*of_arm)}, or that of the other",
+            )
 
     def check(self, arm: str, seed: int, config: TrainingConfig, *, moved: bool = False) -> None:
         """Refuse to mix what was trained otherwise into this experiment; nothing is written or removed here.
@@ -168,7 +180,9 @@ class ExperimentFolder:
         if differing:
             raise ConfigError(
                 f"{self.place(arm, seed)} was trained with another configuration; it differs in {', '.join(differing)}",
-                hint="give another folder with --out, or remove this one",
+                hint="name the folder that this file was run in with --out"
+                if moved
+                else "give another folder with --out, or remove this one",
             )
 
     def trained(self, arm: str, seed: int) -> bool:
@@ -300,7 +314,9 @@ def _portable(value: Any) -> Any:
     if isinstance(value, list):
         return [_portable(entry) for entry in value]
     if isinstance(value, str) and PurePath(value).is_absolute():
-        return "/".join(PurePath(value).parts[-2:])
+        # The bundle of an arm is EXPERIMENT/ARM/seed-0/bundle.
+        parts = PurePath(value).parts
+        return "/".join(parts[-4:] if parts[-1] == "bundle" else parts[-2:])
     return value
 
 

@@ -102,7 +102,9 @@ def load_config(
             setattr(expert, name, [e if e.startswith("hub:") else resolve(e, folder) for e in named])
     if config.data.index is not None:
         config.data.index = resolve(config.data.index, folder)
-    if config.base != "minilm" and "base" not in given and (folder / config.base).exists():
+    # What begins with a dot is no Hub id, whether or not it is there.
+    is_folder = config.base.startswith((".", "~")) or (folder / config.base).exists()
+    if config.base != "minilm" and "base" not in given and is_folder:
         config.base = resolve(config.base, folder)
     if config.base == "starter":
         from ragmoe.models.starter import resolve_bundle

@@ -167,6 +167,42 @@ def test_arms_that_learned_from_other_content_of_the_same_files_are_not_mixed(
         run_experiment(load_experiment(write(), seeds=[0]), out=tmp_path / "out")
 
 
+def test_arms_of_one_base_that_changed_between_are_not_mixed(write: Any, trained: list[str], tmp_path: Path) -> None:
+    run_experiment(load_experiment(write(), seeds=[0]), out=tmp_path / "out")
+    for arm, base in (("dense", "one"), ("retrieval", "other")):
+        note = tmp_path / "out" / arm / "seed-0" / "arm.json"
+        note.write_text(json.dumps({**json.loads(note.read_text()), "base": base}))
+        (tmp_path / "out" / arm / "seed-0" / "bundle" / "training.yaml").touch()
+    folder = ExperimentFolder(load_experiment(write(), seeds=[0]), tmp_path / "out", "index-digest")
+    with pytest.raises(ConfigError, match=r"dense, seed 0 and retrieval, seed 0 .* same base, and began from others"):
+        folder.check_arms(tmp_path, moved=True)
+
+
+def test_a_report_knows_arms_by_the_experiment_that_they_began_from(write: Any, tmp_path: Path) -> None:
+    experiment = load_experiment(
+        write(train={**yaml.safe_load(write().read_text())["train"], "base": "../runs/x/a/seed-0/bundle"}), seeds=[0]
+    )
+    folder = ExperimentFolder(experiment, tmp_path / "out", "index-digest")
+    config = experiment.training("dense", 0, tmp_path)
+    # Where it is not there either, a base is where the file says.
+    assert Path(config.base).is_absolute() and config.base.endswith("/runs/x/a/seed-0/bundle")
+    bundle = folder.bundle("dense", 0)
+    bundle.mkdir(parents=True)
+
+    def trained_from(base: str) -> None:
+        content = {**config.model_dump(mode="json"), "base": base}
+        (bundle / "training.yaml").write_text(yaml.safe_dump(content))
+
+    trained_from("/elsewhere/runs/x/a/seed-0/bundle")
+    folder.check("dense", 0, config, moved=True)
+    trained_from("/elsewhere/runs/x/b/seed-0/bundle")
+    with pytest.raises(
+        ConfigError, match=r"differs in base \('x/b/seed-0/bundle', now 'x/a/seed-0/bundle'\)"
+    ) as caught:
+        folder.check("dense", 0, config, moved=True)
+    assert caught.value.hint == "name the folder that this file was run in with --out"
+
+
 def test_a_base_that_is_no_bundle_is_known_by_its_files(write: Any, trained: list[str], tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
