@@ -44,12 +44,3 @@ def import_faiss() -> ModuleType:
     if first:
         faiss.omp_set_num_threads(available_threads())
     return faiss
-
-
-def openmp_runtimes() -> list[str]:
-    """The OpenMP libraries in this process once torch and faiss are imported together, for ``ragmoe doctor``."""
-    import_faiss()
-    # Comes with scikit-learn, which sentence-transformers needs.
-    from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
-
-    return sorted({str(pool["filepath"]) for pool in threadpool_info() if pool.get("user_api") == "openmp"})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +25,9 @@ from ragmoe.evaluation.results import Results
 from ragmoe.evaluation.samples import write_text
 from ragmoe.evaluation.tables import Table, markdown
 from ragmoe.evaluation.task import Task
+
+# What the Markdown says of where it was run: other versions make other figures, and another Python another library.
+_MACHINE = ("cpu", "gpu", "cores", "threads", "python", "torch")
 
 
 @dataclass
@@ -118,6 +121,7 @@ def gather(folder: ExperimentFolder, tasks: list[Task], command: str) -> Outcome
         missing += [f"{arm} seed {seed}" for seed in undone]
         if not undone:
             runs[arm] = folder.results(arm, tasks)
+    command = of_finished(command, runs, missing)
     seconds = {arm: folder.seconds(arm) for arm in runs}
     compared = compare_arms(experiment, tasks, runs)
     triples = [(pair.a, pair.b, comparison) for pair, comparison in compared.items()]
@@ -197,6 +201,12 @@ def command_of(experiment: Experiment, *, verb: str = "experiment", out: str | P
     return shlex.join(words) + (' --data "$RAGMOE_DATA"' if os.environ.get("RAGMOE_DATA") else "")
 
 
+def of_finished(command: str, finished: Iterable[str], missing: Sequence[str]) -> str:
+    """The command that runs no more than what is finished, where something is missing; as it is otherwise."""
+    only = [f"--only {shlex.quote(arm)}" for arm in finished] if missing and "--only" not in command else []
+    return " ".join([command, *only])
+
+
 def write(outcome: Outcome, drawn: Sequence[Picture] = ()) -> list[Path]:
     """The result as JSON and Markdown: in the output folder, and where the experiment says if it ran as committed."""
     committed = _committed(outcome)
@@ -231,7 +241,7 @@ def head(folder: ExperimentFolder, result: Result, missing: Sequence[str]) -> li
         f"- commit: {result.commit or 'none'}",
         *([f"- trained at commit: {_said(trained)}"] if [*trained] not in ([], [result.commit]) else []),
         *([f"- evaluated at commit: {_said(evaluated)}"] if [*evaluated] not in ([], [result.commit]) else []),
-        f"- machine: {', '.join(f'{key} {where[key]}' for key in ('cpu', 'gpu', 'cores', 'threads') if where[key])}",
+        f"- machine: {', '.join(f'{key} {where[key]}' for key in _MACHINE if where.get(key))}",
         f"- seeds: {', '.join(map(str, result.seeds))}",
         *([f"- not run yet: {', '.join(missing)}"] if missing else []),
     ]

@@ -9,7 +9,7 @@ from statistics import fmean
 from ragmoe._errors import DataError
 from ragmoe.evaluation.experiment import VALID, Experiment, LanguageExperiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
-from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, head, write
+from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, head, of_finished, write
 from ragmoe.evaluation.language_results import FILE, LanguageResults, results_place
 from ragmoe.evaluation.machine import commit
 from ragmoe.evaluation.perplexity import DocumentLoss, Perplexity, compare_perplexity, perplexity
@@ -70,6 +70,7 @@ def gather_language(folder: ExperimentFolder, digests: Mapping[str, str], comman
     experiment = folder.experiment
     assert isinstance(experiment, LanguageExperiment)
     runs, missing = _finished(folder, experiment, digests)
+    command = of_finished(command, next(iter(runs.values())), missing)
     compared = _compare(experiment, runs)
     figures = {setting: _perplexities(of_setting) for setting, of_setting in runs.items()}
     first = next(iter(runs))

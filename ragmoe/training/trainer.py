@@ -30,8 +30,6 @@ _PARTS = (
     ("head", "qa_outputs"),
     ("head", "special_outputs"),
 )
-# What is trained beside the head, where ``train.what`` does not say it itself.
-_TRAINED = {"lora": {"gate", "experts"}, "xlora": {"gate"}}
 
 # The values of ``train.what`` that train a model's gates.
 TRAINS_GATES = ("all", "gate", "gate+experts", "lora")

@@ -67,10 +67,12 @@ def test_a_part_of_it_is_no_result_worth_keeping(write: Any, trained: list[str],
     assert trained == ["dense/1"]
     assert outcome.missing == ["retrieval seed 1"]
     assert list(outcome.result.arms) == ["dense"]
+    # What is printed beside these figures makes them again, and no more.
+    assert outcome.result.command.endswith(" --only dense")
     assert not (tmp_path / "results").exists()
     assert json.loads((tmp_path / "out" / "result.json").read_text())["seeds"] == [1]
     full = run_experiment(load_experiment(write(), seeds=[1]), out=tmp_path / "out", only=["retrieval"])
-    assert full.missing == [] and not (tmp_path / "results").exists()
+    assert full.missing == [] and "--only" not in full.result.command and not (tmp_path / "results").exists()
     run_experiment(load_experiment(write()), out=tmp_path / "out")
     assert (tmp_path / "results" / "small.json").exists()
 

@@ -96,6 +96,7 @@ def test_from_training_to_the_result_and_taken_up_again(folder: Path, tmp_path: 
     said: list[str] = []
     part = run_language_experiment(load(folder), out=tmp_path, only=["dense"], say=said.append)
     assert part.missing == ["untrained seed 0", "retrieval seed 0", "oracle seed 0"]
+    assert part.result.command.endswith(" --only dense")
     assert not (folder / "result.json").exists()
     said.clear()
     shown: list[tuple[str, int, int]] = []
