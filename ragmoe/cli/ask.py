@@ -42,6 +42,12 @@ def ask(
 
     opened, thrift = Index.open(index), Thrift(resident_experts, without=without or ())
     model = thrift.load(bundle)
+    if isinstance(model, Generator) and _goes_on(bundle):
+        typer.echo(
+            f"{bundle} has learned to go on with documents and not to answer: what it says may be no answer; questions "
+            "teach it: ragmoe train CONFIG.yaml data.questions=[FILE]",
+            err=True,
+        )
     answer = model.answer([question], opened, passages=passages)[0]
     passage = opened.passage(answer.passage_id) if answer.passage_id is not None else None
     if as_json:
@@ -53,6 +59,13 @@ def ask(
         typer.echo(f"the first {many(cut, 'token')} of the question were not read: there is no room for more", err=True)
     if lost := getattr(answer, "shortened", 0) + getattr(answer, "left_out", 0):
         typer.echo(f"{many(lost, 'passage')} shortened or left out: the prompt has no room for more", err=True)
+
+
+def _goes_on(bundle: Path) -> bool:
+    """Whether documents are what a language model was trained on last."""
+    from ragmoe.training.folder import CONFIG_NAME, saved_config
+
+    return (bundle / CONFIG_NAME).is_file() and bool(saved_config(bundle)["data"]["documents"])
 
 
 def _record(question: str, answer: Answer | GeneratedAnswer, passage: Passage | None) -> dict[str, Any]:

@@ -241,6 +241,19 @@ def test_an_expert_is_added_without_an_index(world: Path, capsys: pytest.Capture
     assert "--corpus FILE to learn from, --dev and --known FILE to judge by" in capsys.readouterr().err
 
 
+def test_asking_what_has_only_read_documents(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [f"base={world / 'model'}", f"data.documents=['{world / 'corpus.jsonl'}']", "train.steps=1"]
+    cut = ["language.chunk_tokens=8", "language.context_tokens=8", "train.batch_size=2"]
+    (world / "documents.yaml").write_text("{}\n")
+    assert main(["train", str(world / "documents.yaml"), *settings, *cut, "--out", str(world / "reads")]) == 0
+    capsys.readouterr()
+    asked = ["who keeps the quay?", "--index", str(world / "index"), "--json"]
+    assert main(["ask", str(world / "reads"), *asked]) == 0
+    assert "has learned to go on with documents and not to answer" in " ".join(capsys.readouterr().err.split())
+    assert main(["ask", str(world / "model"), *asked]) == 0
+    assert "has learned to go on" not in capsys.readouterr().err
+
+
 def test_ask_names_all_that_is_cited(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
