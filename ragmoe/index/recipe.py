@@ -87,6 +87,8 @@ def _place(source: str, recipe: Path) -> str:
 def _encoder(name: str, recipe: Path) -> str:
     """A folder, by its place beside the recipe, where there is one or it can be nothing else; or else a name."""
     filled = _fill(name, recipe)
+    if filled == DEFAULT_ENCODER:
+        return filled
     placed = _place(filled, recipe)
     return placed if filled.startswith((".", "~")) or Path(placed).is_dir() else filled
 
