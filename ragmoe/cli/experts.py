@@ -298,6 +298,13 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
         f"{certificate['steps']} steps on {learned} in {took}; {trained}. Masked: without the expert, {said} against "
         f"before, bit for bit. {shares_of}."
     )
+    for change in certificate["old"]:
+        # Where it is called though it is not for that; certificates of before do not say it.
+        leaks = change["routed"].get("per_domain", {})
+        if len(leaks) > 1:
+            most = sorted(leaks.items(), key=lambda leak: -leak[1])
+            by_domain = ", ".join(f"{name or NONE} {number(100 * share)}" for name, share in most)
+            note += f" Tokens by domain, {change['task']}: {by_domain}."
     if not language and ((certificate["new"] or {}).get("past_threshold") or {}).get("chosen_on_these"):
         note += " The expert's threshold was chosen on the new questions it is judged by; --dev FILE names others."
     if not rows:

@@ -116,26 +116,29 @@ def _opened(bundle: Path, kept: Sequence[int] | None = None) -> Any:
     return Generator.load(bundle, without=gone)
 
 
-def routed(samples: Sequence[Sample], model: RagmoeBertForQuestionAnswering) -> dict[str, float]:
+def routed(samples: Sequence[Sample], model: RagmoeBertForQuestionAnswering) -> dict[str, Any]:
     """How far questions go to the last expert, as shares from 0 to 1.
 
     Returns:
         ``tokens`` that call it, as a mean over layers; ``questions`` of which at least half of the tokens do; questions
-        of which any does (``touched``).
+        of which any does (``touched``); and ``per_domain``, of each domain's questions the mean share of tokens.
     """
-    shares = []
+    shares: list[float] = []
+    of_domain: dict[str, list[float]] = {}
     tokens = calls = 0.0
     for sample in samples:
         if sample.routing:
             counts_LE = np.asarray(sample.routing, dtype=float)
             tokens_L = counts_LE.sum(axis=1) / model.config.top_k
             shares.append(float((counts_LE[:, -1] / tokens_L).mean()))
+            of_domain.setdefault(sample.domain, []).append(shares[-1])
             tokens, calls = tokens + tokens_L.sum(), calls + counts_LE[:, -1].sum()
     share_Q = np.array(shares)
     return {
         "tokens": float(calls / max(tokens, 1.0)),
         "questions": float((share_Q >= MOST).mean()) if shares else 0.0,
         "touched": float((share_Q > 0).mean()) if shares else 0.0,
+        "per_domain": {name: float(np.mean(own)) for name, own in of_domain.items()},
     }
 
 

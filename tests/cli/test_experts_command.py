@@ -178,3 +178,17 @@ def test_errors_of_adding(
     code, _, err = add(*(str(tmp_path / "other.jsonl") if word == "CORPUS" else word for word in words))
     assert code == exit_code and said in " ".join(err.split())
     assert "Traceback" not in err and not (bundle / "adding").exists()
+
+
+def test_a_certificate_says_where_an_expert_is_called() -> None:
+    from ragmoe.cli.experts import certificate_table
+
+    change = {"task": "core", "setting": "gold", "n": 3, "before": 50.0, "live": 51.0, "difference": 1.0, "low": 0.0}
+    change |= {"high": 2.0, "identical": True, "routed": {"tokens": 0.1, "questions": 0.0, "touched": 0.5}}
+    certificate = {"name": "port", "minutes": 1.0, "steps": 2, "questions": 3, "parameters": {"trained": 4, "total": 5}}
+    # As earlier versions recorded it.
+    assert "by domain" not in certificate_table({**certificate, "old": [change], "new": None}).note
+    leaks = {"per_domain": {"law": 0.02, "reviews": 0.54, "": 0.1}}
+    told = {**change, "routed": {**change["routed"], **leaks}}
+    table = certificate_table({**certificate, "old": [told], "new": None})
+    assert "Tokens by domain, core: reviews 54.0, – 10.0, law 2.0." in table.note

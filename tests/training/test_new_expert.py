@@ -156,6 +156,8 @@ def test_the_gate_learns_to_call_it_for_its_own_documents(
     assert (old["task"], old["setting"], old["n"]) == ("river", "gold", 4)
     assert new["routed"]["tokens"] > 0.6 > 0.3 > old["routed"]["tokens"], (new["routed"], old["routed"])
     assert new["routed"]["questions"] > old["routed"]["questions"]
+    # The old task is of one domain, whose questions are about as long.
+    assert old["routed"]["per_domain"] == {"river": pytest.approx(old["routed"]["tokens"], abs=0.05)}
     assert old["low"] <= old["difference"] <= old["high"]
     assert read_map(folder).extra["certificates"]["3"] == certificate
     history = (folder / "experts" / "3" / "history.jsonl").read_text().splitlines()
