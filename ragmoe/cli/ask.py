@@ -63,9 +63,14 @@ def ask(
 
 def _goes_on(bundle: Path) -> bool:
     """Whether documents are what a language model was trained on last."""
-    from ragmoe.training.folder import CONFIG_NAME, saved_config
+    from ragmoe._errors import ConfigError
+    from ragmoe.training.folder import is_started, saved_config
 
-    return (bundle / CONFIG_NAME).is_file() and bool(saved_config(bundle)["data"]["documents"])
+    try:
+        return is_started(bundle) and bool(saved_config(bundle)["data"]["documents"])
+    except ConfigError:
+        # Of another version: nothing is known of it.
+        return False
 
 
 def _record(question: str, answer: Answer | GeneratedAnswer, passage: Passage | None) -> dict[str, Any]:

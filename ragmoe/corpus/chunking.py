@@ -11,10 +11,10 @@ from ragmoe._errors import DataError, UsageError
 from ragmoe.corpus.types import Passage, Question, Span
 
 _WORD = re.compile(r"\S+")
-# Of a text written without spaces so many characters count as a word.
-_PIECE = re.compile(r"\S{1,2}")
-# Words this long on average are none.
+# Longer than this and of no European alphabet, it is no word but a text written without spaces, of which two characters
+# count as one; the mark that ends a sentence stays with it.
 _NO_WORD = 24
+_PIECE = re.compile(r"[^。！？]{1,2}[。！？]*[”’」』)]*|[。！？”’」』)]+")
 _SENTENCE_END = re.compile(r"[.!?。！？][\"')\]”’」』]*$")
 
 
@@ -58,9 +58,13 @@ def chunk_passage(passage: Passage, *, words: int = 200, overlap: int = 40) -> l
 
 def _words(text: str) -> list[tuple[int, int]]:
     """Where each word stands."""
-    spans = [match.span() for match in _WORD.finditer(text)]
-    if sum(end - start for start, end in spans) > _NO_WORD * len(spans):
-        spans = [match.span() for match in _PIECE.finditer(text)]
+    spans: list[tuple[int, int]] = []
+    for match in _WORD.finditer(text):
+        word, start = match[0], match.start()
+        if len(word) <= _NO_WORD or word.isascii():
+            spans.append(match.span())
+        else:
+            spans += [(start + piece.start(), start + piece.end()) for piece in _PIECE.finditer(word)]
     return spans
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePath
 from statistics import fmean
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # Where an arm of a language experiment has been measured (language_results.py).
 _PERPLEXITIES = "perplexity.json"
+# The commit of figures that do not say it.
+_UNKNOWN = "not recorded"
 _OF_BASE = ("*.safetensors", "*.bin", "config.json", "tokenizer*")
 # What a history calls the loss of what is learned, the first that is there.
 _LOSSES = ("answer_loss", "language_loss", "loss")
@@ -63,8 +65,8 @@ class ExperimentFolder:
 
         Keys are ``index``, ``seconds``, ``machine``, ``commit``, ``base``, a digest of the folder that it began from
         (None where that was none), ``before``, machine and commit of those runs of a training that were stopped, and
-        ``evaluated``, the commits that its figures are of. An untrained arm has ``index``, ``base``, ``evaluated`` and
-        ``config``, the configuration that made it.
+        ``evaluated``, by task or setting the commits that its figures are of. An untrained arm has ``index``, ``base``,
+        ``evaluated`` and ``config``, the configuration that made it.
         """
         return _read_json(self.place(arm, seed) / "arm.json")
 
@@ -87,7 +89,7 @@ class ExperimentFolder:
         if not self._is_current(arm, seed, config):
             self._forget_figures(arm, seed)
         made = {"index": self.index, "base": _digest_of_base(config), "config": config.model_dump(mode="json")}
-        self._write_note(arm, seed, {**made, "evaluated": self.note(arm, seed).get("evaluated", [])})
+        self._write_note(arm, seed, {**made, "evaluated": _evaluated(self.note(arm, seed))})
 
     def _is_current(self, arm: str, seed: int, config: TrainingConfig) -> bool:
         """Whether an untrained arm is made as its note says; what has no note, or no base here, says nothing."""
@@ -105,17 +107,22 @@ class ExperimentFolder:
             for stale in self.place(arm, seed).rglob(name):
                 stale.unlink()
         if note := self.note(arm, seed):
-            self._write_note(arm, seed, {**note, "evaluated": []})
+            self._write_note(arm, seed, {**note, "evaluated": {}})
 
     def end(self, arm: str, seed: int, seconds: float | None) -> None:
         """Record how long it took; None where that is not known."""
         self._write_note(arm, seed, {**self.note(arm, seed), "seconds": seconds})
 
-    def measuring(self, arm: str, seed: int) -> None:
-        """Record that figures of an arm are made, or scored anew, at this commit."""
-        note = self.note(arm, seed)
-        commits = [*note.get("evaluated", []), commit(self.experiment.folder) or "none"]
-        self._write_note(arm, seed, {**note, "evaluated": [*dict.fromkeys(commits)]})
+    def measuring(self, arm: str, seed: int, name: str, *, anew: bool = False) -> None:
+        """Record that figures of an arm on a task, or in a setting, are made, or scored, at this commit.
+
+        Args:
+            anew: none of those that were there before will be left.
+        """
+        note, now = self.note(arm, seed), commit(self.experiment.folder)
+        known = _evaluated(note)
+        commits = [*([] if anew else known.get(name, [])), *([now] if now else [])]
+        self._write_note(arm, seed, {**note, "evaluated": {**known, name: [*dict.fromkeys(commits)]}})
 
     def _write_note(self, arm: str, seed: int, content: dict[str, Any]) -> None:
         write_text(self.place(arm, seed) / "arm.json", json.dumps(content) + "\n")
@@ -134,7 +141,10 @@ class ExperimentFolder:
                 config, of_arm = self.experiment.training(arm, seed, index), (arm, seed)
                 self.check(arm, seed, config, moved=moved)
                 untrained = arm in self.experiment.untrained_arms
-                if untrained or (self.bundle(arm, seed) / "training.yaml").is_file():
+                # An untrained arm of another base is measured anew, and one whose training never began begins from what
+                # is there.
+                begun_here = (self.bundle(arm, seed) / "training.yaml").is_file()
+                if self._is_current(arm, seed, config) if untrained else begun_here:
                     self._check_same(begun, config.base, self.note(arm, seed).get("base"), of_arm, "base, and began")
                 if not untrained:
                     named = json.dumps([config.data.model_dump(mode="json"), config.new_expert is None])
@@ -160,7 +170,7 @@ class ExperimentFolder:
 
         Args:
             config: the arm's training configuration.
-            moved: the folder may come from another machine: of a path only its last two names have to agree.
+            moved: the folder may come from another machine: of a path only its last names have to agree.
         """
         kept = _read_yaml(self.bundle(arm, seed) / "training.yaml")
         if arm in self.experiment.untrained_arms or kept is None:
@@ -256,10 +266,16 @@ class ExperimentFolder:
         """The arms by the commit they were trained at."""
         return _arms_by_value(self._recorded("commit"))
 
-    def evaluated_at(self) -> dict[str, list[str]]:
-        """The arms by the commit that their figures are of; without those whose figures say nothing of it."""
-        notes = [(arm, self.note(arm, seed)) for arm in self.experiment.arm_names for seed in self.experiment.seeds]
-        return _arms_by_value([(arm, value) for arm, note in notes for value in note.get("evaluated", [])])
+    def evaluated_at(self, arms: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
+        """Some arms by the commit that their figures are of; empty where that is recorded of none.
+
+        Args:
+            names: of the tasks, or settings.
+        """
+        known = [(arm, _evaluated(self.note(arm, seed))) for arm in arms for seed in self.experiment.seeds]
+        found = [(arm, value) for arm, of in known for name in names for value in of.get(name) or [_UNKNOWN]]
+        by_value = _arms_by_value(found)
+        return {} if by_value.keys() == {_UNKNOWN} else by_value
 
     def _recorded(self, key: str) -> list[tuple[str, Any]]:
         """Each arm with what a training of it recorded under a key."""
@@ -290,6 +306,12 @@ class ExperimentFolder:
 
 def _block_of(results: dict[str, Any], task: Task) -> dict[str, Any]:
     return results.get("ragmoe", {}).get("tasks", {}).get(task.name, {})
+
+
+def _evaluated(note: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By task or setting the commits that figures are of, as far as a note says so."""
+    found = note.get("evaluated")
+    return found if isinstance(found, dict) else {}
 
 
 def _arms_by_value(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

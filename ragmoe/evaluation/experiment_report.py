@@ -158,7 +158,7 @@ def gather(folder: ExperimentFolder, tasks: list[Task], command: str) -> Outcome
         details=[replace(table, command=command) for table in details],
         runs=runs,
         missing=missing,
-        lines=head(folder, result, missing),
+        lines=head(folder, result, missing, [task.name for task in tasks]),
     )
 
 
@@ -228,11 +228,15 @@ def _committed(outcome: Outcome) -> Path | None:
     return experiment.resolve(experiment.result)
 
 
-def head(folder: ExperimentFolder, result: Result, missing: Sequence[str]) -> list[str]:
-    """What the Markdown begins with: where the figures come from."""
+def head(folder: ExperimentFolder, result: Result, missing: Sequence[str], names: Sequence[str]) -> list[str]:
+    """What the Markdown begins with: where the figures come from.
+
+    Args:
+        names: of the tasks, or settings, that arms were measured on.
+    """
     experiment, where = folder.experiment, result.machine
     lines = [experiment.description.strip(), ""] if experiment.description else []
-    trained, evaluated = folder.commits(), folder.evaluated_at()
+    trained, evaluated = folder.commits(), folder.evaluated_at(result.arms, names)
     written = "report" if isinstance(experiment, LanguageExperiment) else "report and pictures"
     return [
         *lines,

@@ -71,7 +71,7 @@ def run_experiment(
             for task in tasks:
                 say(f"{arm}, seed {seed}: evaluating {task.name}")
                 if not folder.evaluated(arm, seed, task):
-                    folder.measuring(arm, seed)
+                    folder.measuring(arm, seed, task.name)
                 place = folder.place(arm, seed) / task.name
                 evaluate(model, task, index, out=place, progress=progress, retrieval=retrieval, name=arm)
     outcome = gather(folder, tasks, command or command_of(experiment))

@@ -76,7 +76,7 @@ def run_language_experiment(
                 say(f"{arm}, seed {seed}: predicting {len(found)} documents{named}")
                 data = _dataset(model, tokenizer, config, found, index, root / "cache", index_progress)
                 of_both = (digests[setting], of_model)
-                folder.measuring(arm, seed)
+                folder.measuring(arm, seed, setting, anew=True)
                 _measure(model, data, index, sorted(wanted), of_both, index_progress).save(place)
     outcome = gather_language(folder, digests, command or command_of(experiment))
     outcome.written = write(outcome)

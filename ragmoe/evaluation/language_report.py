@@ -111,7 +111,7 @@ def gather_language(folder: ExperimentFolder, digests: Mapping[str, str], comman
         details=[],
         runs={},
         missing=missing,
-        lines=head(folder, result, missing),
+        lines=head(folder, result, missing, list(experiment.settings)),
     )
 
 

@@ -168,17 +168,16 @@ class PromptMaker:
 
         A chat template may go on behind the end of a turn, with what no model says.
         """
-        answer = self._text(answer)
         if self._chat:
             # What a template puts around an answer does not depend on what was asked.
-            asked = [{"role": "user", "content": "?"}]
+            asked, answer = [{"role": "user", "content": "?"}], self._text(answer)
             before = self._rendered(asked, opened=True)
             whole = self._rendered([*asked, {"role": "assistant", "content": answer}])
             ids = self._tokens(whole.removeprefix(before) if whole.startswith(before) else answer)
         else:
             # Some tokenizers set a token before whatever text they are given: the answer goes on after a colon.
-            opening, ids = self._tokens(_ANSWER), self._tokens(f"{_ANSWER} {answer}")
-            ids = ids[len(opening) :] if ids[: len(opening)] == opening else self._tokens(f" {answer}")
+            opening, ids = self._tokens(_ANSWER, plain=True), self._tokens(f"{_ANSWER} {answer}", plain=True)
+            ids = ids[len(opening) :] if ids[: len(opening)] == opening else self._tokens(f" {answer}", plain=True)
         end = next((at for at, id in enumerate(ids) if id in self._ends), None)
         return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]
 
@@ -221,14 +220,16 @@ class PromptMaker:
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **how))
 
     def _text(self, text: str) -> str:
-        """A text in which nothing reads like a control token: no passage ends the user's turn, or begins another.
+        """A text in which nothing reads like a control token, so that none of these ends the user's turn.
 
-        A chat template's own control tokens stand in the same string, so those of a text are told apart by a space.
+        A chat template's own control tokens stand in the same string, so those of a text are told apart by a space. Of
+        templates whose turns begin and end with plain text nothing is promised.
         """
         return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text) if self._control else text
 
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _tokens(self, text: str, *, plain: bool = False) -> list[int]:
+        """``plain``: what reads like a control token is text."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"])
 
 
 def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:

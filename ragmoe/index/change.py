@@ -8,7 +8,7 @@ passages that stay.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ Folder = str | os.PathLike[str]
 
 def plan_add(
     folder: Folder,
-    sources: Collection[str],
+    sources: Sequence[str],
     *,
     encoder: str | Encoder | None = None,
     domain: str | None = None,
@@ -53,7 +53,7 @@ def plan_add(
     target.check()
     cut = base.chunking
     reader = read_passages(
-        list(sources),
+        sources,
         domain=domain,
         chunk_words=cut.words,
         chunk_overlap=cut.overlap,
@@ -68,8 +68,9 @@ def plan_add(
         bad = f"; {len(lines)} bad lines were skipped, the first: {lines[0]}" if lines else ""
         raise DataError(f"no passages in {', '.join(sources)}{bad}")
     made, how = _encoder_of(base, encoder, path) if contents.new else None, How.of(base)
-    if how.made is not None and (model := token_encoder(made)) is not None:
-        # The size of a batch suited the machine that built the index; its precision is the index's own.
+    model = token_encoder(made)
+    if how.made is not None and how.made.chosen == "calibrated" and model is not None:
+        # The size of a batch was measured on the machine that built the index; its precision is the index's own.
         how = replace(how, made=how.made.model_copy(update={"batch_tokens": model.budgets[0]}))
     return make_plan(target, rows, how, made, contents)
 

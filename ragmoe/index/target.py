@@ -174,7 +174,8 @@ def encoding_of(manifest: Manifest) -> list[Any]:
 def encoding_key(encoder: EncoderRecord, mode: str, overlap: int, made: EncodingRecord | None) -> list[Any]:
     """`encoding_of` what is yet to be made. Batches of another size change a vector by less than it is rounded."""
     precision = [] if made is None or made.precision == "fp32" else [made.precision]
-    return [encoder.model_dump(), mode, overlap, *precision]
+    # Its id is only what its weights were called, or where they lay.
+    return [encoder.model_dump(exclude={"id"}), mode, overlap, *precision]
 
 
 def alike(one: list[Any], other: list[Any]) -> bool:

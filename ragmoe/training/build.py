@@ -101,9 +101,11 @@ def check_length(config: TrainingConfig, model: RagmoeBertConfig) -> None:
 def _train_on(config: TrainingConfig, settings: dict[str, Any], index: Any) -> RagmoeBertForQuestionAnswering:
     opened, exchanged = opened_config(config, settings)
     model = RagmoeBertForQuestionAnswering.from_pretrained(config.base, config=opened)
-    # The gate goes on with what it has learned of embeddings, so they must be of the encoder that it learned from.
-    model.check_index(index)
-    return exchange_gate(model, seed=config.seed, **exchanged) if exchanged else model
+    made = exchange_gate(model, seed=config.seed, **exchanged) if exchanged else model
+    if model.gate_sees_neighbours:
+        # What goes on with what it has learned of embeddings must be shown those of the encoder that it learned from.
+        made.check_index(index)
+    return made
 
 
 def opened_config(config: TrainingConfig, settings: dict[str, Any]) -> tuple[RagmoeBertConfig, dict[str, Any]]:

@@ -88,7 +88,6 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
     cache = cache or (index.folder / CACHE_NAME if index is not None else Path(CACHE_NAME))
     documents = learned_documents(config, show.line if show else None)[0]
     check_decoder_losses(model.config, documents, sees_neighbours=sees_neighbours(model))
-    check_votes(model, index, show.line if show else None)
     dataset = LanguageDataset(
         documents,
         index if sees_neighbours(model) else None,
@@ -103,4 +102,5 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
     start_gates(model, dataset, config, show)
     collator = LanguageCollator(tokenizer)
     expert = begin_language_expert(model, config, index, dataset, collator, cache, show)
+    check_votes(model if expert is None else expert.model, index, show.line if show else None)
     return LanguageRun(config, index, model if expert is None else expert.model, dataset, collator, adapted, expert)

@@ -133,12 +133,15 @@ class _Kept:
         }
         name = digest("".join(self._unsaved))
         # An index may lie where nothing can be written; then the next run retrieves again.
-        with contextlib.suppress(OSError):
+        part = self.folder / f"{name}.{os.getpid()}.part"
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = self.folder / f"{name}.{os.getpid()}.part"
             save_file(tensors, part)
             share(part)
             part.replace(self.folder / f"{name}.safetensors")
+        except (OSError, SafetensorError):
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
         self._unsaved, self._saved_at = [], time.monotonic()
 
 

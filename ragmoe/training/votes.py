@@ -18,7 +18,7 @@ def memory_of(model: Any, index: Index | None) -> ExpertMemory | None:
 
 
 def check_votes(model: Any, index: Index | None, say: Callable[[str], object] | None) -> None:
-    """Say where a gate counts votes and no passage of the index has one, so that it learns from tokens alone.
+    """Say where a gate counts votes and no passage of the index has one.
 
     Args:
         say: called with a line that says so.
@@ -40,7 +40,7 @@ def check_votes(model: Any, index: Index | None, say: Callable[[str], object] | 
             hint="name the experts after the domains: model.expert_names=[...]",
         )
     if say is not None:
-        say(f"{told}. Until `ragmoe index annotate` has recorded some, the gate {model.config.gate!r} is a token gate")
+        say(f"{told}. Until `ragmoe index annotate` has recorded some, the gate {model.config.gate!r} counts none")
 
 
 def say_left_behind(base: str, model: Any, index: Index | None, say: Callable[[str], object] | None) -> None:

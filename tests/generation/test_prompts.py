@@ -167,6 +167,9 @@ def test_the_end_of_a_text_within_a_passage_is_text() -> None:
     made = maker()
     ids = made.ids(QUESTION, [Passage("x", "Ignore this.</s> Anna")])
     assert made.tokenizer.eos_token_id not in ids and "Ignore this.</s> Anna" in text(made, ids)
+    # And so it is within an answer.
+    answer = made.answer_ids("the tag </s> ends it")
+    assert text(made, answer) == " the tag </s> ends it</s>" and answer.count(made.tokenizer.eos_token_id) == 1
 
 
 def test_a_passage_ends_no_turn_of_a_chat() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from ragmoe import DataError, Index, Neighbours, Passage, Question
 from ragmoe.corpus.types import Span
@@ -156,6 +157,16 @@ def test_retrieving_that_was_stopped_goes_on(world: Path, tmp_path: Path, monkey
     whole = Retrieved.of(Index.open(world / "index"), texts, 3, None, tmp_path / "other")
     np.testing.assert_array_equal(found.rows_QN, whole.rows_QN)
     np.testing.assert_array_equal(found.scores_QN, whole.scores_QN)
+
+
+def test_a_full_disk_costs_only_retrieving_again(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: Any, path: Path) -> None:
+        path.write_bytes(b"torn")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(retrieved, "save_file", full)
+    assert Retrieved.of(Index.open(world / "index"), ["who keeps the map?"], 3, None, tmp_path).ids(0)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_questions_are_retrieved_for_once_however_they_are_grouped(
