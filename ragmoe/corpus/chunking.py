@@ -11,9 +11,10 @@ from ragmoe._errors import DataError, UsageError
 from ragmoe.corpus.types import Passage, Question, Span
 
 _WORD = re.compile(r"\S+")
-# Longer than this and of no European alphabet, it is no word but a text written without spaces, of which two characters
-# count as one; the mark that ends a sentence stays with it.
+# Longer than this and of a script that is written without spaces (Thai to Khmer, kana, Chinese), it is no word but a text
+# of which two characters count as one; the mark that ends a sentence stays with it.
 _NO_WORD = 24
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _PIECE = re.compile(r"[^。！？]{1,2}[。！？]*[”’」』)]*|[。！？”’」』)]+")
 _SENTENCE_END = re.compile(r"[.!?。！？][\"')\]”’」』]*$")
 
@@ -61,7 +62,7 @@ def _words(text: str) -> list[tuple[int, int]]:
     spans: list[tuple[int, int]] = []
     for match in _WORD.finditer(text):
         word, start = match[0], match.start()
-        if len(word) <= _NO_WORD or word.isascii():
+        if len(word) <= _NO_WORD or 2 * len(_UNSPACED.findall(word)) < len(word):
             spans.append(match.span())
         else:
             spans += [(start + piece.start(), start + piece.end()) for piece in _PIECE.finditer(word)]

@@ -98,4 +98,4 @@ def test_a_text_without_spaces_is_cut_too() -> None:
     assert all(chunk.passage.text.endswith("。") for chunk in chunks)
     # Long words are words all the same.
     links = "\n".join(f"https://example.org/some/path/item-{n:05d}" for n in range(150))
-    assert len(chunk_passage(Passage("links", links), words=200, overlap=40)) == 1
+    assert len(chunk_passage(Passage("links", links + " " + "─" * 500), words=200, overlap=40)) == 1
