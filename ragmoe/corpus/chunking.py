@@ -11,8 +11,8 @@ from ragmoe._errors import DataError, UsageError
 from ragmoe.corpus.types import Passage, Question, Span
 
 _WORD = re.compile(r"\S+")
-# Longer than this and of a script that is written without spaces (Thai to Khmer, kana, Chinese), it is no word but a text
-# of which two characters count as one; the mark that ends a sentence stays with it.
+# Longer than this and of a script that is written without spaces (Thai to Khmer, kana, Chinese), it is no word but a
+# text of which two characters count as one; the mark that ends a sentence stays with it.
 _NO_WORD = 24
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 _PIECE = re.compile(r"[^。！？]{1,2}[。！？]*[”’」』)]*|[。！？”’」』)]+")
