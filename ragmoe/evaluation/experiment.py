@@ -15,8 +15,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from ragmoe._errors import ConfigError, UsageError
+from ragmoe._variables import expand
 from ragmoe.evaluation.perturbation import REAL
-from ragmoe.evaluation.task import Task, describe, expand, load_task, parse_task, read_yaml
+from ragmoe.evaluation.task import Task, describe, load_task, parse_task, read_yaml
 
 UNTRAINED, DENSE = "untrained", "dense"
 # The setting of documents that have no name of their own.
@@ -153,7 +154,7 @@ class Experiment(BaseModel):
 
     def resolve(self, path: str) -> Path:
         """A path of this file with its variables and its folder put in."""
-        return self.folder / expand(path, f"experiment {self.name}")
+        return self.folder / expand(path, f"experiment {self.name}", given="--data FOLDER")
 
     def load_tasks(self) -> list[Task]:
         """The tasks, read and checked; ConfigError where two have one name or setting, or a goal has no task."""

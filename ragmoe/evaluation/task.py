@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,13 +14,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from ragmoe._errors import ConfigError, DataError
+from ragmoe._variables import expand
 
 if TYPE_CHECKING:
     from ragmoe.corpus.types import Question
 
 Perturbation = Literal["null", "shuffled", "wrong_domain"]
-
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 class Task(BaseModel):
@@ -106,20 +103,7 @@ class Task(BaseModel):
 
     def resolve(self, path: str) -> Path:
         """A path of this task with its variables and its folder put in."""
-        return self._folder / expand(path, f"task {self.name}")
-
-
-def expand(text: str, where: str) -> str:
-    """Put environment variables (``${NAME}``) in; ConfigError names one that is not set."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if not os.environ.get(name):
-            hint = f"export {name}=FOLDER" + (", or give --data FOLDER" if name == "RAGMOE_DATA" else "")
-            raise ConfigError(f"{where}: {text!r} needs the environment variable {name}, which is not set", hint=hint)
-        return os.environ[name]
-
-    return _VARIABLE.sub(value, text)
+        return self._folder / expand(path, f"task {self.name}", given="--data FOLDER")
 
 
 def subset(questions: Sequence[Question], limit: int | None) -> list[Question]:

@@ -6,7 +6,6 @@ Paths are relative to the recipe's own folder; ``${NAME}`` stands for an environ
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ragmoe._errors import ConfigError
+from ragmoe._variables import expand
 from ragmoe.index.encoder import DEFAULT_ENCODER
-
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 class Recipe(BaseModel):
@@ -77,27 +75,17 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
 
 
 def _place(source: str, recipe: Path) -> str:
-    filled = _fill(source, recipe)
+    filled = expand(source, f"recipe {recipe}")
     if filled.startswith("hub:"):
         return filled
     # normpath, not resolve: a message should show the path as the recipe means it, links included.
-    return os.path.normpath(recipe.parent / Path(filled).expanduser())
+    return os.path.normpath(recipe.parent / filled)
 
 
 def _encoder(name: str, recipe: Path) -> str:
     """A folder, by its place beside the recipe, where there is one or it can be nothing else; or else a name."""
-    filled = _fill(name, recipe)
+    filled = expand(name, f"recipe {recipe}")
     if filled == DEFAULT_ENCODER:
         return filled
     placed = _place(filled, recipe)
-    return placed if filled.startswith((".", "~")) or Path(placed).is_dir() else filled
-
-
-def _fill(text: str, recipe: Path) -> str:
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if name not in os.environ:
-            raise ConfigError(f"recipe {recipe}: the environment variable {name} is not set", hint=f"export {name}=...")
-        return os.environ[name]
-
-    return _VARIABLE.sub(value, text)
+    return placed if filled.startswith(".") or Path(placed).is_dir() else filled

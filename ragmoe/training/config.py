@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from ragmoe._errors import ConfigError, UsageError
+from ragmoe._variables import expand
 from ragmoe.training.sections import (
     DataConfig,
     GenerateConfig,
@@ -103,7 +103,7 @@ def load_config(
     if config.data.index is not None:
         config.data.index = resolve(config.data.index, folder)
     # What begins with a dot is no Hub id, whether or not it is there.
-    is_folder = config.base.startswith((".", "~")) or (folder / config.base).exists()
+    is_folder = config.base.startswith((".", "~", "$")) or (folder / config.base).exists()
     if config.base != "minilm" and "base" not in given and is_folder:
         config.base = resolve(config.base, folder)
     if config.base == "starter":
@@ -245,13 +245,7 @@ def _check_model_keys(keys: set[str]) -> None:
 
 def resolve(entry: str, folder: Path) -> str:
     """Expand ``${VARIABLES}`` and make a path absolute."""
-    expanded = os.path.expandvars(os.path.expanduser(entry))
-    if unset := re.findall(r"\$\{?(\w+)\}?", expanded):
-        raise ConfigError(
-            f"{entry!r} needs the environment variable {unset[0]}, which is not set",
-            hint=f"export {unset[0]}=/path/to/the/data",
-        )
-    return str((folder / expanded).resolve())
+    return str((folder / expand(entry)).resolve())
 
 
 def explain(error: ValidationError) -> str:

@@ -243,7 +243,8 @@ def test_recipes(run: Run, corpus: Path, tmp_path: Path, monkeypatch: pytest.Mon
     recipe.write_text("sources: ['${PLACE}/corpus.jsonl']\nout: built\nlong_passages: truncate\n")
     missing = run("index", "build", "--recipe", recipe)
     assert missing.code == 1
-    assert f"error: recipe {recipe}: the environment variable PLACE is not set\nhint: export PLACE=...\n" in missing.err
+    named = "'${PLACE}/corpus.jsonl' needs the environment variable PLACE, which is not set"
+    assert f"error: recipe {recipe}: {named}\nhint: export PLACE=FOLDER\n" in missing.err
     monkeypatch.setenv("PLACE", str(tmp_path))
     done = run("index", "build", "--recipe", recipe, "--json")
     assert done.json["out"] == str(tmp_path / "built") and done.json["long_passages"]["mode"] == "truncate"
