@@ -32,7 +32,7 @@ QUESTIONS = (
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where models and samples go.")] = Path("runs/demo"),
 ) -> None:
-    """Index, fine-tune, evaluate and ask on the packaged city of Halvern: ten minutes or so on two cores.
+    """Index, fine-tune, evaluate and ask on the packaged city of Halvern: about five minutes on two free cores.
 
     What is there already is not done again: give another --out, or remove it, to start afresh.
     """

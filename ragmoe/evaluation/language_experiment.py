@@ -139,7 +139,7 @@ def _dataset(
     progress: Progress | None,
 ) -> LanguageDataset:
     """The chunks to be predicted, each once, with their neighbours for a model whose gate sees them."""
-    from ragmoe.generation.batches import sees_neighbours
+    from ragmoe.generation.batches import reads_neighbours, sees_neighbours
     from ragmoe.training.config import LanguageConfig
     from ragmoe.training.language import LanguageDataset
     from ragmoe.training.language_expert import recalling
@@ -151,6 +151,7 @@ def _dataset(
         config.language or LanguageConfig(),
         cache=cache,
         recall=recalling(model, index),
+        retrieves=reads_neighbours(model),
         progress=partial(progress, "retrieving neighbours") if progress else None,
     )
 

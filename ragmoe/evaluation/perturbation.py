@@ -22,12 +22,9 @@ SEED = 20
 
 def is_shown(model: Any) -> bool:
     """Whether other neighbours would be anything else to a model; an oracle is told the domain, which is none."""
-    from ragmoe.gates import gate_class
-    from ragmoe.generation.batches import sees_neighbours
+    from ragmoe.generation.batches import reads_neighbours
 
-    if not sees_neighbours(model):
-        return False
-    return bool(model.config.neighbour_summary) or not gate_class(model.config.gate).uses_domain
+    return reads_neighbours(model)
 
 
 def partners(questions: Sequence[Question], asked: Sequence[str], perturbation: str) -> list[int] | None:

@@ -21,6 +21,15 @@ def sees_neighbours(model: Any) -> bool:
     return bool(getattr(model, "gate_sees_neighbours", False))
 
 
+def reads_neighbours(model: Any) -> bool:
+    """Whether a model, of any kind, makes anything of what is retrieved; an oracle is told the domain alone."""
+    from ragmoe.gates import gate_class
+
+    if not sees_neighbours(model):
+        return False
+    return bool(model.config.neighbour_summary) or not gate_class(model.config.gate).uses_domain
+
+
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
     """Rows of different length as (B, T) int64, filled with ``value`` on one side."""
     T = max(len(row) for row in rows)

@@ -144,6 +144,7 @@ class LanguageDataset(Dataset):
         examples: how many are shown, pass after pass, each in a new order; None shows each chunk once, in its place.
         cache: folder where neighbours are kept between runs.
         recall: what the model adds to the neighbours of a document of some domain (see ``MemoryMixin.recall``).
+        retrieves: False finds no neighbours, for a gate that makes nothing of them (``reads_neighbours``).
         progress: called with chunks retrieved for and chunks in all.
     """
 
@@ -158,8 +159,10 @@ class LanguageDataset(Dataset):
         examples: int | None = None,
         seed: int = 0,
         recall: Callable[[Neighbours, str], Neighbours] | None = None,
+        retrieves: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        self.retrieves = retrieves
         self.recall = recall or (lambda neighbours, domain: neighbours)
         self.documents, self.config, self.seed = list(documents), config, seed
         self.chunks = cut_documents(documents, tokenizer, config)
@@ -169,7 +172,7 @@ class LanguageDataset(Dataset):
         self.index, self.guard = index, None
         # The neighbours of a chunk that some were retrieved for: which retrieval's, and its question there.
         self._found: dict[int, tuple[Retrieved, int]] = {}
-        if index is None:
+        if index is None or not retrieves:
             return
         self.guard = LeakGuard(documents, index.iterate())
         self.cache = cache
@@ -193,7 +196,7 @@ class LanguageDataset(Dataset):
 
         Those that are shown are known from the start. Of a large corpus a short run shows few, so no others are.
         """
-        index = self.index
+        index = self.index if self.retrieves else None
         asked = sorted({at for place in places for at in self._asking(place)} - self._found.keys())
         if index is None or not asked:
             return
@@ -217,8 +220,11 @@ class LanguageDataset(Dataset):
         before it. The chunk is one of those that are shown, or that ``retrieve`` was asked for.
         """
         index, guard, chunk = self.index, self.guard, self.chunks[place]
-        if index is None or guard is None:
+        domain = self.documents[chunk.document].domain
+        if index is None:
             return None
+        if guard is None:
+            return self.recall(Neighbours.empty(1, index.width, self.config.neighbours), domain)
         grams, n = guard.grams(chunk.text), self.config.neighbours
         best: dict[int, float] = {}
         for at in self._asking(place):
@@ -231,7 +237,7 @@ class LanguageDataset(Dataset):
         shown = sorted(best, key=lambda row: -best[row])[:n] if len(best) > n else list(best)
         rows_N, scores_N = np.full(n, -1, dtype=np.int64), np.zeros(n, dtype=np.float32)
         rows_N[: len(shown)], scores_N[: len(shown)] = shown, [best[row] for row in shown]
-        return self.recall(neighbours_of(index, rows_N, scores_N), self.documents[chunk.document].domain)
+        return self.recall(neighbours_of(index, rows_N, scores_N), domain)
 
 
 class LanguageCollator:

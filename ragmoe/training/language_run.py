@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from ragmoe._errors import ConfigError
 from ragmoe.corpus.types import Passage
-from ragmoe.generation.batches import sees_neighbours
+from ragmoe.generation.batches import reads_neighbours, sees_neighbours
 from ragmoe.index import Index
 from ragmoe.training.adapters import merge
 from ragmoe.training.callbacks import Shows
@@ -97,6 +97,7 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
         examples=train.steps * train.batch_size * train.accumulation,
         seed=config.seed,
         recall=recalling(model, index),
+        retrieves=reads_neighbours(model),
         progress=partial(show.stage, "retrieving neighbours") if show else None,
     )
     start_gates(model, dataset, config, show)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from stub_encoder import StubEncoder
 from tiny_decoder import byte_tokenizer
 
-from ragmoe import DataError, Index, Passage
+from ragmoe import DataError, Index, Neighbours, Passage
 from ragmoe.index import BuildOptions, build_index
 from ragmoe.training.config import LanguageConfig
 from ragmoe.training.language import LanguageCollator, LanguageDataset, cut_documents
@@ -177,6 +177,27 @@ def test_the_order_is_the_seeds(leaky: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert {"neighbour_embeddings", "neighbour_scores", "neighbour_mask"} <= set(a)
     assert [data.order for data in (dataset(leaky, tmp_path),)] == [list(range(n))]
+
+
+def test_a_gate_that_makes_nothing_of_neighbours_waits_for_none(
+    leaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Index, "neighbours", lambda *a, **k: pytest.fail("retrieved"))
+    told: list[str] = []
+
+    def recall(neighbours: Neighbours, domain: str) -> Neighbours:
+        told.append(domain)
+        return neighbours
+
+    index = Index.open(leaky, encoder=StubEncoder(max_length=400))
+    given = {"cache": tmp_path, "retrieves": False, "recall": recall}
+    data = LanguageDataset(DOCUMENTS, index, byte_tokenizer(), changed_config(), **given)
+    data.retrieve(range(len(data.chunks)))
+    batch = LanguageCollator(byte_tokenizer())([data[at] for at in range(4)])
+    # The domain is told all the same, and a batch has the shapes that it would have.
+    assert told == [DOCUMENTS[data.chunks[place].document].domain for place in data.order[:4]]
+    assert not batch["neighbour_mask"].any()
+    assert batch["neighbour_embeddings"].shape == (4, data.config.neighbours, index.width)
 
 
 def test_a_short_run_retrieves_for_what_it_shows(leaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

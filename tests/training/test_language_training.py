@@ -113,8 +113,11 @@ def test_the_oracle_is_told_the_domain_and_the_control_the_summary(content: Conf
     batch = run.collator([run.dataset[at] for at in range(16)])
     domains = [run.dataset.documents[run.dataset[at].chunk.document].domain for at in range(16)]
     assert batch["question_domain"].tolist() == [names.index(domain) for domain in domains]
+    # It makes nothing of neighbours, and none are retrieved for it.
+    assert not batch["neighbour_mask"].any()
     full = {"gate": "token", "neighbour_summary": True, "expert_kind": "ffn", "expert_rank": None}
     summed = prepare(load_config(content(model={**SPARSE, **full})))
+    batch = summed.collator([summed.dataset[at] for at in range(16)])
     summary = summed.model.model.layers[0].summary
     with torch.no_grad():
         same = summed.model(**batch).logits
