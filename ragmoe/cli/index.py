@@ -87,7 +87,7 @@ _BUILD_EXAMPLES = """Examples:
 
   ragmoe index build docs notes.md 'wiki/**/*.html' --out indexes/mine
   ragmoe index build corpus.jsonl --out indexes/mine --domain law --dry-run
-  ragmoe index build docs --out indexes/e5 --encoder e5-small-v2 --query-prompt 'query: ' --passage-prompt 'passage: '
+  ragmoe index build docs --out e5 --encoder intfloat/e5-small-v2 --query-prompt 'query: ' --passage-prompt 'passage: '
   ragmoe index build docs --out indexes/mine --resume
   torchrun --nproc-per-node=2 -m ragmoe index build docs --out indexes/mine
   ragmoe index build --recipe indexes/demo.yaml"""

@@ -38,8 +38,8 @@ def chunk_passage(passage: Passage, *, words: int = 200, overlap: int = 40) -> l
     """Cut a passage into chunks of at most ``words`` words that share about ``overlap``, verbatim.
 
     In a text written without spaces, such as Chinese, two characters count as a word. A chunk ends with a sentence
-    where one ends in its last quarter. A passage that fits stays as it is, id included;
-    the chunks of one that does not are named ``ID#1``, ``ID#2``, and so on, all of the passage's document.
+    where one ends in its last quarter. A passage that fits stays as it is, id included; the chunks of one that does
+    not are named ``ID#1``, ``ID#2``, and so on, all of the passage's document.
     """
     check_sizes(words, overlap)
     spans = _words(passage.text)

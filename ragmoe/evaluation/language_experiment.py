@@ -20,7 +20,7 @@ from ragmoe.evaluation.language_report import gather_language
 from ragmoe.evaluation.language_results import LanguageResults, documents_digest, results_place
 from ragmoe.evaluation.opening import Progress, index_of_recipe
 from ragmoe.evaluation.perplexity import document_losses
-from ragmoe.evaluation.perturbation import REAL, is_shown
+from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.samples import digest_of
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def run_language_experiment(
         RagmoeError: a file or an index is wrong, or an arm in ``out`` was trained with another configuration.
     """
     from ragmoe.corpus import read_documents
+    from ragmoe.generation.batches import reads_neighbours
 
     root = begin(experiment, out, only)
     say = say or (lambda line: None)
@@ -65,7 +66,7 @@ def run_language_experiment(
     for seed in experiment.seeds:
         for arm in only or experiment.arm_names:
             model, tokenizer, config = _model(folder, arm, seed, index, say, show_training)
-            wanted = {REAL, *(experiment.perturbations if is_shown(model) else ())}
+            wanted = {REAL, *(experiment.perturbations if reads_neighbours(model) else ())}
             of_model = _digest(model, config)
             for setting, found in documents.items():
                 place = results_place(folder, arm, seed, setting)

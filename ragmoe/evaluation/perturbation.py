@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ragmoe._errors import ConfigError
 
@@ -18,13 +18,6 @@ if TYPE_CHECKING:
 
 REAL = "real"
 SEED = 20
-
-
-def is_shown(model: Any) -> bool:
-    """Whether other neighbours would be anything else to a model; an oracle is told the domain, which is none."""
-    from ragmoe.generation.batches import reads_neighbours
-
-    return reads_neighbours(model)
 
 
 def partners(questions: Sequence[Question], asked: Sequence[str], perturbation: str) -> list[int] | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ragmoe._errors import DataError, ModelError, RagmoeError
 from ragmoe.evaluation.items import Item, prepare
-from ragmoe.evaluation.perturbation import REAL, is_shown, partners
+from ragmoe.evaluation.perturbation import REAL, partners
 from ragmoe.evaluation.protocols import AnswerLike, Reader, Searchable
 from ragmoe.evaluation.results import RESULTS_NAME, Results, samples_name
 from ragmoe.evaluation.retrieval import DEPTH, Retrieval, score_retrieval
@@ -60,10 +60,12 @@ def evaluate(
         ConfigError, DataError: the task or its questions are wrong, or not of this index.
         ModelError: the model does not fit the index, or could read none of the first questions.
     """
+    from ragmoe.generation.batches import reads_neighbours
+
     task = (task if isinstance(task, Task) else load_task(task)).limited(limit)
     model.check_index(index)
     run = _Run(model, task, index, retrieval or Retrieval(index), Path(out) if out is not None else None, progress)
-    shown = [REAL, *(task.perturbations if run.seen and is_shown(model) else ())]
+    shown = [REAL, *(task.perturbations if run.seen and reads_neighbours(model) else ())]
     prepared = {condition: run.plan(condition) for condition in shown}
     samples = {condition: run.read_all(condition, plan, resume) for condition, plan in prepared.items()}
     results = Results(
