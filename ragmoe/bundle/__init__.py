@@ -19,6 +19,7 @@ from ragmoe.bundle._map import MAP_NAME, THRESHOLDS, BundleMap, EncoderRef, Expe
 from ragmoe.bundle.experts import ExpertInfo, list_experts, prune_experts, rename_expert, show_expert
 from ragmoe.bundle.merging import Merge, merge_experts
 from ragmoe.bundle.read import ExpertFiles, is_bundle, read_bundle, read_map, verify_bundle
+from ragmoe.bundle.taking import take_experts
 from ragmoe.bundle.versions import list_versions, lock_experts, roll_back
 from ragmoe.bundle.write import write_bundle
 
@@ -43,6 +44,7 @@ __all__ = [
     "rename_expert",
     "roll_back",
     "show_expert",
+    "take_experts",
     "verify_bundle",
     "write_bundle",
 ]

@@ -28,7 +28,7 @@ FORMAT_VERSION: Literal[1] = 1
 #: What ``extra`` calls the no-answer thresholds of the experts that have their own, by id.
 THRESHOLDS = "no_answer_thresholds"
 # What a configuration says of where and by what it was written.
-_LOCAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+LOCAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 _BASE = re.compile(r"base-(\d+)-\d{5}-of-\d{5}\.safetensors")
 _GATE = re.compile(r"gate\.(\d+)\.safetensors")
@@ -139,7 +139,7 @@ class BundleMap(_Record):
 
         When it was saved, under which number and message, and which experts are locked is no part of that.
         """
-        settings = {name: value for name, value in self.extra.get("config", {}).items() if name not in _LOCAL}
+        settings = {name: value for name, value in self.extra.get("config", {}).items() if name not in LOCAL}
         # By what the files hold, and not by their names, which count the times that they were saved.
         tensors = {name: self.digests[file] for name, file in self.weight_map.items()}
         encoder = self.encoder.model_dump() if self.encoder else None

@@ -1,4 +1,4 @@
-"""``ragmoe experts``: single experts of a bundle, listed, renamed, pruned, merged and added."""
+"""``ragmoe experts``: single experts of a bundle, listed, renamed, pruned, merged, added and taken from a copy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from ragmoe._errors import UsageError
 from ragmoe._words import many
-from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument
+from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument, to_read
 from ragmoe.cli._output import DataOption, JsonOption, print_json, print_tables, set_data
 from ragmoe.cli.add_expert import add
 from ragmoe.cli.progress import progress
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ragmoe.evaluation.tables import Table
     from ragmoe.evaluation.task import Task
 
-app = typer.Typer(help="Show, add, prune and merge single experts.", no_args_is_help=True)
+app = typer.Typer(help="Show, add, take, prune and merge single experts.", no_args_is_help=True)
 
 VersionOption = Annotated[
     int | None, typer.Option(metavar="N", help="An earlier version of the bundle.", show_default=False)
@@ -35,12 +35,18 @@ LimitOption = Annotated[
 ]
 
 
+_TAKE_EXAMPLES = """Example:
+
+  ragmoe experts add runs/mine --name clinic --index indexes/all --questions clinic.jsonl --out runs/mine-clinic
+  ragmoe experts add runs/mine --name court --index indexes/all --questions court.jsonl --out runs/mine-court
+  ragmoe experts take runs/mine-clinic court --from runs/mine-court"""
+
 app.command("add", short_help="Train one expert for a new domain, without forgetting.")(add)
 
 
 @app.callback()
 def _experts() -> None:
-    """Show, add, prune and merge single experts. What changes a bundle makes a new version; the old ones still load."""
+    """Show, add, take, prune and merge experts. What changes a bundle makes a new version; the old ones still load."""
 
 
 @app.command()
@@ -175,6 +181,41 @@ def merge(
         )
 
 
+@app.command(epilog=_TAKE_EXAMPLES)
+def take(
+    bundle: OwnBundleArgument,
+    experts: ExpertsArgument,
+    source: Annotated[
+        Path,
+        typer.Option("--from", metavar="COPY", help="The copy that has them.", callback=to_read, show_default=False),
+    ],
+    version: Annotated[
+        int | None, typer.Option(metavar="N", help="An earlier version of COPY.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let experts join that were added to another copy of this bundle, with the gate rows that call them.
+
+    Nothing is trained. An earlier version of BUNDLE itself may be the copy: so one that was pruned comes back.
+    """
+    from ragmoe.bundle import take_experts
+
+    map_ = take_experts(bundle, source, experts, version=version)
+    joined = map_.experts[-len(experts) :]
+    if as_json:
+        print_json({"taken": [{"id": e.id, "name": e.name} for e in joined], "version": map_.version})
+        return
+    named = ", ".join(f"{e.id} ({e.name})" for e in joined)
+    typer.echo(f"{bundle}: version {map_.version}, with {named}; {many(len(map_.experts), 'expert')}")
+    if "memory" in str(map_.extra.get("config", {}).get("gate")):
+        # They have ids of their own, under which nothing was recorded.
+        typer.echo(
+            "what indexes recorded of them for the copy is not carried over: record it anew with ragmoe index annotate "
+            f"DIR --model {bundle} --questions FILE"
+        )
+    typer.echo(f"how they answer together is not measured yet; back to what was: ragmoe bundle rollback {bundle}")
+
+
 @app.command()
 def lock(bundle: OwnBundleArgument, experts: ExpertsArgument) -> None:
     """Let no command change, rename, merge or prune these experts; going back past them is refused too."""
@@ -307,6 +348,8 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
             note += f" Tokens by domain, {change['task']}: {by_domain}."
     if not language and ((certificate["new"] or {}).get("past_threshold") or {}).get("chosen_on_these"):
         note += " The expert's threshold was chosen on the new questions it is judged by; --dev FILE names others."
+    if taken := certificate.get("taken"):
+        note += f" Measured in the copy that it was taken from, beside {', '.join(taken['beside'])}."
     if not rows:
         note = f"Judged by nothing: --dev FILE judges what it brings, {cost} what it costs. {note}"
     judged_by = ["domain", "tokens", "perplexity before"] if language else ["task", "n", "F1 before"]

@@ -68,6 +68,8 @@ class Experiment(BaseModel):
         notes: for each arm, in words, how its size is matched to the others'.
         untrained: also evaluate the model that training starts from, as the arm ``untrained`` or of the name given; or
             for several names the arms whose starts they are, such as ``{before: added}``.
+        joined: arms that nothing is trained for, each of several arms that have trained a new expert: the bundle of the
+            first, with the experts of the others taken into it (``ragmoe experts take``).
         result: where the result is written, as JSON and beside it as Markdown; None for the output folder only.
     """
 
@@ -85,6 +87,7 @@ class Experiment(BaseModel):
     goals: list[Goal] = []
     notes: dict[str, str] = {}
     untrained: bool | str | dict[str, str] = False
+    joined: dict[str, list[str]] = {}
     result: str | None = None
 
     _path: Path = PrivateAttr(Path("experiment.yaml"))
@@ -110,9 +113,21 @@ class Experiment(BaseModel):
                 raise ValueError(f"{where} {unknown[0]!r}; the arms are {', '.join(self.arm_names)}")
         if unknown := [name for name in self.untrained_arms.values() if name not in self.arms]:
             raise ValueError(f"untrained names {unknown[0]!r}; the arms that are trained are {', '.join(self.arms)}")
+        self._check_joined()
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds has duplicates: {self.seeds}")
         return self
+
+    def _check_joined(self) -> None:
+        for name, parts in self.joined.items():
+            if name in {*self.arms, *self.untrained_arms}:
+                raise ValueError(f"joined has {name!r}, which is the name of another arm")
+            if unknown := [part for part in parts if part not in self.arms]:
+                raise ValueError(
+                    f"joined: {name} is of {unknown[0]!r}; the arms that are trained are {', '.join(self.arms)}"
+                )
+            if len(parts) < 2 or len(set(parts)) < len(parts):
+                raise ValueError(f"joined: {name} is of {', '.join(parts) or 'nothing'}; expected several arms")
 
     @property
     def path(self) -> Path:
@@ -136,8 +151,8 @@ class Experiment(BaseModel):
 
     @property
     def arm_names(self) -> list[str]:
-        """All arms, the untrained ones first."""
-        return [*self.untrained_arms, *self.arms]
+        """All arms, the untrained ones first, and last those that are joined of others."""
+        return [*self.untrained_arms, *self.arms, *self.joined]
 
     @property
     def untrained_arms(self) -> dict[str, str]:
@@ -197,12 +212,13 @@ class Experiment(BaseModel):
     def training(self, arm: str, seed: int, index: Path) -> Any:
         """The resolved training configuration (``TrainingConfig``) of an arm.
 
-        An untrained arm has that of the arm that starts from it: at step 0 they are the same model.
+        An untrained arm has that of the arm that starts from it: at step 0 they are the same model. One that is joined
+        of others has that of the first.
         """
         from ragmoe.training.config import load_config
         from ragmoe.training.config import read_yaml as read_training
 
-        changes = self.arms[self.untrained_arms.get(arm, arm)]
+        changes = self.arms[self.joined[arm][0] if arm in self.joined else self.untrained_arms.get(arm, arm)]
         source, folder = self.train, self.folder
         if isinstance(source, str):
             path = self.resolve(source)

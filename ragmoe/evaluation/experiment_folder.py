@@ -66,7 +66,8 @@ class ExperimentFolder:
         Keys are ``index``, ``seconds``, ``machine``, ``commit``, ``base``, a digest of the folder that it began from
         (None where that was none), ``before``, machine and commit of those runs of a training that were stopped, and
         ``evaluated``, by task or setting the commits that its figures are of. An untrained arm has ``index``, ``base``,
-        ``evaluated`` and ``config``, the configuration that made it.
+        ``evaluated`` and ``config``, the configuration that made it; one that is joined of others ``index``,
+        ``evaluated`` and ``joined``, by arm the content of their bundles.
         """
         return _read_json(self.place(arm, seed) / "arm.json")
 
@@ -90,6 +91,24 @@ class ExperimentFolder:
             self._forget_figures(arm, seed)
         made = {"index": self.index, "base": _digest_of_base(config), "config": config.model_dump(mode="json")}
         self._write_note(arm, seed, {**made, "evaluated": _evaluated(self.note(arm, seed))})
+
+    def begin_joined(self, arm: str, seed: int) -> None:
+        """Record of what bundles an arm is joined; figures of one that was joined of others go."""
+        self._forget_figures(arm, seed)
+        self._write_note(arm, seed, {"index": self.index, "joined": self._parts(arm, seed), "evaluated": {}})
+
+    def _parts(self, arm: str, seed: int) -> dict[str, str | None]:
+        """Of the arms that an arm is joined of, what their bundles answer by; None for one that is not here."""
+        places = {part: self.bundle(part, seed) for part in self.experiment.joined[arm]}
+        return {part: read_map(place).content if is_bundle(place) else None for part, place in places.items()}
+
+    def _is_joined(self, arm: str, seed: int) -> bool:
+        """Whether an arm is joined of what the others are now; what is not here says nothing."""
+        known = self.note(arm, seed).get("joined")
+        if not is_bundle(self.bundle(arm, seed)) or not isinstance(known, dict):
+            return False
+        now = self._parts(arm, seed)
+        return known.keys() == now.keys() and all(now[part] in (None, known[part]) for part in now)
 
     def _is_current(self, arm: str, seed: int, config: TrainingConfig) -> bool:
         """Whether an untrained arm is made as its note says; what has no note, or no base here, says nothing."""
@@ -196,9 +215,12 @@ class ExperimentFolder:
             )
 
     def trained(self, arm: str, seed: int) -> bool:
-        """Whether an arm has its model, saved whole; an untrained one needs none, but must be made as it was."""
+        """Whether an arm has its model, saved whole; an untrained one needs none, but must be made as it was, and one
+        that is joined of others of what these are."""
         from ragmoe.training.folder import is_finished
 
+        if arm in self.experiment.joined:
+            return self._is_joined(arm, seed)
         if arm in self.experiment.untrained_arms:
             return self._is_current(arm, seed, self.experiment.training(arm, seed, self.root))
         return is_finished(self.bundle(arm, seed))

@@ -6,12 +6,15 @@ twice. What an arm leaves is listed in experiment_folder.py.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ragmoe._errors import ConfigError, UsageError
 from ragmoe._folders import expect_folder
+from ragmoe.bundle import take_experts
 from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, gather, write
@@ -107,7 +110,17 @@ def open_folder(experiment: Experiment, root: Path, index: Index) -> ExperimentF
     """The experiment's folder, in which no arm was trained otherwise; ConfigError where one was."""
     folder = ExperimentFolder(experiment, root, index.digest)
     folder.check_arms(index.folder)
+    for arm, parts in experiment.joined.items():
+        for part in parts[1:]:
+            _added(experiment.training(part, experiment.seeds[0], index.folder), f"{experiment.path}: {arm} of {part}")
     return folder
+
+
+def _added(config: TrainingConfig, where: str) -> str:
+    """The name of the expert that an arm adds, for another to take; ConfigError where it adds none."""
+    if config.new_expert is None:
+        raise ConfigError(f"{where} (joined): expected an arm that trains a new expert, which the first can take")
+    return config.new_expert.name
 
 
 def trained_bundle(
@@ -132,6 +145,34 @@ def trained_bundle(
     return bundle
 
 
+def bundle_of(
+    folder: ExperimentFolder, arm: str, seed: int, index: Index, say: Callable[[str], None], show: Shows | None
+) -> Path:
+    """The bundle of an arm that is not untrained: trained, or joined of those of others, where it is not yet."""
+    from ragmoe.training.folder import CHECKPOINTS
+
+    experiment = folder.experiment
+    parts = experiment.joined.get(arm)
+    configs = {name: experiment.training(name, seed, index.folder) for name in parts or [arm]}
+    bundles = {name: trained_bundle(folder, name, seed, config, say, show) for name, config in configs.items()}
+    if parts is None:
+        return bundles[arm]
+    own = folder.bundle(arm, seed)
+    if folder.trained(arm, seed):
+        say(f"{arm}, seed {seed}: joined already")
+        return own
+    say(f"{arm}, seed {seed}: joining {', '.join(parts)}")
+    folder.begin_joined(arm, seed)
+    made = own.with_name(".joining")
+    for stale in (made, own):
+        shutil.rmtree(stale, ignore_errors=True)
+    shutil.copytree(bundles[parts[0]], made, ignore=shutil.ignore_patterns(".*.lock", CHECKPOINTS))
+    for name in parts[1:]:
+        take_experts(made, bundles[name], [_added(configs[name], name)])
+    os.replace(made, own)
+    return own
+
+
 def _model(
     folder: ExperimentFolder, arm: str, seed: int, index: Index, say: Callable[[str], None], show: Shows | None
 ) -> Reader:
@@ -148,10 +189,10 @@ def _model(
     if trains_generator(config):
         if arm in folder.experiment.untrained_arms:
             return open_generator(config, index)
-        return Generator.load(trained_bundle(folder, arm, seed, config, say, show))
+        return Generator.load(bundle_of(folder, arm, seed, index, say, show))
     if arm in folder.experiment.untrained_arms:
         import torch
 
         return build_model(config, index, on_cpu=not torch.cuda.is_available())
-    bundle = trained_bundle(folder, arm, seed, config, say, show)
+    bundle = bundle_of(folder, arm, seed, index, say, show)
     return XLoraReader.from_pretrained(bundle) if config.train.what == "xlora" else load(bundle)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ragmoe.evaluation.experiment import VALID, LanguageExperiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, command_of, write
-from ragmoe.evaluation.experiment_run import begin, open_folder, trained_bundle
+from ragmoe.evaluation.experiment_run import begin, bundle_of, open_folder
 from ragmoe.evaluation.language_report import gather_language
 from ragmoe.evaluation.language_results import LanguageResults, documents_digest, results_place
 from ragmoe.evaluation.opening import Progress, index_of_recipe
@@ -118,7 +118,7 @@ def _model(
         set_seed(config.seed)
         opened = open_decoder(config, index, (config.language or LanguageConfig()).neighbours)
         return opened.model, opened.tokenizer, config
-    generator = Generator.load(trained_bundle(folder, arm, seed, config, say, show))
+    generator = Generator.load(bundle_of(folder, arm, seed, index, say, show))
     return generator.model, generator.tokenizer, config
 
 

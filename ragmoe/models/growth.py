@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ragmoe._errors import ModelError
-from ragmoe.gates import gate_class, selection_class
+from ragmoe.gates.joining import why_none_can_join
 from ragmoe.models.sparse import SparseModel
 
 Model = TypeVar("Model", bound=SparseModel)
@@ -35,24 +35,10 @@ def grow(model: Model, rows: Mapping[str, Tensor], *, id: int, name: str) -> Mod
     Raises:
         ModelError: the gate takes no new expert.
     """
-    if gate_class(model.config.gate).uses_domain:
-        raise ModelError(
-            f"the gate {model.config.gate!r} knows its experts by the domains it was built with; it takes no new one",
-            hint="train with another gate first: ragmoe train CONFIG.yaml model.gate=retrieval",
-        )
-    if why := gate_class(model.config.gate).fixed_experts:
-        raise ModelError(
-            f"the gate {model.config.gate!r} takes no new expert: {why}",
-            hint="train with another gate first: ragmoe train CONFIG.yaml model.gate=retrieval",
-        )
-    if not selection_class(getattr(model.config, "selection", "top_k")).takes_bias:
-        raise ModelError(
-            f"experts choose their tokens ({model.config.selection}): a new one would take its share of every text, "
-            "whatever its gate says",
-            hint="train with another selection first: ragmoe train CONFIG.yaml model.selection=top_k",
-        )
-    if (groups := getattr(model.config, "choice_groups", 1)) > 1:
-        raise ModelError(f"the experts stand in {groups} groups of one size (n_group): none can join alone")
+    of = model.config
+    if why := why_none_can_join(of.gate, getattr(of, "selection", "top_k"), getattr(of, "choice_groups", 1)):
+        message, hint = why
+        raise ModelError(message, hint=hint)
     config = copy.deepcopy(model.config)
     E = config.experts
     config.experts = E + 1

@@ -100,6 +100,30 @@ def test_merging(ragmoe: Any, bundle: Path) -> None:
     assert (found["expert"], found["version"]) == ({"id": 5, "name": "both"}, 3) and 0 < found["kept"] <= 1
 
 
+def test_taking(ragmoe: Any, bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    assert ragmoe("experts", "rename", copy, 1, "bank")[0] == ragmoe("experts", "rename", copy, 2, "court")[0] == 0
+    code, out, _ = ragmoe("experts", "take", bundle, "bank", 2, "--from", copy)
+    assert code == 0 and f"{bundle}: version 2, with 4 (bank), 5 (court); 6 experts" in out
+    assert f"not measured yet; back to what was: ragmoe bundle rollback {bundle}" in out and "annotate" not in out
+    # One that was pruned comes back from the version that had it.
+    assert ragmoe("experts", "prune", bundle, "expert 0")[0] == 0
+    code, out, _ = ragmoe("experts", "take", bundle, "expert 0", "--from", bundle, "--version", 2, "--json")
+    assert (code, json.loads(out)) == (0, {"taken": [{"id": 6, "name": "expert 0"}], "version": 4})
+    code, _, err = ragmoe("experts", "take", bundle, "court", "--from", copy)
+    assert code == 1 and err.startswith("error: there is an expert 'court' already")
+    assert err.endswith(f"ragmoe experts rename {copy} court ANOTHER_NAME\n")
+
+
+def test_taking_one_that_votes_lead_to(ragmoe: Any, make_bundle: Any, tmp_path: Path) -> None:
+    names = ["rivers", "coins", "a", "b"]
+    made = make_bundle("memory", gate="memory", sparse_layers=[0, 1], expert_names=names)
+    own = shutil.copytree(made, tmp_path / "own")
+    assert ragmoe("experts", "prune", own, "a")[0] == 0
+    code, out, _ = ragmoe("experts", "take", own, "a", "--from", made)
+    assert code == 0 and "ragmoe index annotate DIR" in out
+
+
 def test_adding_an_expert(add: Any, ragmoe: Any, small_city: Path, bundle: Path, coins: Path) -> None:
     code, out, _ = add("--dry-run", "--json")
     report = json.loads(out)
@@ -144,6 +168,10 @@ def test_adding_to_a_copy(add: Any, small_city: Path, bundle: Path, tmp_path: Pa
         ),
         (("prune", "BUNDLE", "0", "--task", "nonsense"), 2, "there is no task file 'nonsense'"),
         (("merge", "BUNDLE", "0", "1"), 2, "--name"),
+        (("take", "BUNDLE", "0"), 2, "--from"),
+        (("take", "BUNDLE", "0", "--from", "NOWHERE"), 1, "there is no bundle at"),
+        (("take", "BUNDLE", "mint", "--from", "BUNDLE"), 1, "there is no expert 'mint'; there are: 0 (expert 0)"),
+        (("take", "starter", "0", "--from", "BUNDLE"), 2, "the starter belongs to the package"),
         (("add", "BUNDLE", "--name", "coins"), 2, "--index"),
     ],
 )
@@ -192,3 +220,7 @@ def test_a_certificate_says_where_an_expert_is_called() -> None:
     told = {**change, "routed": {**change["routed"], **leaks}}
     table = certificate_table({**certificate, "old": [told], "new": None})
     assert "Tokens by domain, core: reviews 54.0, – 10.0, law 2.0." in table.note
+    taken = certificate_table(
+        {**certificate, "old": [], "new": None, "taken": {"from": "d", "beside": ["law", "bank"]}}
+    )
+    assert "Measured in the copy that it was taken from, beside law, bank." in taken.note

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from stub_encoder import StubEncoder
 from tiny_decoder import byte_tokenizer, tiny_llama
 
 from ragmoe import ConfigError, DataError, Index
+from ragmoe.bundle import read_bundle, read_map
 from ragmoe.evaluation.experiment import LanguageExperiment, load_experiment
 from ragmoe.evaluation.experiment_run import run_experiment
 from ragmoe.evaluation.language_experiment import run_language_experiment
@@ -163,9 +165,9 @@ def test_an_untrained_retrieval_gate_makes_nothing_of_neighbours(folder: Path, t
         report_language_experiment(experiment, out=tmp_path)
 
 
-def test_settings_are_measured_apart_where_an_expert_arrives(folder: Path, tmp_path: Path) -> None:
-    """One arm grows by an expert for a domain, one is trained whole; old and new documents are compared apart."""
-    given = {**SPARSE, "neighbour_width": 64, "expert_names": ["river", "spare"]}
+def arriving(folder: Path, tmp_path: Path, known: str = "river") -> dict[str, Any]:
+    """An experiment in which an expert for the market arrives, as its file gives it, without arms."""
+    given = {**SPARSE, "neighbour_width": 64, "expert_names": [known, "spare"]}
     init(folder / "base", out=tmp_path / "start", gate="memory", vote_start=8.0, **given)
     for name in WORDS:
         kept = [line for line in documents(1).splitlines() if f'"domain": "{name}"' in line]
@@ -175,9 +177,13 @@ def test_settings_are_measured_apart_where_an_expert_arrives(folder: Path, tmp_p
     spec["train"]["train"] |= {"what": "new_expert", "steps": 2}
     spec["train"]["data"] = {"documents": [str(folder / "train.jsonl")], "without": ["river"], "calibration_share": 0.0}
     del spec["train"]["model"], spec["perturbations"], spec["notes"]
+    return spec | {"index": str(folder / "index"), "documents": {"old": ["river.jsonl"], "new": ["market.jsonl"]}}
+
+
+def test_settings_are_measured_apart_where_an_expert_arrives(folder: Path, tmp_path: Path) -> None:
+    """One arm grows by an expert for a domain, one is trained whole; old and new documents are compared apart."""
+    spec = arriving(folder, tmp_path)
     spec |= {
-        "index": str(folder / "index"),
-        "documents": {"old": ["river.jsonl"], "new": ["market.jsonl"]},
         "arms": {"added": {"new_expert.train_gate": False}, "full": {"new_expert": None, "train.what": "all"}},
         "untrained": {"before": "added"},
         "comparisons": [["added", "before"], ["full", "before"]],
@@ -202,6 +208,60 @@ def test_settings_are_measured_apart_where_an_expert_arrives(folder: Path, tmp_p
     assert {path.parent.name for path in (tmp_path / "out").rglob(FILE)} == {"old", "new"}
     (tmp_path / "out" / "full" / "seed-0" / "new" / FILE).unlink()
     assert report_language_experiment(experiment, out=tmp_path / "out").missing == ["full seed 0"]
+
+
+def test_arms_may_be_joined_of_others(folder: Path, tmp_path: Path) -> None:
+    """Two experts are trained apart; where both are, each is what it was, and made anew where one is trained anew."""
+    spec = arriving(folder, tmp_path, known="other")
+    kept = {"new_expert.train_gate": False}
+    spec |= {
+        "arms": {"market": kept, "river": {**kept, "new_expert.name": "river", "data.without": ["market"]}},
+        "untrained": {"before": "market"},
+        "joined": {"both": ["market", "river"]},
+        "comparisons": [["both", "before"]],
+    }
+    (tmp_path / "late.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    experiment, out, said = load_experiment(tmp_path / "late.yaml"), tmp_path / "out", []
+    assert isinstance(experiment, LanguageExperiment)
+    outcome = run_language_experiment(experiment, out=out, only=["both"], say=said.append)
+    # The others are trained for it, and not measured.
+    assert outcome.missing == ["before seed 0", "market seed 0", "river seed 0"]
+    bundles = {arm: out / arm / "seed-0" / "bundle" for arm in ("market", "river", "both")}
+    assert [read_map(path).expert_names[2:] for path in bundles.values()] == [
+        ["market"],
+        ["river"],
+        ["market", "river"],
+    ]
+    states = [read_bundle(path)[0] for path in bundles.values()]
+    for name in read_map(bundles["both"]).fused:
+        market, river, both = (state[name] for state in states)
+        assert torch.equal(both, torch.cat([market, river[-1:]]))
+    outcome = run_language_experiment(experiment, out=out, say=said.append)
+    assert not outcome.missing and "both, seed 0: joined already" in said
+    assert list(outcome.result.arms) == ["before", "market", "river", "both"]
+    assert said.count("both, seed 0: joining market, river") == 1
+    # One of them is trained anew: what was joined of the other is no more.
+    shutil.rmtree(out / "river")
+    spec["arms"]["river"]["train.steps"] = 3
+    (tmp_path / "late.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    said.clear()
+    run_language_experiment(load_experiment(tmp_path / "late.yaml"), out=out, only=["both"], say=said.append)  # type: ignore[arg-type]
+    assert (
+        "both, seed 0: joining market, river" in said
+        and "both, seed 0: predicting 3 documents of the setting new" in said
+    )
+
+
+def test_what_trains_no_new_expert_cannot_be_taken(folder: Path, tmp_path: Path) -> None:
+    spec = arriving(folder, tmp_path)
+    spec["arms"] = {"market": {"new_expert.train_gate": False}, "full": {"new_expert": None, "train.what": "all"}}
+    spec |= {"joined": {"both": ["market", "full"]}, "comparisons": [], "untrained": False}
+    (tmp_path / "late.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    experiment = load_experiment(tmp_path / "late.yaml")
+    assert isinstance(experiment, LanguageExperiment)
+    with pytest.raises(ConfigError, match=r"both of full \(joined\): expected an arm that trains a new expert"):
+        run_language_experiment(experiment, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "market").exists()
 
 
 @pytest.mark.parametrize(
