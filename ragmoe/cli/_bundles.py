@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ragmoe._errors import UsageError
+from ragmoe._folders import cache_folder
 
 STARTER_NAME = "starter"
 
@@ -25,6 +26,12 @@ def to_read(bundle: Path) -> Path:
     from ragmoe.models.starter import starter_folder
 
     return starter_folder()
+
+
+def called(bundle: Path) -> str:
+    """What to call a bundle's folder: starter for the packaged reader's, wherever it was unpacked."""
+    packaged = bundle.parent == cache_folder() and bundle.name.startswith(f"{STARTER_NAME}-")
+    return STARTER_NAME if packaged else str(bundle)
 
 
 def to_change(bundle: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ragmoe._errors import UsageError
+from ragmoe.cli._bundles import called
 
 if TYPE_CHECKING:
     from ragmoe.generation.generator import Generator
@@ -67,7 +68,8 @@ class Thrift:
 
     def name(self, bundle: Path) -> str:
         """What the model is called in results."""
-        return f"{bundle} without {', '.join(sorted(self.without))}" if self.without else str(bundle)
+        name = called(bundle)
+        return f"{name} without {', '.join(sorted(self.without))}" if self.without else name
 
     def found(self) -> dict[str, Any]:
         """What it has brought, by the names that --json has for it; empty where nothing was wished."""

@@ -9,7 +9,7 @@ import typer
 
 from ragmoe._errors import BundleError
 from ragmoe._folders import expect_folder
-from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument, is_starter
+from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument, called, is_starter
 from ragmoe.cli._output import JsonOption, print_json, print_tables, tell_problems
 
 app = typer.Typer(
@@ -40,8 +40,9 @@ def versions(bundle: BundleArgument, as_json: JsonOption = False) -> None:
         print_json([step.model_dump(exclude={"parent"}) for step in steps])
         return
     rows = [[str(s.version), s.time.removesuffix("+00:00").replace("T", " "), s.message] for s in steps]
-    note = f"Any of them: load({str(bundle)!r}, version=N). Back to one: ragmoe bundle rollback {bundle} --to N"
-    print_tables([Table(f"Versions of {bundle}", ["version", "time (UTC)", "what"], rows, note=note, labels=3)])
+    name = called(bundle)
+    note = f"Any of them: load({name!r}, version=N). Back to one: ragmoe bundle rollback {name} --to N"
+    print_tables([Table(f"Versions of {name}", ["version", "time (UTC)", "what"], rows, note=note, labels=3)])
 
 
 @app.command(epilog=_ROLLBACK_EXAMPLES)

@@ -10,7 +10,7 @@ import typer
 
 from ragmoe._errors import ConfigError, DataError, UsageError
 from ragmoe._folders import expect_folder
-from ragmoe.cli._bundles import WithoutOption, to_read
+from ragmoe.cli._bundles import STARTER_NAME, WithoutOption, called, to_read
 from ragmoe.cli._output import DataOption, JsonOption, complain, print_json, print_tables, set_data
 from ragmoe.cli._stopped import again, on_stop
 from ragmoe.cli._thrift import CacheOption, ResidentOption, Thrift
@@ -96,6 +96,8 @@ def run(
 
 def name_of(model: Path) -> str:
     """A name for a model by the whole of where it lies: what an experiment leaves is all called bundle."""
+    if called(model) == STARTER_NAME:
+        return STARTER_NAME
     path = model.resolve()
     if path.is_relative_to(Path.cwd()) and path != Path.cwd():
         return "-".join(path.relative_to(Path.cwd()).parts)

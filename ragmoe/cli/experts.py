@@ -9,7 +9,7 @@ import typer
 
 from ragmoe._errors import UsageError
 from ragmoe._words import many
-from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument, to_read
+from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument, called, to_read
 from ragmoe.cli._output import DataOption, JsonOption, print_json, print_tables, set_data
 from ragmoe.cli.add_expert import add
 from ragmoe.cli.progress import progress
@@ -70,9 +70,9 @@ def ls(bundle: BundleArgument, version: VersionOption = None, as_json: JsonOptio
         ]
         for e in experts
     ]
-    note = f"Load: share of the choices as training ended. One expert: ragmoe experts show {bundle} EXPERT"
+    note = f"Load: share of the choices as training ended. One expert: ragmoe experts show {called(bundle)} EXPERT"
     columns = ["id", "name", "version", "", "parameters", "load (%)"]
-    print_tables([Table(f"Experts of {bundle}", columns, rows, note=note, labels=2)])
+    print_tables([Table(f"Experts of {called(bundle)}", columns, rows, note=note, labels=2)])
 
 
 @app.command()

@@ -16,11 +16,19 @@ if TYPE_CHECKING:
 
 # Of questions that all lack the same, so many are named.
 _NAMED = 5
+# What the id of a question ends with where it is asked without the passages that hold its answer.
+WITHOUT = "#rejection"
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question as this task asks it; ``problem`` says why it cannot be scored."""
+    """A question as this task asks it; ``problem`` says why it cannot be scored.
+
+    Attributes:
+        read: passages that are read whatever is retrieved; with ``distractors_of``, a question, its hard distractors
+            among what is retrieved are read too.
+        hidden: passages that are as if they were not in the index.
+    """
 
     question: Question
     asked: str
@@ -29,6 +37,8 @@ class Item:
     example: str
     problem: str | None = None
     status: Status = "ok"
+    distractors_of: Question | None = None
+    hidden: tuple[str, ...] = ()
 
 
 def prepare(task: Task, index: Searchable) -> list[Item]:
@@ -46,22 +56,25 @@ def prepare(task: Task, index: Searchable) -> list[Item]:
     first_of = {i: next((name for name in ids if name in have), None) for i, ids in wanted.items()}
     about = sorted({name for name in first_of.values() if name is not None})
     documents = dict(zip(about, (p.doc_id or p.id for p in index.passages(about)), strict=True))
-    return [_item(task, q, have, documents.get(first_of[q.id] or "", q.id)) for q in questions]
+    made = _rejecting if task.setting == "rejection" else _plain
+    return [item for q in questions for item in made(task, q, have, documents.get(first_of[q.id] or "", q.id))]
 
 
 def check_gold(task: Task, questions: Sequence[Question]) -> str | None:
-    """What to tell of questions that the ``gold`` setting cannot ask; None where there are none.
+    """What to tell of questions whose passages a task gives to the reader and nothing names; None where there are none.
 
     Raises:
         DataError: it can ask none of those that have an answer (or none at all).
     """
-    lacking = [question for question in questions if not _given(question)[1]] if task.setting == "gold" else []
+    # What is unanswerable by nature is rejected over whatever is retrieved.
+    named = [q for q in questions if q.answers or task.setting == "gold"] if task.setting != "open" else []
+    lacking = [question for question in named if not _given(question)[1]]
     if not lacking:
         return None
     fields = " or ".join(dict.fromkeys(_given(question)[0] for question in lacking))
     said = (
         f"task {task.name}: {len(lacking)} of {len(questions)} questions have no {fields}, which name the passage that "
-        f"the setting gold gives to the reader: {_places(task, lacking)}"
+        f"the setting {task.setting} gives to the reader: {_places(task, lacking)}"
     )
     wanted = [question for question in questions if question.answers] or questions
     if not any(_given(question)[1] for question in wanted):
@@ -72,7 +85,7 @@ def check_gold(task: Task, questions: Sequence[Question]) -> str | None:
 
 
 def _given(question: Question) -> tuple[str, tuple[str, ...]]:
-    """What names the passages that the ``gold`` setting gives to the reader, and these."""
+    """What names the passages that a question is read with, and these."""
     return ("gold_ids", question.gold_ids) if question.answers else ("context_ids", question.context_ids)
 
 
@@ -91,16 +104,37 @@ def _places(task: Task, questions: Sequence[Question]) -> str:
     return ", ".join(f"{name} ({place})" for name, place in places.items()) + more
 
 
-def _item(task: Task, question: Question, have: Set[str], doc_id: str) -> Item:
+def _plain(task: Task, question: Question, have: Set[str], doc_id: str) -> list[Item]:
+    """A question as the settings ``gold`` and ``open`` ask it."""
     asked = task.asked(question)
     example = digest_of(question.id, asked, question.answers, question.answer_type)
     if task.setting == "open":
-        return Item(question, asked, (), doc_id, example)
+        return [Item(question, asked, (), doc_id, example)]
     # Where several passages hold the answer, all are given: not every dataset says which alternative is from which.
     field, read = _given(question)
     item = Item(question, asked, tuple(read), doc_id, example)
     if not read:
-        return replace(item, problem=f"the question has no {field}: there is no passage to read", status="unscored")
+        why = f"the question has no {field}: there is no passage to read"
+        return [replace(item, problem=why, status="unscored")]
     if missing := [name for name in read if name not in have]:
-        return replace(item, problem=f"not in the index: {', '.join(missing)}", status="error")
-    return item
+        return [replace(item, problem=f"not in the index: {', '.join(missing)}", status="error")]
+    return [item]
+
+
+def _rejecting(task: Task, question: Question, have: Set[str], doc_id: str) -> list[Item]:
+    """A question twice: with the passages that hold its answer, and without; an unanswerable one once."""
+    asked = task.asked(question)
+    if not question.answers:
+        example = digest_of(question.id, asked, (), question.answer_type)
+        read = tuple(name for name in question.context_ids if name in have)
+        return [Item(question, asked, read, doc_id, example, distractors_of=question)]
+    (present,) = _plain(task, question, have, doc_id)
+    if not question.gold_ids:
+        # Nobody knows what it would have to be asked without.
+        return [present]
+    without = replace(question, id=question.id + WITHOUT, answers=(), answer_spans=(), gold_ids=())
+    # Which passages are distractors, the answers decide.
+    example = digest_of(without.id, asked, question.answers, question.answer_type)
+    hidden = tuple(question.gold_ids)
+    absent = Item(without, asked, (), doc_id, example, distractors_of=question, hidden=hidden)
+    return [replace(present, distractors_of=question), absent]

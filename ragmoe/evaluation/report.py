@@ -171,15 +171,17 @@ def kinds(arms: Arms) -> Table | None:
     rows = []
     for name, runs in arms.items():
         yesno = [_mean(runs, _nested("yesno", key)) for key in ("accuracy", "macro_f1")]
-        none = [_mean(runs, _nested("no_answer", key)) for key in ("auroc", "accuracy", "f1_all")]
+        none = [_mean(runs, _nested("no_answer", key)) for key in ("auroc", "rejected", "answered", "f1_all")]
         if any(value is not None for value in [*yesno, *none]):
             rows.append([name, *map(number, yesno), number(none[0], 3), *map(number, none[1:])])
     if not rows:
         return None
     return Table(
         "Yes/no/maybe, and no answer",
-        ["arm", "y/n accuracy", "y/n macro F1", "no-answer AUROC", "at threshold", "F1 over all"],
+        ["arm", "y/n accuracy", "y/n macro F1", "no-answer AUROC", "rejected", "answered", "F1 over all"],
         rows,
+        note="Rejected: of the questions that nothing answers, those that got no answer, in per cent; answered: of the "
+        "others, those that got one.",
     )
 
 

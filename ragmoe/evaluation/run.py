@@ -1,7 +1,8 @@
 """Evaluate a model on a task: read every question, record each as it is done, and sum up.
 
 Neighbours are what a question retrieves, never more and never less: in the ``gold`` setting the gold passage is given
-to the reader, but neither put among the neighbours nor taken from them.
+to the reader, but neither put among the neighbours nor taken from them. Where a question is asked without the passages
+that hold its answer (``rejection``), they leave the neighbours too, as they do while training.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragmoe._errors import DataError, ModelError, RagmoeError
+from ragmoe.corpus.distractors import hard_distractors
 from ragmoe.evaluation.items import Item, prepare
 from ragmoe.evaluation.perturbation import REAL, partners
 from ragmoe.evaluation.protocols import AnswerLike, Reader, Searchable
@@ -119,13 +121,15 @@ class _Run:
         chosen = partners([item.question for item in self.items], [item.asked for item in self.items], condition)
         task = self.task
         retriever = task.retriever or self.index.retriever
-        setting = (task.setting, retriever, self.seen, task.passages if task.setting == "open" else None)
+        setting = (task.setting, retriever, self.seen, None if task.setting == "gold" else task.passages)
         common: tuple[object, ...] = (condition, setting, self.index.digest, self.model_digest)
         if self.memory_digest:
             common += (self.memory_digest,)
         shown = [self.items[i].asked for i in chosen] if chosen else [None] * len(self.items)
         digests = {
-            item.question.id: digest_of(item.example, item.question.domain, item.read, other, common)
+            item.question.id: digest_of(
+                item.example, item.question.domain, item.read, other, common, *([item.hidden] if item.hidden else [])
+            )
             for item, other in zip(self.items, shown, strict=True)
         }
         return _Plan(digests, chosen)
@@ -181,8 +185,9 @@ class _Run:
 
     def _blank(self, item: Item, plan: _Plan, retrieved: Sequence[str], condition: str) -> Sample:
         """A sample with everything that is known before the model reads."""
-        question, is_open = item.question, self.task.setting == "open"
-        read = tuple(retrieved[: self.task.passages]) if is_open else item.read
+        question, is_given = item.question, self.task.setting == "gold"
+        retrieved = [name for name in retrieved if name not in item.hidden]
+        read = item.read if is_given or item.problem else self._to_read(item, retrieved)
         blank = Sample(
             id=question.id,
             digest=plan.digests[question.id],
@@ -199,10 +204,20 @@ class _Run:
             **self._gold(item, read, retrieved if condition == REAL else ()),
         )
         # Where a search finds nothing, as bm25 may, there is no answer: that is the search's fault, and it counts.
-        if not is_open or read or item.problem:
+        if is_given or read or item.problem:
             return blank
         cites = () if getattr(self.model, "style", None) is not None else None
         return replace(blank, **self._outcome(blank, _Silence(cites)))
+
+    def _to_read(self, item: Item, retrieved: Sequence[str]) -> tuple[str, ...]:
+        """What is read of what was retrieved, with what is read anyway: as many passages as the task says."""
+        if item.distractors_of is None:
+            return tuple(retrieved[: self.task.passages])
+        others = hard_distractors(item.distractors_of, [], self.index.passages(retrieved))
+        near = [passage.id for passage in others if passage.id not in item.read]
+        read = [*item.read, *near[: max(0, self.task.passages - len(item.read))]]
+        # In an order that does not tell which of them hold the answer.
+        return tuple(sorted(read, key=lambda name: digest_of(item.question.id, name)))
 
     def _shown(self, found: Neighbours, chunk: Sequence[int], condition: str, plan: _Plan) -> Neighbours | None:
         """What the gate is shown: N neighbours of each question, or what the condition puts in their place."""
@@ -215,7 +230,10 @@ class _Run:
         items = [self.items[plan.partners[i] if plan.partners is not None else i] for i in chunk]
         if plan.partners is not None:
             found = self.retrieval.fetch([i.asked for i in items], retriever=self.task.retriever, depth=self.depth)
-        return self.model.recall(found.first(self.seen), self.index, [item.question.domain for item in items])
+        seen = found.first(self.seen)
+        if any(item.hidden for item in items):
+            seen = seen.without([item.hidden for item in items])
+        return self.model.recall(seen, self.index, [item.question.domain for item in items])
 
     def _read_rows(
         self,

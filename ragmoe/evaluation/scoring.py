@@ -154,16 +154,24 @@ def _generation(samples: Sequence[Sample]) -> dict[str, Any] | None:
 
 
 def _no_answer(samples: Sequence[Sample]) -> dict[str, Any] | None:
-    """How well the unanswerable are told from the answerable, over both (SQuAD 2's question)."""
+    """How well the unanswerable are told from the answerable, over both (SQuAD 2's question).
+
+    ``rejected`` and ``answered`` are the shares, 0 to 100, of the unanswerable that got no answer and of the answerable
+    that got one; None where there are none such.
+    """
     if all(sample.answerable for sample in samples):
         return None
     scored = [s for s in samples if s.status == "ok" and s.no_answer_score is not None]
     unanswerable = [not s.answerable for s in scored]
     right = [float(bool(s.answered) == s.answerable) for s in scored]
     whole = [s.f1_thresholded for s in scored if s.f1_thresholded is not None]
+    rejected = [float(not s.answered) for s in scored if not s.answerable]
+    answered = [float(bool(s.answered)) for s in scored if s.answerable]
     return {
         "auroc": no_answer_auroc([s.no_answer_score or 0.0 for s in scored], unanswerable),
         "accuracy": 100 * fmean(right) if right else None,
+        "rejected": 100 * fmean(rejected) if rejected else None,
+        "answered": 100 * fmean(answered) if answered else None,
         "f1_all": 100 * fmean(whole) if whole else None,
         "n": len(scored),
         "unanswerable": sum(unanswerable),

@@ -33,7 +33,11 @@ class Task(BaseModel):
         label: what comparisons call the setting, such as ``old`` for what a reader knew before it was changed and
             ``new`` for what it then learned; None for the setting's own name.
         setting: ``gold`` gives the reader the passages that hold the answer, ``open`` the best retrieved ones.
-        passages: how many retrieved passages are read (``open`` only).
+            ``rejection`` asks each question twice: over the passages that hold the answer with others, and over others
+            alone, where to give none is right. The others are the best retrieved ones that do not say an answer. The
+            second is called as the question, with ``#rejection``. After the negative rejection of RGB (Chen et al.
+            2024).
+        passages: how many passages are read (in ``gold`` those that hold the answer, however many they are).
         neighbours: how many neighbours the gate sees; None for as many as the model was trained with.
         retriever: dense, bm25, hybrid or blend; None for the index's own.
         limit_per_domain: at most so many questions of a domain, always the same ones; see ``subset``.
@@ -49,7 +53,7 @@ class Task(BaseModel):
     corpus: list[str] | None = None
     question_field: Literal["question", "question_raw"] = "question"
     label: str | None = Field(None, min_length=1)
-    setting: Literal["gold", "open"] = "gold"
+    setting: Literal["gold", "open", "rejection"] = "gold"
     passages: int = Field(5, ge=1)
     neighbours: int | None = Field(None, ge=1)
     retriever: Literal["dense", "bm25", "hybrid", "blend"] | None = None
@@ -139,6 +143,12 @@ def parse_task(content: object, folder: Path, where: str) -> Task:
         raise ConfigError(
             f"{where}: {describe(error)}", hint=f"a task may have: {', '.join(Task.model_fields)}"
         ) from None
+    if task.setting == "rejection" and task.perturbations:
+        raise ConfigError(
+            f"{where}: perturbations of the setting rejection, where half of the questions lack their passages among "
+            "the neighbours as it is",
+            hint="put them into a task of the setting gold or open",
+        )
     if task.index and task.corpus:
         raise ConfigError(f"{where}: got both index and corpus; expected one of them")
     task._folder = folder

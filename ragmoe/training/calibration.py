@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ragmoe.corpus.distractors import hard_distractors
 from ragmoe.corpus.types import Passage, Question
 from ragmoe.evaluation.metrics import best_over, f1
 from ragmoe.index import Index
@@ -17,7 +18,6 @@ from ragmoe.models import Answer, RagmoeBertForQuestionAnswering
 from ragmoe.neighbours import Neighbours
 from ragmoe.training.config import RaftConfig
 from ragmoe.training.data import gold_ids
-from ragmoe.training.raft import hard_distractors
 from ragmoe.training.retrieved import Retrieved
 
 # How many passages a question is read with when it is asked (``model.answer``, tasks in the open setting).

@@ -48,6 +48,12 @@ def test_the_starter_answers(ragmoe: Any, small_city: Path) -> None:
     assert ragmoe("route", "starter", "When did the long bridge open?", *index)[0] == 0
     code, out, _ = ragmoe("eval", "run", small_city / "task.yaml", "--model", "starter", "--out", "scores")
     assert code == 0 and "small" in out
+    # Wherever it was unpacked, it is called what the user calls it.
+    block = json.loads(Path("scores/small/results.json").read_text())["ragmoe"]["tasks"]["small"]
+    assert block["model"] == "starter"
+    for words in (("experts", "ls"), ("bundle", "versions")):
+        code, out, _ = ragmoe(*words, "starter")
+        assert code == 0 and "of starter" in out and "cache" not in out
 
 
 @pytest.mark.usefixtures("packaged")

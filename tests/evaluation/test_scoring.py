@@ -64,6 +64,8 @@ def test_unanswerable_questions_stay_out_of_the_headline(sample: Make) -> None:
     assert found["no_answer"] == {
         "auroc": 1.0,
         "accuracy": 100.0,
+        "rejected": 100.0,
+        "answered": 100.0,
         "f1_all": 75.0,
         "n": 2,
         "unanswerable": 1,

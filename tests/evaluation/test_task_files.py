@@ -101,9 +101,16 @@ def test_a_bare_null_is_a_perturbation(tmp_path: Path) -> None:
         ("name: t\nquestions: [x]\nquestion: y", "question: Extra inputs are not permitted"),
         ("name: t\nquestions: [x]\n_folder: y", "_folder: Extra inputs are not permitted"),
         ("name: t", "questions: Field required"),
-        ("name: t\nquestions: [x]\nsetting: closed", "setting: Input should be 'gold' or 'open' .got 'closed'"),
+        (
+            "name: t\nquestions: [x]\nsetting: closed",
+            "setting: Input should be 'gold', 'open' or 'rejection' .got 'closed'",
+        ),
         ("name: ../t\nquestions: [x]", "name: String should match"),
         ("name: t\nquestions: [x]\nindex: a\ncorpus: [b]", "got both index and corpus"),
+        (
+            "name: t\nquestions: [x]\nsetting: rejection\nperturbations: [null]",
+            "perturbations of the setting rejection",
+        ),
         ("- name", "expected a mapping of settings, got list"),
         ("name: [", "is not valid YAML"),
     ],

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ragmoe import Neighbours, Passage, Question
+from ragmoe.corpus.distractors import hard_distractors
 from ragmoe.corpus.types import Span
 from ragmoe.training.config import RaftConfig
-from ragmoe.training.raft import Example, drop_neighbours, hard_distractors, sample
+from ragmoe.training.raft import Example, drop_neighbours, sample
 
 GOLD = Passage("gold", "The keeper is Anna.")
 OTHERS = [Passage(f"other{i}", f"Something else, number {i}.") for i in range(5)]
