@@ -7,7 +7,9 @@ retrieves for some of each domain (drawn with seed 0) what a language model is s
 before, leaks held back; of one length also the best of what several chunks before it retrieve. By row: the share of
 neighbours that are of the chunk's domain, the share of chunks whose domain most of the neighbours have (weighted as
 their votes are), and the share of all tokens that are in such chunks: the first chunk of a document has no neighbours.
-What it does not do: say what that is worth, which the experiment does.
+As a control that searches nothing, the share of chunks whose domain a linear classifier names by the embedding of the
+same text: a ridge regression on the embeddings of all passages. What it does not do: say what that is worth, which the
+experiment does.
 """
 
 from __future__ import annotations
@@ -34,10 +36,29 @@ from ragmoe.training.retrieved import CACHE_NAME
 # Tokens of a chunk, and how many of the chunks before it are queries.
 ROWS = ((16, 1), (32, 1), (64, 1), (128, 1), (128, 2), (128, 4), (128, 8), (256, 1))
 NEIGHBOURS = 8
+METRICS = ("of the domain", "voted into it", "tokens voted into it", "classified into it")
 
 
-def judge(dataset: LanguageDataset, chunks: int, domain_of: dict[str, str]) -> dict[str, tuple[float, float, float]]:
-    """For each domain the share of neighbours that are of it, of chunks voted into it, and of tokens in such chunks."""
+class Classifier:
+    """Names the domain of an embedding: a ridge regression on those of an index's passages, (P, R) and (P, D)."""
+
+    def __init__(self, index: Index, domains: list[str], penalty: float = 1.0) -> None:
+        self.names = sorted(set(domains))
+        x_PR = np.asarray(index.embeddings, dtype=np.float64)
+        y_PD = (np.array(domains)[:, None] == np.array(self.names)).astype(np.float64)
+        self.middle_R, self.share_D = x_PR.mean(axis=0), y_PD.mean(axis=0)
+        x_PR -= self.middle_R
+        square_RR = x_PR.T @ x_PR + penalty * np.eye(x_PR.shape[1])
+        self.weight_RD = np.linalg.solve(square_RR, x_PR.T @ (y_PD - self.share_D))
+
+    def __call__(self, embedding_R: np.ndarray) -> str:
+        return self.names[int(np.argmax((embedding_R - self.middle_R) @ self.weight_RD + self.share_D))]
+
+
+def judge(
+    dataset: LanguageDataset, chunks: int, domain_of: dict[str, str], classify: Classifier
+) -> dict[str, tuple[float, ...]]:
+    """For each domain the shares of METRICS: of neighbours, of chunks, of tokens and of chunks again."""
     places: dict[str, list[int]] = defaultdict(list)
     tokens: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for at, chunk in enumerate(dataset.chunks):
@@ -50,7 +71,7 @@ def judge(dataset: LanguageDataset, chunks: int, domain_of: dict[str, str]) -> d
     dataset.retrieve([at for of in drawn.values() for at in of])
     found = {}
     for name, of in drawn.items():
-        shares, votes = [], []
+        shares, votes, named = [], [], []
         for at in of:
             neighbours = dataset.neighbours(at)
             assert neighbours is not None
@@ -61,8 +82,12 @@ def judge(dataset: LanguageDataset, chunks: int, domain_of: dict[str, str]) -> d
                 totals[domain_of[passage]] += float(weight)
             shares.append(own.mean())
             votes.append(max(totals, key=totals.__getitem__) == name)
+            queries = min(dataset.config.queries, dataset.chunks[at].number)
+            asked = [dataset.query(place) for place in range(at - queries + 1, at + 1)]
+            named.append(classify(dataset.index.encode(asked).mean(axis=0)) == name)
         voted = float(np.mean(votes))
-        found[name] = (float(np.mean(shares)), voted, voted * tokens[name][1] / tokens[name][0])
+        in_tokens = voted * tokens[name][1] / tokens[name][0]
+        found[name] = (float(np.mean(shares)), voted, in_tokens, float(np.mean(named)))
     return found
 
 
@@ -79,6 +104,7 @@ def main() -> None:
     index, tokenizer = Index.open(arguments.index), AutoTokenizer.from_pretrained(arguments.base)
     passages = list(index.iterate())
     domain_of = {passage.id: passage.domain for passage in passages}
+    classify = Classifier(index, [passage.domain for passage in passages])
     guard = LeakGuard(documents, passages)
     rows, lines = [], []
     for length, queries in ROWS:
@@ -86,17 +112,17 @@ def main() -> None:
         dataset = LanguageDataset(documents, None, tokenizer, config, cache=arguments.out.parent)
         # Only now, and for a few: given at once, it would retrieve for all chunks.
         dataset.index, dataset.guard, dataset.cache = index, guard, index.folder / CACHE_NAME
-        found = judge(dataset, arguments.chunks, domain_of)
-        found["mean"] = tuple(float(np.mean([of[i] for of in found.values()])) for i in range(3))  # type: ignore[assignment]
+        found = judge(dataset, arguments.chunks, domain_of, classify)
+        found["mean"] = tuple(float(np.mean([of[i] for of in found.values()])) for i in range(len(METRICS)))
         label = f"{length} tokens" if queries == 1 else f"{length} tokens, {queries} queries"
         for name, values in found.items():
-            for metric, value in zip(("of the domain", "voted into it", "tokens voted into it"), values, strict=True):
+            for metric, value in zip(METRICS, values, strict=True):
                 rows.append(row(f"{label}, {name}", metric, value, baseline=None, target=None))
         lines.append(
             [
                 str(length),
                 str(queries),
-                *("{:.2f} / {:.2f} / {:.2f}".format(*found[name]) for name in (*DOMAINS, "mean")),
+                *(" / ".join(f"{value:.2f}" for value in found[name]) for name in (*DOMAINS, "mean")),
             ]
         )
         print(f"{label}: {found['mean']}", flush=True)
@@ -106,7 +132,9 @@ def main() -> None:
         "chunk as it has, or the best of what so many such queries retrieve; up to "
         f"{arguments.chunks} chunks of each domain's `valid` documents. Share of neighbours of "
         "the chunk's domain / share of chunks whose domain most neighbours have, weighted as votes are / share of all "
-        "tokens that are in such chunks (the first chunk of a document has no neighbours).\n\n"
+        "tokens that are in such chunks (the first chunk of a document has no neighbours) / share of chunks whose "
+        "domain a ridge regression on the embeddings of the passages names, of the mean embedding of the queries: "
+        "nothing is searched for that.\n\n"
         + table(["tokens", "queries", *DOMAINS, "mean"], lines)
         + "\nMade by `python eval/bench/lm_neighbours.py --data DIR`.\n"
     )

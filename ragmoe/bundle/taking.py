@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ragmoe._errors import BundleError
+from ragmoe._words import many
 from ragmoe.bundle._config import counted
 from ragmoe.bundle._map import LOCAL, THRESHOLDS, BundleMap, expert_tensor
 from ragmoe.bundle.experts import CERTIFICATES, check_name, publish, recorded_thresholds
 from ragmoe.bundle.read import read_bundle, read_map, with_experts
 
-# What copies of one model may say differently: how many experts there are, what training adds to the loss, and by what
-# the bundle itself answers.
-_OWN = {*LOCAL, "architectures", "common_experts", "no_answer_threshold", "balance_loss", "z_loss", "losses"}
+# What copies of one model may say differently: how many experts there are, what training alone goes by (any dropout
+# too), and by what the bundle itself answers.
+_OWN = {
+    *LOCAL, "architectures", "common_experts", "no_answer_threshold", "balance_loss", "z_loss", "losses", "gate_jitter",
+    "gate_noise", "initializer_range", "vote_start", "use_cache",
+}  # fmt: skip
 
 
 def take_experts(
@@ -34,8 +39,8 @@ def take_experts(
     Base and gates must be the same to the bit, as they stay where experts are added (``ragmoe experts add``): then an
     expert says in one copy what it says in the other. Experts that are trained apart and brought together without
     training are FlexOlmo's (Shi et al. 2025). Each keeps its name, its no-answer threshold and its certificate, which
-    says beside whom it was measured, and gets an id of its own. An earlier version of the bundle itself may be the
-    source: so one that was pruned comes back.
+    then says that it was measured elsewhere, and gets an id of its own. An earlier version of the bundle itself may be
+    the source: so one that was pruned comes back.
 
     Args:
         experts: ids or names in ``source``.
@@ -54,6 +59,7 @@ def take_experts(
         _check_name(parent, expert.name, other)
     state, _ = read_bundle(folder, version=parent.version)
     rows, _ = read_bundle(other, version=theirs.version, experts=[expert.id for expert in taken], verify=True)
+    _check_same_tensors(folder, state, parent, other, rows, theirs)
     for name in parent.fused:
         state[name] = torch.cat([state[name], rows[name]])
     state |= {alias: state[name] for alias, name in parent.aliases.items()}
@@ -81,14 +87,10 @@ def take_experts(
 
 
 def _certificates(theirs: BundleMap, ids: dict[int, int]) -> dict[str, Any]:
-    """By its new id the certificate of each expert that has one, with what it was measured beside."""
+    """By its new id the certificate of each expert that has one, with the bundle that it was first taken from."""
     found = theirs.extra.get(CERTIFICATES, {})
-    beside = {id: [expert.name for expert in theirs.experts if expert.id != id] for id in ids}
-    return {
-        str(new): {**found[str(old)], "taken": {"from": theirs.content, "beside": beside[old]}}
-        for old, new in ids.items()
-        if str(old) in found
-    }
+    first = {"taken": {"from": theirs.content}}
+    return {str(new): {**first, **found[str(old)]} for old, new in ids.items() if str(old) in found}
 
 
 def _check_name(map_: BundleMap, name: str, other: Path) -> None:
@@ -113,8 +115,8 @@ def _check_gate(map_: BundleMap) -> None:
 
 
 def _check_same_model(folder: Path, ours: BundleMap, other: Path, theirs: BundleMap) -> None:
-    """Raise BundleError unless both bundles are one model, but for their experts."""
-    hint = f"experts can be taken between copies of one bundle: ragmoe experts add {folder} --name NAME --out COPY"
+    """Raise BundleError unless both bundles are of one model by what their maps say."""
+    hint = _hint(folder)
     if not ours.fused:
         raise BundleError(f"{folder} is dense: it has no gate that could choose an expert")
     here, there = _settings(ours), _settings(theirs)
@@ -132,23 +134,43 @@ def _check_same_model(folder: Path, ours: BundleMap, other: Path, theirs: Bundle
         raise BundleError(
             f"the gates see embeddings of other encoders: {folder} of {named[0]}, {other} of {named[1]}", hint=hint
         )
-    own, other_s = _common(ours), _common(theirs)
-    if names := sorted(name for name in {*own, *other_s} if own.get(name) != other_s.get(name)):
+
+
+def _check_same_tensors(
+    folder: Path,
+    ours: Mapping[str, Tensor],
+    parent: BundleMap,
+    other: Path,
+    theirs: Mapping[str, Tensor],
+    map_: BundleMap,
+) -> None:
+    """Raise BundleError unless what all experts share is the same to the bit."""
+    here, there = _common(parent), _common(map_)
+    # Tensors of files that are one need no look.
+    suspected = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+    if names := [name for name in suspected if not _same(ours.get(name), theirs.get(name))]:
         raise BundleError(
-            f"{other} differs from {folder} in {len(names)} of the tensors that all experts share, for example "
+            f"{other} differs from {folder} in {many(len(names), 'tensor')} that all experts share, for example "
             f"{names[0]}: an expert that was trained there says something else here",
-            hint=hint,
+            hint=_hint(folder),
         )
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _hint(folder: Path) -> str:
+    return f"experts can be taken between copies of one bundle: ragmoe experts add {folder} --name NAME --out COPY"
 
 
 def _settings(map_: BundleMap) -> dict[str, Any]:
     config = map_.extra.get("config", {})
     own = _OWN | counted(config, 0).keys()
-    return {key: value for key, value in config.items() if key not in own}
+    return {key: value for key, value in config.items() if key not in own and "dropout" not in key}
 
 
 def _common(map_: BundleMap) -> dict[str, str]:
-    """The tensors that belong to no single expert, each with the digest of its file; aliases with their name."""
+    """The tensors that belong to no single expert, each with the digest of its file."""
     owned = {expert_tensor(name, id) for name in map_.fused for id in map_.expert_ids}
-    found = {name: map_.digests[file] for name, file in map_.weight_map.items() if name not in owned}
-    return {**found, **map_.aliases}
+    return {name: map_.digests[file] for name, file in map_.weight_map.items() if name not in owned}

@@ -9,7 +9,7 @@ import typer
 
 from ragmoe._errors import BundleError
 from ragmoe._folders import expect_folder
-from ragmoe.cli._bundles import BundleArgument, OwnBundleArgument, called, is_starter
+from ragmoe.cli._bundles import STARTER_NAME, BundleArgument, OwnBundleArgument, called, is_starter
 from ragmoe.cli._output import JsonOption, print_json, print_tables, tell_problems
 
 app = typer.Typer(
@@ -41,7 +41,9 @@ def versions(bundle: BundleArgument, as_json: JsonOption = False) -> None:
         return
     rows = [[str(s.version), s.time.removesuffix("+00:00").replace("T", " "), s.message] for s in steps]
     name = called(bundle)
-    note = f"Any of them: load({name!r}, version=N). Back to one: ragmoe bundle rollback {name} --to N"
+    note = f"Any of them: load({name!r}, version=N)."
+    if name != STARTER_NAME:
+        note += f" Back to one: ragmoe bundle rollback {name} --to N"
     print_tables([Table(f"Versions of {name}", ["version", "time (UTC)", "what"], rows, note=note, labels=3)])
 
 

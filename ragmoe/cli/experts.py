@@ -348,8 +348,9 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
             note += f" Tokens by domain, {change['task']}: {by_domain}."
     if not language and ((certificate["new"] or {}).get("past_threshold") or {}).get("chosen_on_these"):
         note += " The expert's threshold was chosen on the new questions it is judged by; --dev FILE names others."
-    if taken := certificate.get("taken"):
-        note += f" Measured in the copy that it was taken from, beside {', '.join(taken['beside'])}."
+    if certificate.get("taken"):
+        beside = f", beside {', '.join(certificate['beside'])}" if certificate.get("beside") else ""
+        note += f" Measured in the copy that it was taken from{beside}."
     if not rows:
         note = f"Judged by nothing: --dev FILE judges what it brings, {cost} what it costs. {note}"
     judged_by = ["domain", "tokens", "perplexity before"] if language else ["task", "n", "F1 before"]

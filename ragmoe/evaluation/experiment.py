@@ -42,7 +42,7 @@ class Goal(BaseModel):
 
     a: str
     b: str
-    metric: Literal["macro_f1", "macro_em"] = "macro_f1"
+    metric: Literal["macro_f1", "macro_em", "macro_f1_thresholded", "macro_em_thresholded"] = "macro_f1"
     setting: str = "gold"
     neighbours: Literal["real", "null", "shuffled", "wrong_domain"] = "real"
     at_least: float

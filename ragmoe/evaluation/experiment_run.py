@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ragmoe._errors import ConfigError, UsageError
 from ragmoe._folders import expect_folder
-from ragmoe.bundle import take_experts
+from ragmoe.bundle import MAP_NAME, take_experts
 from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, gather, write
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ragmoe.training.config import TrainingConfig
 
 IndexProgress = Callable[[str, int, int], None]
+# What tells of the training of a bundle, which one that is joined of several has not had.
+_OF_TRAINING = ("training.yaml", "started.json", "history.jsonl", "checkpoints")
 
 
 def run_experiment(
@@ -110,16 +112,29 @@ def open_folder(experiment: Experiment, root: Path, index: Index) -> ExperimentF
     """The experiment's folder, in which no arm was trained otherwise; ConfigError where one was."""
     folder = ExperimentFolder(experiment, root, index.digest)
     folder.check_arms(index.folder)
-    for arm, parts in experiment.joined.items():
-        for part in parts[1:]:
-            _added(experiment.training(part, experiment.seeds[0], index.folder), f"{experiment.path}: {arm} of {part}")
+    _check_joined(experiment, index)
     return folder
 
 
+def _check_joined(experiment: Experiment, index: Index) -> None:
+    """ConfigError where bundles cannot be joined: parts that add no expert, one name twice, or to several bases."""
+    for arm, parts in experiment.joined.items():
+        configs = [experiment.training(part, experiment.seeds[0], index.folder) for part in parts]
+        where = f"{experiment.path}: joined: {arm}"
+        names = [_added(config, f"{where} is of {part}") for part, config in zip(parts, configs, strict=True)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(
+                f"{where}: several of {', '.join(parts)} add an expert {twice[0]!r}; expected names of their own",
+                hint="give the arms new_expert.name",
+            )
+        if len(bases := {config.base for config in configs}) > 1:
+            raise ConfigError(f"{where}: {', '.join(parts)} begin from {', '.join(sorted(bases))}; expected one base")
+
+
 def _added(config: TrainingConfig, where: str) -> str:
-    """The name of the expert that an arm adds, for another to take; ConfigError where it adds none."""
+    """The name of the expert that an arm adds; ConfigError where it adds none."""
     if config.new_expert is None:
-        raise ConfigError(f"{where} (joined): expected an arm that trains a new expert, which the first can take")
+        raise ConfigError(f"{where}: expected an arm that trains a new expert")
     return config.new_expert.name
 
 
@@ -149,8 +164,6 @@ def bundle_of(
     folder: ExperimentFolder, arm: str, seed: int, index: Index, say: Callable[[str], None], show: Shows | None
 ) -> Path:
     """The bundle of an arm that is not untrained: trained, or joined of those of others, where it is not yet."""
-    from ragmoe.training.folder import CHECKPOINTS
-
     experiment = folder.experiment
     parts = experiment.joined.get(arm)
     configs = {name: experiment.training(name, seed, index.folder) for name in parts or [arm]}
@@ -162,13 +175,15 @@ def bundle_of(
         say(f"{arm}, seed {seed}: joined already")
         return own
     say(f"{arm}, seed {seed}: joining {', '.join(parts)}")
-    folder.begin_joined(arm, seed)
     made = own.with_name(".joining")
-    for stale in (made, own):
+    # What was joined before is no bundle from here on, wherever this is stopped.
+    (own / MAP_NAME).unlink(missing_ok=True)
+    for stale in (own, made):
         shutil.rmtree(stale, ignore_errors=True)
-    shutil.copytree(bundles[parts[0]], made, ignore=shutil.ignore_patterns(".*.lock", CHECKPOINTS))
+    shutil.copytree(bundles[parts[0]], made, ignore=shutil.ignore_patterns(".*", *_OF_TRAINING))
     for name in parts[1:]:
         take_experts(made, bundles[name], [_added(configs[name], name)])
+    folder.begin_joined(arm, seed)
     os.replace(made, own)
     return own
 

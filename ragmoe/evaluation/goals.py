@@ -29,12 +29,12 @@ Compared = dict[Pair, Comparison]
 def compare_arms(
     experiment: Experiment, tasks: Sequence[Task], runs: Mapping[str, Mapping[str, Sequence[Results]]]
 ) -> Compared:
-    """The experiment's comparisons on every task, then what its goals need beyond them.
+    """The experiment's comparisons on every task, by what it is judged by, then what its goals need beyond them.
 
     Of finished arms only, and not where every question of a domain failed in one of them.
     """
     settings = {task.name: task.setting_name for task in tasks}
-    wanted = [Pair(a, b, "f1", task.name, REAL) for task in tasks for a, b in experiment.comparisons]
+    wanted = [Pair(a, b, task.judged_by, task.name, REAL) for task in tasks for a, b in experiment.comparisons]
     wanted += [pair_of(goal, experiment, tasks) for goal in experiment.goals]
     found: Compared = {}
     for pair in dict.fromkeys(wanted):

@@ -56,6 +56,13 @@ def prepare(task: Task, index: Searchable) -> list[Item]:
     first_of = {i: next((name for name in ids if name in have), None) for i, ids in wanted.items()}
     about = sorted({name for name in first_of.values() if name is not None})
     documents = dict(zip(about, (p.doc_id or p.id for p in index.passages(about)), strict=True))
+    if task.setting == "rejection" and (twins := wanted.keys() & {question.id + WITHOUT for question in questions}):
+        twin = min(twins)
+        raise DataError(
+            f"task {task.name}: {twin!r} is the id of a question, and what {twin.removesuffix(WITHOUT)} is called "
+            "where it is asked without its passages",
+            hint="give one of the two another id",
+        )
     made = _rejecting if task.setting == "rejection" else _plain
     return [item for q in questions for item in made(task, q, have, documents.get(first_of[q.id] or "", q.id))]
 

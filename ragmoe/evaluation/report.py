@@ -13,6 +13,7 @@ from ragmoe._words import many
 from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.results import Results
 from ragmoe.evaluation.retrieval import METRICS
+from ragmoe.evaluation.scoring import no_answer
 from ragmoe.evaluation.statistics import FEW, Comparison, compare, interval, lost_domains
 from ragmoe.evaluation.tables import NONE, Table, bounds, markdown, number
 
@@ -171,7 +172,9 @@ def kinds(arms: Arms) -> Table | None:
     rows = []
     for name, runs in arms.items():
         yesno = [_mean(runs, _nested("yesno", key)) for key in ("accuracy", "macro_f1")]
-        none = [_mean(runs, _nested("no_answer", key)) for key in ("auroc", "rejected", "answered", "f1_all")]
+        # From the samples: evaluations that were made before these shares were told have them too.
+        told = [no_answer(run.samples[REAL]) or {} for run in runs]
+        none = [_mean_of([one.get(key) for one in told]) for key in ("auroc", "rejected", "answered", "f1_all")]
         if any(value is not None for value in [*yesno, *none]):
             rows.append([name, *map(number, yesno), number(none[0], 3), *map(number, none[1:])])
     if not rows:
@@ -234,7 +237,10 @@ def to_markdown(tables: Sequence[Table], title: str, lines: Sequence[str] = ()) 
 
 
 def _mean(runs: Sequence[Results], get: Callable[[Results], float | None]) -> float | None:
-    values = [get(run) for run in runs]
+    return _mean_of([get(run) for run in runs])
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return fmean(present) if len(present) == len(values) else None
 

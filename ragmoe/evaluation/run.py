@@ -203,9 +203,12 @@ class _Run:
             retrieved=tuple(retrieved) if condition == REAL else (),
             **self._gold(item, read, retrieved if condition == REAL else ()),
         )
-        # Where a search finds nothing, as bm25 may, there is no answer: that is the search's fault, and it counts.
         if is_given or read or item.problem:
             return blank
+        if item.distractors_of is not None:
+            # To say nothing of nothing is no merit of the model.
+            return replace(blank, status="unscored", error="no passage was found to read it over")
+        # Where a search finds nothing, as bm25 may, there is no answer: that is the search's fault, and it counts.
         cites = () if getattr(self.model, "style", None) is not None else None
         return replace(blank, **self._outcome(blank, _Silence(cites)))
 
@@ -274,10 +277,20 @@ class _Run:
             [s.question for s in samples], passages, neighbours, statistics=counts, domains=labels
         )
         counted = counts.of_domain if counts is not None else {}
-        return [
+        made = [
             replace(sample, **self._outcome(sample, answer), **_routed(counted.get(sample.id)))
             for sample, answer in zip(samples, answers, strict=True)
         ]
+        return [self._judged(sample) for sample in made]
+
+    def _judged(self, sample: Sample) -> Sample:
+        """A sample that has no score where a prompt had no room for what a rejection is judged by."""
+        if self.task.setting != "rejection" or not sample.answerable or sample.gold_read:
+            return sample
+        told = (
+            f"no room in the prompt for a passage that holds the answer ({sample.left_out} left out; fewer passages?)"
+        )
+        return replace(sample, status="unscored", error=told)
 
     def _outcome(self, sample: Sample, answer: AnswerLike) -> dict[str, Any]:
         # A generator's prompt may have no room for all: the last ones, which are the worst, were not read then.

@@ -93,7 +93,7 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
         "macro": macro,
         "per_domain": per_domain,
         "yesno": _yesno(samples),
-        "no_answer": _no_answer(samples),
+        "no_answer": no_answer(samples),
         "generation": _generation(samples),
     }
 
@@ -153,7 +153,7 @@ def _generation(samples: Sequence[Sample]) -> dict[str, Any] | None:
     return found
 
 
-def _no_answer(samples: Sequence[Sample]) -> dict[str, Any] | None:
+def no_answer(samples: Sequence[Sample]) -> dict[str, Any] | None:
     """How well the unanswerable are told from the answerable, over both (SQuAD 2's question).
 
     ``rejected`` and ``answered`` are the shares, 0 to 100, of the unanswerable that got no answer and of the answerable

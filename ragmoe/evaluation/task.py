@@ -66,6 +66,12 @@ class Task(BaseModel):
         """The setting as comparisons name it: ``gold``, ``open``, ``gold_raw`` or ``open_raw``, or its label."""
         return self.label or self.setting + ("_raw" if self.question_field == "question_raw" else "")
 
+    @property
+    def judged_by(self) -> str:
+        """The score that arms are compared by: of the best guess, or where answers are to be withheld past the
+        threshold."""
+        return "f1_thresholded" if self.setting == "rejection" else "f1"
+
     def asked(self, question: Question) -> str:
         """The text of a question that this task asks."""
         return question.raw if self.question_field == "question_raw" else question.question

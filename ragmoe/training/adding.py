@@ -123,7 +123,7 @@ def add_expert(
         if copied and not is_started(work):
             shutil.rmtree(target)
         raise
-    certificate = {**trained, **_certify(target, work, parent, config, judges, show)}
+    certificate = {**trained, **_certify(target, work, parent, config, judges, show), "beside": parent.expert_names}
     # What is to stay is compared with the files' content, and that with their digests.
     kept, _ = read_bundle(target, version=parent.version, verify=True)
     if (current := read_map(target)).content == parent.content:

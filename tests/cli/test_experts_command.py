@@ -221,6 +221,6 @@ def test_a_certificate_says_where_an_expert_is_called() -> None:
     table = certificate_table({**certificate, "old": [told], "new": None})
     assert "Tokens by domain, core: reviews 54.0, – 10.0, law 2.0." in table.note
     taken = certificate_table(
-        {**certificate, "old": [], "new": None, "taken": {"from": "d", "beside": ["law", "bank"]}}
+        {**certificate, "old": [], "new": None, "beside": ["law", "bank"], "taken": {"from": "d"}}
     )
     assert "Measured in the copy that it was taken from, beside law, bank." in taken.note

@@ -210,7 +210,7 @@ def test_settings_are_measured_apart_where_an_expert_arrives(folder: Path, tmp_p
     assert report_language_experiment(experiment, out=tmp_path / "out").missing == ["full seed 0"]
 
 
-def test_arms_may_be_joined_of_others(folder: Path, tmp_path: Path) -> None:
+def test_arms_may_be_joined_of_others(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two experts are trained apart; where both are, each is what it was, and made anew where one is trained anew."""
     spec = arriving(folder, tmp_path, known="other")
     kept = {"new_expert.train_gate": False}
@@ -240,28 +240,52 @@ def test_arms_may_be_joined_of_others(folder: Path, tmp_path: Path) -> None:
     assert not outcome.missing and "both, seed 0: joined already" in said
     assert list(outcome.result.arms) == ["before", "market", "river", "both"]
     assert said.count("both, seed 0: joining market, river") == 1
-    # One of them is trained anew: what was joined of the other is no more.
-    shutil.rmtree(out / "river")
-    spec["arms"]["river"]["train.steps"] = 3
-    (tmp_path / "late.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
-    said.clear()
-    run_language_experiment(load_experiment(tmp_path / "late.yaml"), out=out, only=["both"], say=said.append)  # type: ignore[arg-type]
-    assert (
-        "both, seed 0: joining market, river" in said
-        and "both, seed 0: predicting 3 documents of the setting new" in said
-    )
+    # One of them is trained anew: what was joined of the other is no more. Stopped meanwhile, it is not there at all.
+    for part in ("river", "market"):
+        shutil.rmtree(out / part)
+        spec["arms"][part]["train.steps"] = 3
+        (tmp_path / "late.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+        again = load_experiment(tmp_path / "late.yaml")
+        assert isinstance(again, LanguageExperiment)
+        with monkeypatch.context() as patch:
+            patch.setattr("ragmoe.evaluation.experiment_run.shutil.copytree", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                run_language_experiment(again, out=out, only=["both"])
+        said.clear()
+        run_language_experiment(again, out=out, only=["both"], say=said.append)
+        assert "both, seed 0: joining market, river" in said
+        assert "both, seed 0: predicting 3 documents of the setting new" in said
+    trained = [read_bundle(bundles[part])[0] for part in ("market", "river", "both")]
+    name = read_map(bundles["both"]).fused[0]
+    assert torch.equal(trained[2][name], torch.cat([trained[0][name], trained[1][name][-1:]]))
 
 
-def test_what_trains_no_new_expert_cannot_be_taken(folder: Path, tmp_path: Path) -> None:
+def stopped(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"new_expert": None, "train.what": "all"}, "both is of second: expected an arm that trains a new expert"),
+        ({"train.steps": 3}, "several of first, second add an expert 'market'"),
+        ({"new_expert.name": "fair", "base": "elsewhere"}, "first, second begin from .*; expected one base"),
+    ],
+)
+def test_what_cannot_be_joined_is_told_before_anything_is_trained(
+    folder: Path, tmp_path: Path, second: dict[str, Any], message: str
+) -> None:
     spec = arriving(folder, tmp_path)
-    spec["arms"] = {"market": {"new_expert.train_gate": False}, "full": {"new_expert": None, "train.what": "all"}}
-    spec |= {"joined": {"both": ["market", "full"]}, "comparisons": [], "untrained": False}
-    (tmp_path / "late.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
-    experiment = load_experiment(tmp_path / "late.yaml")
-    assert isinstance(experiment, LanguageExperiment)
-    with pytest.raises(ConfigError, match=r"both of full \(joined\): expected an arm that trains a new expert"):
-        run_language_experiment(experiment, out=tmp_path / "out")
-    assert not (tmp_path / "out" / "market").exists()
+    shutil.copytree(tmp_path / "start", tmp_path / "elsewhere")
+    arms = {"first": {"new_expert.train_gate": False}, "second": second}
+    for order in ([*arms], [*reversed(arms)]):
+        spec |= {"arms": arms, "joined": {"both": order}, "comparisons": [], "untrained": False}
+        (tmp_path / "late.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+        experiment = load_experiment(tmp_path / "late.yaml")
+        assert isinstance(experiment, LanguageExperiment)
+        with pytest.raises(ConfigError, match=message.replace("first, second", ", ".join(order))):
+            run_language_experiment(experiment, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "first").exists()
 
 
 @pytest.mark.parametrize(

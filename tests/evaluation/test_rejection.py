@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 
 from ragmoe import DataError
 from ragmoe.evaluation import Results, evaluate
+from ragmoe.evaluation.experiment import load_experiment
+from ragmoe.evaluation.experiment_run import run_experiment
+from ragmoe.evaluation.goals import compare_arms
 from ragmoe.evaluation.items import check_gold
 from ragmoe.evaluation.report import kinds
 from ragmoe.evaluation.task import load_task
@@ -21,6 +25,8 @@ QUESTIONS: list[dict[str, Any]] = [
     {"id": "q4", "question": "Where were bronze coins struck?", "answers": ["Bronze"], "gold_ids": ["c2"]},
     {"id": "q5", "question": "Who engraved the crown?", "answers": [], "context_ids": ["c2"]},
 ]
+
+GOLD = {question["id"]: question.get("gold_ids", []) for question in QUESTIONS}
 
 
 def by_id(results: Results) -> dict[str, Any]:
@@ -89,3 +95,64 @@ def test_questions_without_their_passages(make_reader: MakeReader, make_task: Ma
     questions = task.load_questions()
     with pytest.raises(DataError, match="which name the passage that the setting rejection gives to the reader"):
         check_gold(task, questions)
+
+
+def test_arms_are_compared_past_the_threshold(
+    write: Any, trained: list[str], make_task: MakeTask, tmp_path: Path
+) -> None:
+    goal = {"a": "retrieval", "b": "dense", "metric": "macro_f1_thresholded", "setting": "rejection", "at_least": -1.0}
+    experiment = load_experiment(write(goals=[goal]), seeds=[0])
+    make_task(QUESTIONS, setting="rejection", passages=3)
+    outcome = run_experiment(experiment, out=tmp_path / "out")
+    (compared,) = outcome.result.comparisons
+    assert (compared.metric, compared.setting) == ("macro_f1_thresholded", "rejection")
+    (run,) = outcome.runs["retrieval"]["small"]
+    # All seven, in the place of the three that have an answer.
+    assert run.real["macro"]["n"] == 3 and trained
+    found = compare_arms(experiment, outcome.tasks, outcome.runs)
+    assert [comparison.n for comparison in found.values()] == [7]
+
+
+def test_to_say_nothing_of_nothing_is_no_merit(make_reader: MakeReader, make_task: MakeTask, index: Any) -> None:
+    """Every passage but the gold one says the answer: nothing is left to read without it."""
+    common = {"id": "q1", "question": "What is it?", "answers": ["the", "a", "are", "were"], "gold_ids": ["r1"]}
+    reader = make_reader()
+    results = evaluate(reader, make_task([common, QUESTIONS[1]], setting="rejection", passages=3), index)
+    found = by_id(results)
+    assert found["q1#rejection"].read == () and found["q1#rejection"].status == "unscored"
+    assert "no passage was found to read it over" in found["q1#rejection"].error
+    block = results.real["no_answer"]
+    assert (block["unanswerable"], block["rejected"]) == (1, 0.0)
+
+
+def test_where_the_gold_passage_found_no_room_nothing_is_judged(
+    make_reader: MakeReader, make_task: MakeTask, make_answer: Any, index: Any
+) -> None:
+    @dataclass(frozen=True)
+    class Written(make_answer):  # type: ignore[misc]
+        """As a generator's, whose prompt had room for one passage."""
+
+        left_out: int = 2
+        shortened: int = 0
+
+    said = {q["question"]: Written("1911") for q in QUESTIONS}
+    results = evaluate(make_reader(answers=said), make_task(QUESTIONS, setting="rejection", passages=3), index)
+    judged = {name: sample.status for name, sample in by_id(results).items()}
+    lost = [name for name, sample in by_id(results).items() if sample.answerable and sample.read[0] not in GOLD[name]]
+    assert lost and {judged[name] for name in lost} == {"unscored"}
+    assert {status for name, status in judged.items() if name not in lost} == {"ok"}
+    assert results.real["macro"]["coverage"] == pytest.approx(1 - len(lost) / 3)
+
+
+def test_evaluations_of_before_tell_the_shares_too(make_reader: MakeReader, make_task: MakeTask, index: Any) -> None:
+    results = evaluate(make_reader(), make_task(QUESTIONS, setting="rejection", passages=3), index)
+    new = kinds({"arm": [results]})
+    for key in ("rejected", "answered"):
+        del results.real["no_answer"][key]
+    assert new is not None and kinds({"arm": [results]}) == new
+
+
+def test_an_id_that_is_made_must_be_free(make_task: MakeTask, make_reader: MakeReader, index: Any) -> None:
+    twin = {**QUESTIONS[1], "id": "q1#rejection"}
+    with pytest.raises(DataError, match="'q1#rejection' is the id of a question, and what q1 is called"):
+        evaluate(make_reader(), make_task([QUESTIONS[0], twin], setting="rejection"), index)
