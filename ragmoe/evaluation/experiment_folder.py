@@ -25,7 +25,7 @@ from ragmoe._differences import differences
 from ragmoe._errors import ConfigError
 from ragmoe.bundle import is_bundle, read_map
 from ragmoe.evaluation.experiment import Experiment
-from ragmoe.evaluation.machine import commit, machine
+from ragmoe.evaluation.machine import commit_of_run, machine
 from ragmoe.evaluation.results import RESULTS_NAME, SCORING_VERSION, Results
 from ragmoe.evaluation.samples import digest_of, write_text
 from ragmoe.evaluation.task import Task
@@ -64,16 +64,17 @@ class ExperimentFolder:
         """What is known of its training; empty before it began.
 
         Keys are ``index``, ``seconds``, ``machine``, ``commit``, ``base``, a digest of the folder that it began from
-        (None where that was none), ``before``, machine and commit of those runs of a training that were stopped, and
-        ``evaluated``, by task or setting the commits that its figures are of. An untrained arm has ``index``, ``base``,
-        ``evaluated`` and ``config``, the configuration that made it; one that is joined of others ``index``,
-        ``evaluated`` and ``joined``, by arm the content of their bundles.
+        (None where that was none), ``content``, what the trained bundle answers by (``BundleMap.content``), ``before``,
+        machine and commit of those runs of a training that were stopped, and ``evaluated``, by task or setting the
+        commits that its figures are of. An untrained arm has ``index``, ``base``, ``evaluated`` and ``config``, the
+        configuration that made it; one that is joined of others ``index``, ``evaluated`` and ``joined``, by arm the
+        content of their bundles.
         """
         return _read_json(self.place(arm, seed) / "arm.json")
 
     def begin(self, arm: str, seed: int, config: TrainingConfig) -> None:
         """Record that an arm's training begins, from what, and where; one that is taken up again began from that."""
-        where = {"machine": machine(), "commit": commit(self.experiment.folder)}
+        where = {"machine": machine(), "commit": commit_of_run(self.experiment.folder)}
         base, before = None, []
         if (self.bundle(arm, seed) / "training.yaml").is_file():
             note = self.note(arm, seed)
@@ -99,8 +100,7 @@ class ExperimentFolder:
 
     def _parts(self, arm: str, seed: int) -> dict[str, str | None]:
         """Of the arms that an arm is joined of, what their bundles answer by; None for one that is not here."""
-        places = {part: self.bundle(part, seed) for part in self.experiment.joined[arm]}
-        return {part: read_map(place).content if is_bundle(place) else None for part, place in places.items()}
+        return {part: self._content(part, seed) for part in self.experiment.joined[arm]}
 
     def _is_joined(self, arm: str, seed: int) -> bool:
         """Whether an arm is joined of what the others are now; what is not here says nothing."""
@@ -129,16 +129,25 @@ class ExperimentFolder:
             self._write_note(arm, seed, {**note, "evaluated": {}})
 
     def end(self, arm: str, seed: int, seconds: float | None) -> None:
-        """Record how long it took; None where that is not known."""
-        self._write_note(arm, seed, {**self.note(arm, seed), "seconds": seconds})
+        """Record what has been trained, and how long it took; None where that is not known."""
+        self._write_note(arm, seed, {**self.note(arm, seed), "seconds": seconds, "content": self._content(arm, seed)})
 
-    def measuring(self, arm: str, seed: int, name: str, *, anew: bool = False) -> None:
-        """Record that figures of an arm on a task, or in a setting, are made, or scored, at this commit.
+    def _content(self, arm: str, seed: int) -> str | None:
+        """What an arm's bundle answers by; None where there is none."""
+        place = self.bundle(arm, seed)
+        return read_map(place).content if is_bundle(place) else None
+
+    def figures(self, arm: str, seed: int, task: Task) -> dict[str, Any]:
+        """What was found for an arm on a task; empty where nothing was."""
+        return self._evaluation(arm, seed, task)
+
+    def measured(self, arm: str, seed: int, name: str, *, anew: bool = False) -> None:
+        """Record that figures of an arm on a task, or in a setting, were made, or scored, at this commit.
 
         Args:
             anew: none of those that were there before will be left.
         """
-        note, now = self.note(arm, seed), commit(self.experiment.folder)
+        note, now = self.note(arm, seed), commit_of_run(self.experiment.folder)
         known = _evaluated(note)
         commits = [*([] if anew else known.get(name, [])), *([now] if now else [])]
         self._write_note(arm, seed, {**note, "evaluated": {**known, name: [*dict.fromkeys(commits)]}})
@@ -206,6 +215,12 @@ class ExperimentFolder:
         # A base that is not here, or another machine's, says nothing.
         if None not in (began, base) and began != base:
             differing.append(f"the base's content ({config.base} has changed since)")
+        trained = self.note(arm, seed).get("content")
+        if trained is not None and self._content(arm, seed) not in (None, trained):
+            raise ConfigError(
+                f"{self.bundle(arm, seed)} answers otherwise than it was trained to: it was changed since",
+                hint=f"go back (ragmoe bundle versions {self.bundle(arm, seed)} lists where to) and change a copy",
+            )
         if differing:
             raise ConfigError(
                 f"{self.place(arm, seed)} was trained with another configuration; it differs in {', '.join(differing)}",

@@ -18,11 +18,13 @@ from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_tables import added_table, parameter_table, progress_table
 from ragmoe.evaluation.goals import compare_arms, goal_table
 from ragmoe.evaluation.machine import commit
+from ragmoe.evaluation.perturbation import REAL
 from ragmoe.evaluation.plots import Picture, draw, require_matplotlib
 from ragmoe.evaluation.report import comparison_table, report, to_markdown
 from ragmoe.evaluation.result import ArmResult, ComparisonResult, DomainResult, Result
 from ragmoe.evaluation.results import Results
 from ragmoe.evaluation.samples import write_text
+from ragmoe.evaluation.statistics import question_mismatch
 from ragmoe.evaluation.tables import Table, markdown
 from ragmoe.evaluation.task import Task
 
@@ -121,6 +123,7 @@ def gather(folder: ExperimentFolder, tasks: list[Task], command: str) -> Outcome
         missing += [f"{arm} seed {seed}" for seed in undone]
         if not undone:
             runs[arm] = folder.results(arm, tasks)
+    _require_same_questions(experiment, tasks, runs)
     command = of_finished(command, runs, missing)
     seconds = {arm: folder.seconds(arm) for arm in runs}
     compared = compare_arms(experiment, tasks, runs)
@@ -160,6 +163,20 @@ def gather(folder: ExperimentFolder, tasks: list[Task], command: str) -> Outcome
         missing=missing,
         lines=head(folder, result, missing, [task.name for task in tasks]),
     )
+
+
+def _require_same_questions(
+    experiment: Experiment, tasks: Sequence[Task], runs: Mapping[str, Mapping[str, Sequence[Results]]]
+) -> None:
+    """DataError where arms were asked other questions on a task, whose file has changed since: no table mixes them."""
+    for task in tasks:
+        asked = [(arm, run.samples[REAL]) for arm, by_task in runs.items() for run in by_task[task.name]]
+        for arm, samples in asked[1:]:
+            if mismatch := question_mismatch(asked[0][1], samples):
+                raise DataError(
+                    f"{asked[0][0]} and {arm} were not asked the same on {task.name}: {mismatch}",
+                    hint=f"{command_of(experiment)} asks anew whoever was asked what no longer stands in the files",
+                )
 
 
 def arm_result(runs: Sequence[Results], seconds: float | None) -> ArmResult:

@@ -19,6 +19,7 @@ from ragmoe.evaluation.experiment import Experiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, gather, write
 from ragmoe.evaluation.items import check_gold
+from ragmoe.evaluation.machine import commit_of_run
 from ragmoe.evaluation.opening import index_of_recipe
 from ragmoe.evaluation.protocols import Reader
 from ragmoe.evaluation.retrieval import Retrieval
@@ -75,10 +76,10 @@ def run_experiment(
             model = _model(folder, arm, seed, index, say, show_training)
             for task in tasks:
                 say(f"{arm}, seed {seed}: evaluating {task.name}")
-                if not folder.evaluated(arm, seed, task):
-                    folder.measuring(arm, seed, task.name)
-                place = folder.place(arm, seed) / task.name
+                place, before = folder.place(arm, seed) / task.name, folder.figures(arm, seed, task)
                 evaluate(model, task, index, out=place, progress=progress, retrieval=retrieval, name=arm)
+                if folder.figures(arm, seed, task) != before:
+                    folder.measured(arm, seed, task.name)
     outcome = gather(folder, tasks, command or command_of(experiment))
     outcome.written = write(outcome)
     return outcome
@@ -110,6 +111,8 @@ def begin(experiment: Experiment, out: str | Path | None, only: Sequence[str]) -
 
 def open_folder(experiment: Experiment, root: Path, index: Index) -> ExperimentFolder:
     """The experiment's folder, in which no arm was trained otherwise; ConfigError where one was."""
+    # What is committed from here on is not what runs.
+    commit_of_run(experiment.folder)
     folder = ExperimentFolder(experiment, root, index.digest)
     folder.check_arms(index.folder)
     _check_joined(experiment, index)

@@ -17,7 +17,7 @@ from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, command_of, write
 from ragmoe.evaluation.experiment_run import begin, bundle_of, open_folder
 from ragmoe.evaluation.language_report import gather_language
-from ragmoe.evaluation.language_results import LanguageResults, documents_digest, results_place
+from ragmoe.evaluation.language_results import FILE, LanguageResults, documents_digest, results_place
 from ragmoe.evaluation.opening import Progress, index_of_recipe
 from ragmoe.evaluation.perplexity import document_losses
 from ragmoe.evaluation.perturbation import REAL
@@ -77,8 +77,11 @@ def run_language_experiment(
                 say(f"{arm}, seed {seed}: predicting {len(found)} documents{named}")
                 data = _dataset(model, tokenizer, config, found, index, root / "cache", index_progress)
                 of_both = (digests[setting], of_model)
-                folder.measuring(arm, seed, setting, anew=True)
-                _measure(model, data, index, sorted(wanted), of_both, index_progress).save(place)
+                measured = _measure(model, data, index, sorted(wanted), of_both, index_progress)
+                # Figures of before have gone when it is said of what commit they are.
+                (place / FILE).unlink(missing_ok=True)
+                folder.measured(arm, seed, setting, anew=True)
+                measured.save(place)
     outcome = gather_language(folder, digests, command or command_of(experiment))
     outcome.written = write(outcome)
     return outcome

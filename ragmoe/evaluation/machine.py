@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+# Follows a commit that does not say alone what ran.
+CHANGES = "+changes"
 
 
 def machine() -> dict[str, Any]:
@@ -25,6 +29,20 @@ def machine() -> dict[str, Any]:
     }
 
 
+@lru_cache
+def commit_of_run(folder: Path) -> str | None:
+    """The commit of the code that this process runs, as it stood when it was first asked for.
+
+    That is the commit of the package's repository; of an installed package, which has none, that of ``folder``, where
+    what is run is described. ``+changes`` as in ``commit``, for either folder.
+    """
+    own, described = commit(Path(__file__).parents[1]), commit(folder)
+    if own is None or described is None or own == described:
+        return own or described
+    same = own.removesuffix(CHANGES) == described.removesuffix(CHANGES)
+    return own if own.endswith(CHANGES) or not same else described
+
+
 def commit(folder: Path) -> str | None:
     """The commit that a folder's repository stands at; None where it is none, or has no commit.
 
@@ -35,7 +53,7 @@ def commit(folder: Path) -> str | None:
     if not head:
         return None
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no"), _git(folder, "status", "--porcelain", ".")
-    return head if changed == ("", "") else f"{head}+changes"
+    return head if changed == ("", "") else head + CHANGES
 
 
 def _git(folder: Path, *words: str) -> str | None:

@@ -7,12 +7,15 @@ that hold its answer (``rejection``), they leave the neighbours too, as they do 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ragmoe._errors import DataError, ModelError, RagmoeError
+from filelock import FileLock, Timeout
+
+from ragmoe._errors import ConfigError, DataError, ModelError, RagmoeError
 from ragmoe.corpus.distractors import hard_distractors
 from ragmoe.evaluation.items import Item, prepare
 from ragmoe.evaluation.perturbation import REAL, partners
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from ragmoe.neighbours import Neighbours
 
 CHUNK = 64
+_LOCK_NAME = ".evaluation.lock"
 _BOUND = 1e9
 
 Progress = Callable[[int, int, str], None]
@@ -59,14 +63,42 @@ def evaluate(
         name: what the model is called in reports.
 
     Raises:
-        ConfigError, DataError: the task or its questions are wrong, or not of this index.
+        ConfigError, DataError: the task or its questions are wrong, or not of this index; or another process evaluates
+            into the same folder.
         ModelError: the model does not fit the index, or could read none of the first questions.
     """
-    from ragmoe.generation.batches import reads_neighbours
-
     task = (task if isinstance(task, Task) else load_task(task)).limited(limit)
     model.check_index(index)
     run = _Run(model, task, index, retrieval or Retrieval(index), Path(out) if out is not None else None, progress)
+    with _alone(run.out):
+        return _evaluate(run, resume, name)
+
+
+@contextmanager
+def _alone(out: Path | None) -> Iterator[None]:
+    """Let no other process write to a folder meanwhile, whose samples would stand under the figures of this one."""
+    if out is None:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / _LOCK_NAME, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"another evaluation is writing to {out}", hint="wait for it to end, or give another folder with --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _evaluate(run: _Run, resume: bool, name: str) -> Results:
+    """What ``evaluate`` does, once the folder is its own."""
+    from ragmoe.generation.batches import reads_neighbours
+
+    model, task, index = run.model, run.task, run.index
     shown = [REAL, *(task.perturbations if run.seen and reads_neighbours(model) else ())]
     prepared = {condition: run.plan(condition) for condition in shown}
     samples = {condition: run.read_all(condition, plan, resume) for condition, plan in prepared.items()}

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from ragmoe.bundle import write_bundle
 from ragmoe.corpus.types import Passage
 from ragmoe.evaluation.samples import Sample
 from ragmoe.gates import Routing
@@ -254,7 +255,7 @@ def trained(
         (out / "training.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
         history = [{"step": step, "loss": 9.0, "answer_loss": 3.0 / step} for step in range(1, 1 + config.train.steps)]
         (out / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
-        (out / "model.safetensors.index.json").write_text('{"metadata": {"format_version": 1}}')
+        write_bundle(out, {"weight": torch.full((1,), float(config.seed))}, expert_tensors=set(), gate_tensors=set())
         return Trained(out)
 
     def load(bundle: Path) -> Any:

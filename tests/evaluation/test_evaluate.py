@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ragmoe import DataError, ModelError
+from ragmoe import ConfigError, DataError, ModelError
 from ragmoe.corpus.types import Question
 from ragmoe.evaluation import Results, evaluate
 from ragmoe.evaluation import run as run_module
@@ -267,9 +267,26 @@ def test_infinite_scores_stay_out_of_the_files(
     assert results.real["no_answer"]["auroc"] == 1.0
 
 
+def test_two_evaluations_do_not_write_to_one_folder(
+    make_reader: MakeReader, make_task: MakeTask, index: Any, tmp_path: Path
+) -> None:
+    task, out = make_task(), tmp_path / "out"
+    tried: list[str] = []
+
+    def meanwhile(question: str) -> bool:
+        if not tried:
+            tried.append(question)
+            with pytest.raises(ConfigError, match=r"another evaluation is writing to .*out\nwait for it to end"):
+                evaluate(make_reader(weight=2.0), task, index, out=out)
+        return False
+
+    evaluate(make_reader(fails_on=meanwhile), task, index, out=out)
+    assert tried and evaluate(make_reader(weight=2.0), task, index, out=out).macro_f1 is not None
+
+
 def test_the_files_and_their_shape(make_reader: MakeReader, make_task: MakeTask, index: Any, tmp_path: Path) -> None:
     evaluate(make_reader(), make_task(perturbations=["null"]), index, out=tmp_path / "out", name="mine")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
+    names = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
     assert names == {"results.json", "samples.jsonl", "samples.null.jsonl", "run.trec", "qrels.trec"}
     shape = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {

@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
-from ragmoe import ConfigError, UsageError
-from ragmoe.bundle import write_bundle
+from ragmoe import ConfigError, DataError, UsageError
+from ragmoe.bundle import roll_back, write_bundle
 from ragmoe.evaluation.experiment import load_experiment, merge, nest
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
-from ragmoe.evaluation.experiment_report import command_of
+from ragmoe.evaluation.experiment_report import command_of, report_experiment
 from ragmoe.evaluation.experiment_run import run_experiment
 from ragmoe.evaluation.result import Result
 
@@ -158,6 +158,39 @@ def test_figures_of_an_untrained_arm_go_with_what_it_was_made_of(
     assert not outcome.missing
 
 
+def test_a_bundle_that_was_changed_in_place_is_not_that_arms(write: Any, trained: list[str], tmp_path: Path) -> None:
+    """As ``ragmoe experts prune``, ``merge`` and ``rename`` change it, which leave its training.yaml alone."""
+    path, out = write(), tmp_path / "out"
+    run_experiment(load_experiment(path), out=out)
+    bundle = out / "retrieval" / "seed-1" / "bundle"
+    tensors, no = {"weight": torch.full((1,), 7.0)}, set[str]()
+    write_bundle(bundle, tensors, expert_tensors=no, gate_tensors=no, message="prune")
+    for again in (lambda: run_experiment(load_experiment(path), out=out), lambda: report(path, out)):
+        with pytest.raises(ConfigError, match=r"retrieval/seed-1/bundle answers otherwise than it was trained to"):
+            again()
+    roll_back(bundle)
+    run_experiment(load_experiment(path), out=out)
+
+
+def report(path: Path, out: Path) -> None:
+    report_experiment(load_experiment(path), out=out)
+
+
+def test_arms_that_were_asked_different_questions_do_not_stand_in_one_table(
+    write: Any, trained: list[str], make_task: Any, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "out", []
+    path = write(comparisons=[], result="kept.json")
+    run_experiment(load_experiment(path), out=out)
+    before = (tmp_path / "kept.json").read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    make_task(rows[:3])
+    with pytest.raises(DataError, match=r"dense and retrieval were not asked the same on small: 2 questions differ"):
+        run_experiment(load_experiment(path), out=out, only=["dense"])
+    assert (tmp_path / "kept.json").read_bytes() == before
+    assert not run_experiment(load_experiment(path), out=out, say=said.append).missing
+
+
 def test_arms_that_learned_from_other_content_of_the_same_files_are_not_mixed(
     write: Any, trained: list[str], tmp_path: Path
 ) -> None:
@@ -228,7 +261,7 @@ def test_a_training_that_was_stopped_keeps_where_it_began(
     folder = experiment_folder.ExperimentFolder(experiment, tmp_path / "out", "index-digest")
     config = experiment.training("dense", 0, tmp_path)
     for name in ("first", "first", "second"):
-        monkeypatch.setattr(experiment_folder, "commit", lambda folder, name=name: name)
+        monkeypatch.setattr(experiment_folder, "commit_of_run", lambda folder, name=name: name)
         folder.begin("dense", 0, config)
         (folder.bundle("dense", 0)).mkdir(exist_ok=True)
         (folder.bundle("dense", 0) / "training.yaml").touch()
@@ -336,7 +369,10 @@ def test_faults_of_an_arm_name_it(write: Any, trained: list[str], tmp_path: Path
         ({"baseline": "tokn"}, "baseline names 'tokn'; the arms are dense, retrieval"),
         ({"goals": [{"a": "retrieval", "b": "tokn", "at_least": 1}]}, "goals name 'tokn'; the arms are dense"),
         ({"goals": [{"a": "retrieval", "b": "dense"}]}, r"goals\.0\.at_least: Field required"),
-        ({"goals": [{"a": "retrieval", "b": "dense", "at_least": 1, "metric": "f2"}]}, "'macro_f1' or 'macro_em'"),
+        (
+            {"goals": [{"a": "retrieval", "b": "dense", "at_least": 1, "metric": "f2"}]},
+            "be 'macro_f1', 'macro_em'",
+        ),
     ],
 )
 def test_a_wrong_experiment_is_refused(write: Any, changes: dict[str, Any], message: str) -> None:

@@ -169,12 +169,12 @@ def test_machines_and_commits_are_those_of_the_training(write: Any, trained: lis
 
 
 def test_figures_are_of_the_commits_that_they_were_measured_at(
-    write: Any, trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Any, trained: list[str], make_task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ragmoe.evaluation import experiment_folder
 
     def run_at(name: str) -> list[str]:
-        monkeypatch.setattr(experiment_folder, "commit", lambda folder: name)
+        monkeypatch.setattr(experiment_folder, "commit_of_run", lambda folder: name)
         return run_experiment(load_experiment(write()), out=tmp_path / "out").lines
 
     assert "- evaluated at commit: first" in run_at("first")
@@ -183,6 +183,11 @@ def test_figures_are_of_the_commits_that_they_were_measured_at(
     for stale in (tmp_path / "out" / "dense").rglob("results.json"):
         stale.unlink()
     assert "- evaluated at commit: first (dense, retrieval); third (dense)" in run_at("third")
+    # Whatever has made another figure of it: here an answer.
+    rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    make_task([{**row, "answers": ["Barges"]} if row["id"] == "q2" else row for row in rows])
+    later = "- evaluated at commit: first (dense, retrieval); third (dense); fourth (dense, retrieval)"
+    assert later in run_at("fourth")
 
 
 def test_goals_are_met_or_not(write: Any, make_task: Any, trained: list[str], tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ragmoe import DataError
-from ragmoe.evaluation.machine import commit, machine
+from ragmoe.evaluation import machine as machine_module
+from ragmoe.evaluation.machine import commit, commit_of_run, machine
 from ragmoe.evaluation.result import Result
 
 ARM: dict[str, Any] = {
@@ -98,6 +99,32 @@ def test_a_commit_is_marked_where_the_files_differ_from_it(tmp_path: Path) -> No
     code.write_text("1")
     (folder / "b.yaml").write_text("an experiment that nobody else has")
     assert commit(folder) == f"{head}+changes"
+
+
+@pytest.mark.parametrize(
+    ("of_code", "of_file", "said"),
+    [
+        ("a", "a", "a"),
+        ("a", "a+changes", "a+changes"),
+        ("a+changes", "a", "a+changes"),
+        # The experiment's file lies in another repository: what ran is the code's.
+        ("a", "b", "a"),
+        ("a", "b+changes", "a"),
+        ("a", None, "a"),
+        # An installed package has none.
+        (None, "b", "b"),
+        (None, None, None),
+    ],
+)
+def test_what_ran_is_of_the_commit_of_the_code(
+    of_code: str | None, of_file: str | None, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standing = {Path(machine_module.__file__).parents[1]: of_code, tmp_path: of_file}
+    monkeypatch.setattr(machine_module, "commit", standing.get)
+    assert commit_of_run(tmp_path) == said
+    # What is committed meanwhile does not run.
+    standing.clear()
+    assert commit_of_run(tmp_path) == said
 
 
 def test_outside_a_repository_there_is_no_commit(tmp_path: Path) -> None:
