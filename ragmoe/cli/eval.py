@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -160,16 +160,18 @@ def compare(
     if metric not in SCORES:
         raise UsageError(f"there is no metric {metric!r}; there are: {', '.join(SCORES)}")
     found = []
-    for a, b in _pairs(find_runs(run_a), find_runs(run_b), run_a, run_b):
+    of_a, of_b = find_runs(run_a), find_runs(run_b)
+    pairs = _pairs(of_a, of_b, run_a, run_b)
+    alone = sorted({*of_a} ^ {*of_b}) if len(pairs) > 1 or not len(of_a) == len(of_b) == 1 else []
+    for a, b in pairs:
         setting = a.setting if a.setting == b.setting else f"{a.setting} − {b.setting}"
         result = compare_samples([a.samples[REAL]], [b.samples[REAL]], metric=metric, setting=setting)
         found.append((a.name, result))
     if as_json:
         from dataclasses import asdict
 
-        print_json(
-            {"a": str(run_a), "b": str(run_b), "comparisons": [{"task": task, **asdict(c)} for task, c in found]}
-        )
+        compared = [{"task": task, **asdict(c)} for task, c in found]
+        print_json({"a": str(run_a), "b": str(run_b), "comparisons": compared, "left_out": alone})
         return
     for task, c in found:
         rows = [[d, number(v[0], 2, sign=True), bounds(v[1], v[2], sign=True)] for d, v in c.per_domain.items()]
@@ -178,6 +180,8 @@ def compare(
         note += few_documents(c.per_domain_documents)
         title = f"{task} ({c.setting}): {metric} of {run_a} minus {run_b}"
         print_tables([Table(title, ["domain", "difference", "95 % interval"], rows, note=note)])
+    if alone:
+        typer.echo(f"not compared, since one of the two lacks them: {', '.join(alone)}", err=True)
 
 
 @app.command(epilog=_HARNESS_EXAMPLES, context_settings={"ignore_unknown_options": True})
@@ -272,12 +276,30 @@ def _require_same(tasks: list[tuple[Task, Path]], model: str, given: Index | Non
             f"--limit {limit}" if limit else "all questions of each domain": limit != now,
             f"the model {there.model}": there.model != model,
             "another index": given is not None and there.index_digest != given.digest,
+            **_otherwise(there.task, task),
         }
         if differing := [what for what, differs in said.items() if differs]:
             raise UsageError(
                 f"{folder} holds a finished evaluation of {' and '.join(differing)}, which would be replaced",
                 hint="give another folder with --out, or --no-resume to replace it",
             )
+
+
+def _otherwise(there: dict[str, Any], task: Task) -> dict[str, bool]:
+    """Each setting of a task by which another evaluation would be made of it, in words, and whether it differs."""
+    named = set(type(task).model_fields) - {
+        "name",
+        "description",
+        "questions",
+        "index",
+        "corpus",
+        "label",
+        "perturbations",
+    }
+    now = task.model_dump(mode="json")
+    return {
+        f"{key}: {there[key]}": there[key] != now[key] for key in sorted(named - {"limit_per_domain"}) if key in there
+    }
 
 
 def _pairs(

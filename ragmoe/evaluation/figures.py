@@ -14,8 +14,9 @@ import numpy as np
 
 from ragmoe.evaluation.experiment import DENSE, UNTRAINED
 from ragmoe.evaluation.perturbation import REAL
+from ragmoe.evaluation.report import few_documents
 from ragmoe.evaluation.results import Results
-from ragmoe.evaluation.statistics import compare, interval, lost_domains
+from ragmoe.evaluation.statistics import FEW, compare, interval, lost_domains
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,10 +57,12 @@ def scores(by_task: Mapping[str, Arms]) -> Drawn | None:
                 axes.axvline(mean, color=VERMILION, linestyle="--", linewidth=1, zorder=0)
         axes.set_title(_title(runs))
         axes.set_xlabel("macro F1 (points)")
+    spans = [interval([run.samples[REAL] for run in of_arm]) for runs in by_task.values() for of_arm in runs.values()]
     seeds = max(len(of_arm) for runs in by_task.values() for of_arm in runs.values())
     caption = "Dot and line: the mean over seeds with its 95 % interval, which resamples documents within domains."
     caption += f" Small white dots: the {seeds} seeds." if seeds > 1 else ""
     caption += " Dashed: the dense arm." if DENSE in arms else ""
+    caption += few_documents(*(span.per_domain_documents for span in spans if span))
     return Drawn(figure, "macro_f1.png", "Macro F1 of each arm", caption)
 
 
@@ -94,6 +97,9 @@ def differences(runs: Arms, baseline: str) -> Drawn | None:
     axes = figure.subplots()
     values_AD = [[value for value, _, _ in row] for row in cells_AD]
     image = axes.imshow(values_AD, cmap="PuOr", vmin=-bound, vmax=bound, aspect="auto")
+    fewest = {d: min(c.per_domain_documents[d] for c in found) for d in domains}
+    # What a handful of documents leave out says little of others.
+    enough_D = [True, *(fewest[d] >= FEW for d in domains)]
     for y, row in enumerate(cells_AD):
         for x, (value, low, high) in enumerate(row):
             axes.text(
@@ -103,14 +109,17 @@ def differences(runs: Arms, baseline: str) -> Drawn | None:
                 horizontalalignment="center",
                 verticalalignment="center",
                 fontsize=7,
-                fontweight="bold" if low > 0 or high < 0 else "normal",
+                fontweight="bold" if enough_D[x] and (low > 0 or high < 0) else "normal",
                 color="white" if abs(value) > 0.5 * bound else "black",
             )
     _name_cells(axes, ["macro", *domains], others)
     axes.axvline(0.5, color="white", linewidth=3)
     axes.set_title(f"{_title(runs)}: F1 minus that of {baseline}")
     figure.colorbar(image, ax=axes, label="difference (points)", fraction=0.03, pad=0.02)
-    caption = "Difference of F1 with its 95 % interval; bold where the interval does not hold zero."
+    caption = (
+        "Difference of F1 with its 95 % interval; bold where the interval does not hold zero and enough documents "
+    )
+    caption += f"make it.{few_documents(fewest)}"
     return Drawn(figure, "differences.png", f"Difference to {baseline} by domain", caption)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ragmoe.evaluation.experiment import Experiment, Goal
 from ragmoe.evaluation.perturbation import REAL
+from ragmoe.evaluation.report import few_documents
 from ragmoe.evaluation.results import Results
 from ragmoe.evaluation.statistics import Comparison, compare, lost_domains
 from ragmoe.evaluation.tables import NONE, Table, bounds, number
@@ -89,6 +90,7 @@ def goal_table(experiment: Experiment, tasks: Sequence[Task], compared: Compared
         ["arms", "setting", "metric", "asked", "difference", "95 % interval", "goal"],
         rows,
         note="Met: the difference is what was asked for, and so is all of its interval; where more than zero was asked "
-        "for, all of the interval is above zero. Not shown: the difference alone is.",
+        "for, all of the interval is above zero. Not shown: the difference alone is."
+        + few_documents(*(found.per_domain_documents for found in compared.values())),
         labels=3,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ragmoe._errors import DataError
+from ragmoe.evaluation.metrics import YES_NO_MAYBE, yes_no_maybe
 from ragmoe.evaluation.protocols import Searchable
 from ragmoe.evaluation.samples import Status, digest_of
 from ragmoe.evaluation.task import Task
@@ -115,6 +116,8 @@ def _plain(task: Task, question: Question, have: Set[str], doc_id: str) -> list[
     """A question as the settings ``gold`` and ``open`` ask it."""
     asked = task.asked(question)
     example = digest_of(question.id, asked, question.answers, question.answer_type)
+    if told := _nothing_is_right(question):
+        return [Item(question, asked, (), doc_id, example, problem=told, status="unscored")]
     if task.setting == "open":
         return [Item(question, asked, (), doc_id, example)]
     # Where several passages hold the answer, all are given: not every dataset says which alternative is from which.
@@ -128,6 +131,14 @@ def _plain(task: Task, question: Question, have: Set[str], doc_id: str) -> list[
     return [item]
 
 
+def _nothing_is_right(question: Question) -> str | None:
+    """Why nothing that is said could be right: yes, no or maybe is asked for, and none of them is the answer."""
+    said = question.answers if question.answer_type == "yesno" else ()
+    if not said or any(yes_no_maybe(answer) in YES_NO_MAYBE for answer in said):
+        return None
+    return f"answers {list(said)} to a yesno question; expected yes, no or maybe"
+
+
 def _rejecting(task: Task, question: Question, have: Set[str], doc_id: str) -> list[Item]:
     """A question twice: with the passages that hold its answer, and without; an unanswerable one once."""
     asked = task.asked(question)
@@ -136,7 +147,7 @@ def _rejecting(task: Task, question: Question, have: Set[str], doc_id: str) -> l
         read = tuple(name for name in question.context_ids if name in have)
         return [Item(question, asked, read, doc_id, example, distractors_of=question)]
     (present,) = _plain(task, question, have, doc_id)
-    if not question.gold_ids:
+    if not question.gold_ids or _nothing_is_right(question):
         # Nobody knows what it would have to be asked without.
         return [present]
     without = replace(question, id=question.id + WITHOUT, answers=(), answer_spans=(), gold_ids=())

@@ -91,6 +91,23 @@ def test_runs_are_compared(ragmoe: Any, small_city: Path, bundle: Path, make_bun
     assert ragmoe("eval", "compare", tmp_path / "a", tmp_path / "b", "--metric", "bleu")[0] == 2
 
 
+def test_tasks_that_one_run_alone_has_are_told(ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path) -> None:
+    spec = yaml.safe_load((small_city / "task.yaml").read_text())
+    spec |= {"questions": [str(small_city / "questions.jsonl")], "index": str(small_city / "index")}
+    tasks = {name: tmp_path / f"{name}.yaml" for name in ("common", "first", "second")}
+    for name, path in tasks.items():
+        path.write_text(yaml.safe_dump({**spec, "name": name}))
+    for out, named in (("a", ("common", "first")), ("b", ("common", "second"))):
+        words = (*(tasks[name] for name in named), "--model", bundle, "--limit", 1, "--out", tmp_path / out)
+        assert ragmoe("eval", "run", *words)[0] == 0
+    code, out, err = ragmoe("eval", "compare", tmp_path / "a", tmp_path / "b", "--json")
+    found = json.loads(out)
+    assert code == 0 and [one["task"] for one in found["comparisons"]] == ["common"]
+    assert found["left_out"] == ["first", "second"]
+    _, _, err = ragmoe("eval", "compare", tmp_path / "a", tmp_path / "b")
+    assert "not compared, since one of the two lacks them: first, second" in err
+
+
 def test_runs_over_other_questions_are_not_compared(
     ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +162,17 @@ def test_a_finished_evaluation_is_not_replaced_by_another(
         assert code == 2 and f"holds a finished evaluation of {said}, which would be replaced" in err, words
         assert "hint: give another folder with --out, or --no-resume to replace it" in err
         assert (tmp_path / "a" / "small" / "samples.jsonl").read_bytes() == before
+    # A task of the same name that asks otherwise, too; what is tried beside goes on where it was.
+    spec = yaml.safe_load((small_city / "task.yaml").read_text())
+    spec |= {"questions": [str(small_city / "questions.jsonl")], "index": str(small_city / "index")}
+    other = tmp_path / "task.yaml"
+    again = ("eval", "run", other, "--model", bundle, "--out", tmp_path / "a")
+    other.write_text(yaml.safe_dump({**spec, "setting": "open", "passages": 1}))
+    code, _, err = ragmoe(*again)
+    assert code == 2 and "a finished evaluation of passages: 5 and setting: gold, which would be replaced" in err
+    other.write_text(yaml.safe_dump({**spec, "perturbations": ["null"]}))
+    assert ragmoe(*again)[0] == 0
+    assert (tmp_path / "a" / "small" / "samples.null.jsonl").is_file()
     assert run()[0] == 0
     assert run("--limit", 1, "--no-resume")[0] == 0
     assert len((tmp_path / "a" / "small" / "samples.jsonl").read_text().splitlines()) == 2

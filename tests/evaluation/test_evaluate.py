@@ -267,6 +267,21 @@ def test_infinite_scores_stay_out_of_the_files(
     assert results.real["no_answer"]["auroc"] == 1.0
 
 
+@pytest.mark.parametrize("setting", ["gold", "open", "rejection"])
+def test_a_question_that_nothing_could_answer_is_not_scored_zero(
+    make_reader: MakeReader, make_task: MakeTask, index: Any, setting: str
+) -> None:
+    asked = {"question": "Is the ferry late?", "answer_type": "yesno", "gold_ids": ["r3"]}
+    questions = [{**asked, "id": "a", "answers": ["true"]}, {**asked, "id": "b", "answers": ["No.", "false"]}]
+    results = evaluate(make_reader(), make_task(questions, setting=setting), index)
+    found = by_id(results)
+    assert found["a"].status == "unscored" and found["a"].error == (
+        "answers ['true'] to a yesno question; expected yes, no or maybe"
+    )
+    assert found["b"].status == "ok" and "a#rejection" not in found
+    assert results.real["macro"]["coverage"] == 0.5
+
+
 def test_two_evaluations_do_not_write_to_one_folder(
     make_reader: MakeReader, make_task: MakeTask, index: Any, tmp_path: Path
 ) -> None:

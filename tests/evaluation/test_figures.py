@@ -77,6 +77,13 @@ def test_scores_show_mean_interval_and_seeds_from_the_best_down(runs: Any) -> No
     assert "the 2 seeds" in drawn.caption and "the dense arm" in drawn.caption
 
 
+def test_of_many_documents_what_is_beside_zero_is_bold(runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ragmoe.evaluation.figures.FEW", 1)
+    drawn = differences(arms(runs), "dense")
+    assert drawn is not None
+    assert "bold" in {text.get_fontweight() for text in drawn.figure.axes[0].texts[1:]}
+
+
 def test_differences_to_the_baseline_by_domain(runs: Any) -> None:
     drawn = differences(arms(runs), "dense")
     assert drawn is not None
@@ -85,6 +92,9 @@ def test_differences_to_the_baseline_by_domain(runs: Any) -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["retrieval"]
     first = axes.texts[0]
     assert first.get_text().startswith("−37.5\n[−") and first.get_fontweight() == "bold"
+    # A domain of one or two documents has an interval beside zero by little more than chance.
+    assert {text.get_fontweight() for text in axes.texts[1:]} == {"normal"}
+    assert "too narrow where a domain has fewer than 10 documents: rivers 2, coins 1." in drawn.caption
     # The floor would take all the colours.
     with_floor = differences({**arms(runs), "untrained": runs["retrieval"]["small"]}, "dense")
     assert with_floor is not None and len(with_floor.figure.axes[0].get_yticklabels()) == 1
