@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _QUERY_WORDS = 64
 # Tokens that share their neighbours where a whole text is judged.
 _CHUNK_TOKENS = 256
+_BATCH_TOKENS = 8192
 _MAX_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -35,13 +36,20 @@ class HarnessModel:
 
     Args:
         index: None lets the gate see no neighbours.
-        batch_size: sequences of a batch; None takes as many as 8192 tokens hold.
+        batch_size: sequences of a batch; None takes as many as 8192 tokens hold, but no more than ``max_batch_size``.
 
     Raises:
         ModelError: an index is given to a model whose gate sees no neighbours, or one of another encoder.
     """
 
-    def __init__(self, generator: Generator, index: Index | None = None, *, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        index: Index | None = None,
+        *,
+        batch_size: int | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
         if index is not None and not generator.gate_sees_neighbours:
             raise ModelError(
                 f"an index was given, but {type(generator.model).__name__} sees no neighbours: it would change nothing",
@@ -53,21 +61,29 @@ class HarnessModel:
         self.tokenizer: Any = generator.tokenizer
         # Some families know no limit: there it is what a prompt may have.
         self.max_length = int(getattr(generator.config, "max_position_embeddings", generator.style.max_length))
-        self.batch_tokens = 8192 if batch_size is None else self.max_length * batch_size
+        self.batch_rows = max_batch_size if batch_size is None else batch_size
+        self.batch_tokens = _BATCH_TOKENS if batch_size is None else self.max_length * batch_size
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation) its log-likelihood in nats, and whether greedy decoding would say it."""
         pairs = [self._pair(*request.args) for request in requests]
         shown = self._neighbours([request.args[0] for request in requests])
         found = log_likelihoods(
-            self.generator.model, pairs, shown, padding=pad_token(self.tokenizer), batch_tokens=self.batch_tokens
+            self.generator.model,
+            pairs,
+            shown,
+            padding=pad_token(self.tokenizer),
+            batch_tokens=self.batch_tokens,
+            batch_rows=self.batch_rows,
         )
         return [(likelihood.nats, likelihood.greedy) for likelihood in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Of each text its log-likelihood in nats, every token judged once, with as much as fits before it.
 
-        Neighbours are those of the text before each stretch, without the text itself and its near-duplicates.
+        Neighbours are those of the text before each stretch, without the text itself and its near-duplicates. Every
+        stretch has half a model's length or more before it, where the harness's own models begin each of their windows
+        with one token: of long texts only figures of this class are to be compared, as that of the base under it.
         """
         from ragmoe.corpus.types import Passage
         from ragmoe.evaluation.perplexity import document_losses
@@ -88,8 +104,7 @@ class HarnessModel:
                 cache=Path(cache),
                 recall=lambda found, _: self._recall(found),
             )
-            batch = max(1, self.batch_tokens // self.max_length)
-            losses = document_losses(self.generator.model, data, batch_chunks=batch)
+            losses = document_losses(self.generator.model, data, batch_chunks=self._rows(self.max_length))
         nats = {loss.document: -loss.nats for loss in losses}
         return [nats.get(text.id, 0.0) for text in texts]
 
@@ -109,7 +124,7 @@ class HarnessModel:
                 )
             rows = {at: self._tokens(requests[at].args[0])[-(self.max_length - settings["tokens"]) :] for at in places}
             order = sorted(places, key=lambda i: -len(rows[i]))
-            size = max(1, self.batch_tokens // (len(rows[order[0]]) + settings["tokens"]))
+            size = self._rows(len(rows[order[0]]) + settings["tokens"])
             for begin in range(0, len(order), size):
                 batch = order[begin : begin + size]
                 seen = shown.rows(batch) if shown is not None else None
@@ -136,6 +151,11 @@ class HarnessModel:
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template in use, '' for none."""
         return str(self.tokenizer.chat_template or "") if chat_template else ""
+
+    def _rows(self, length: int) -> int:
+        """How many sequences of a length a batch holds."""
+        rows = max(1, self.batch_tokens // length)
+        return rows if self.batch_rows is None else min(rows, self.batch_rows)
 
     def _seen(self) -> int:
         return int(self.generator.config.neighbours) if self.index is not None else 0

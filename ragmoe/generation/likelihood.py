@@ -47,6 +47,7 @@ def log_likelihoods(
     *,
     padding: int = 0,
     batch_tokens: int = 8192,
+    batch_rows: int | None = None,
     count: Count | None = None,
 ) -> list[Likelihood]:
     """Judge continuations, each after its own beginning, which must not be empty.
@@ -54,7 +55,7 @@ def log_likelihoods(
     Args:
         neighbours: a row for each pair, for models whose gate sees them; others are not given any.
         padding: the token that fills up.
-        batch_tokens: tokens of a batch, padding included.
+        batch_tokens: tokens of a batch, padding included; ``batch_rows``: its sequences at most, None for no limit.
         count: told of each batch's routings, of a model that has any.
 
     Raises:
@@ -73,7 +74,7 @@ def log_likelihoods(
     # Of a large vocabulary the logits of a batch are gigabytes: they are made where something is judged.
     slices = "logits_to_keep" in inspect.signature(model.forward).parameters
     while order:
-        size = max(1, batch_tokens // max(1, lengths[order[0]]))
+        size = max(1, min(batch_rows or len(order), batch_tokens // max(1, lengths[order[0]])))
         at, order = order[:size], order[size:]
         batch = labelled_batch([pairs[i] for i in at], padding, seen.rows(at) if seen is not None else None)
         labels_BT = batch.pop("labels")[:, 1:].to(device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import yaml
 from stub_encoder import StubEncoder
 from tiny_decoder import byte_tokenizer, tiny_llama
 
-from ragmoe import Index, ModelError
+from ragmoe import ConfigError, Index, ModelError
 from ragmoe.evaluation.harness import HarnessModel
 from ragmoe.generation import Generator, PromptStyle
 from ragmoe.index import BuildOptions, build_index
@@ -204,6 +206,70 @@ def test_without_the_harness_the_extra_is_named(
     assert main(["eval", "harness", "run", "--model", "ragmoe", "--tasks", "mine"]) == 1
     said = capsys.readouterr().err
     assert "lm-evaluation-harness cannot be imported" in said and "hint: pip install 'ragmoe[lm-eval]'" in said
+
+
+def test_a_batch_holds_no_more_sequences_than_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, sizes = generator(max_position_embeddings=256), list[int]()
+    forward = type(made.model).forward
+
+    def watched(self: Any, input_ids: Any = None, **rest: Any) -> Any:
+        sizes.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(type(made.model), "forward", watched)
+    texts = [f"text {at}" for at in range(7)]
+    asked = {
+        "loglikelihood": [ask(text, " more") for text in texts],
+        "loglikelihood_rolling": [ask(text) for text in texts],
+        "generate_until": [ask(text, {"max_gen_toks": 2}) for text in texts],
+    }
+    for given, most in (({}, 7), ({"batch_size": 3}, 3), ({"max_batch_size": 2}, 2), ({"batch_size": 1}, 1)):
+        for name, requests in asked.items():
+            sizes.clear()
+            answers = getattr(HarnessModel(made, **given), name)(requests)
+            assert len(answers) == 7 and max(sizes) == most, (given, name)
+
+
+@pytest.fixture
+def ragmoe_lm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The class that the harness knows, whether the harness is installed or not."""
+    for name, content in {
+        "lm_eval": {},
+        "lm_eval.api": {},
+        "lm_eval.api.model": {"LM": type("LM", (), {"__init__": lambda self: None})},
+        "lm_eval.api.registry": {"register_model": lambda name: lambda kind: kind},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "ragmoe.evaluation.lm_eval", raising=False)
+    yield importlib.import_module("ragmoe.evaluation.lm_eval").RagmoeLM
+    # Made over a stand-in, it is nobody else's.
+    sys.modules.pop("ragmoe.evaluation.lm_eval", None)
+
+
+def test_the_harness_own_arguments(ragmoe_lm: Any, tmp_path: Path) -> None:
+    generator().save(tmp_path / "model")
+
+    def made(**given: Any) -> Any:
+        return ragmoe_lm(str(tmp_path / "model"), **given)
+
+    plain = made(batch_size=1, device="cuda:0")
+    assert (plain.batch_rows, plain.generator.model.dtype) == (1, torch.float32)
+    assert (made(batch_size="auto:4").batch_rows, made(batch_size="8", max_batch_size=64).batch_rows) == (None, 8)
+    assert made(max_batch_size=64).batch_rows == 64
+    assert made(dtype="bfloat16").generator.model.dtype == torch.bfloat16
+    assert made(dtype="auto").generator.model.dtype == torch.float32
+    for given, said in (
+        ({"batch_size": "many"}, "batch_size is 'many': expected a number of sequences"),
+        ({"batch_size": 0}, "batch_size is 0: expected a number of sequences"),
+        ({"max_batch_size": "auto"}, "max_batch_size is 'auto'"),
+        ({"dtype": "int8"}, "dtype is 'int8': expected auto, float32"),
+        ({"dtype": "exact"}, "dtype is 'exact': expected auto, float32"),
+        ({"peft": "adapter"}, "--model ragmoe knows no 'peft'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            made(**given)
 
 
 def test_the_harness_runs_a_local_task(tmp_path: Path) -> None:
