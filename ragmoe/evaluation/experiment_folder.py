@@ -176,8 +176,18 @@ class ExperimentFolder:
                     self._check_same(begun, config.base, self.note(arm, seed).get("base"), of_arm, "base, and began")
                 if not untrained:
                     named = json.dumps([config.data.model_dump(mode="json"), config.new_expert is None])
-                    material = _read_json(self.bundle(arm, seed) / "started.json").get("questions")
-                    self._check_same(learned, named, material, of_arm, "files, and learned")
+                    self._check_same(learned, named, self._material(arm, seed), of_arm, "files, and learned")
+
+    def _material(self, arm: str, seed: int) -> str | None:
+        """Digest of what an arm learned from; None where that is not known."""
+        found = _read_json(self.bundle(arm, seed) / "started.json").get("questions")
+        return found if isinstance(found, str) else None
+
+    def learning_otherwise(self, reference: str) -> list[str]:
+        """The arms that learned from other material than another: their losses are of other text."""
+        known = {arm: {self._material(arm, seed) for seed in self.experiment.seeds} for arm in self.experiment.arms}
+        own = known.get(reference, set()) - {None} or next((of for of in known.values() if of - {None}), set()) - {None}
+        return [arm for arm, of in known.items() if own and of - {None} and not (of & own)]
 
     def _check_same(
         self, seen: dict[str, tuple[str, str]], named: str, content: str | None, of_arm: tuple[str, int], what: str

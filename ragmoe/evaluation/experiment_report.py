@@ -103,7 +103,8 @@ def report_experiment(
     beside = committed.with_suffix("") if committed else root / "plots"
     say("drawing")
     losses = {arm: [folder.losses(arm, seed) for seed in experiment.seeds] for arm in experiment.arms}
-    drawn = draw(outcome.runs, losses, experiment.reference, Path(plots) if plots else beside)
+    otherwise = folder.learning_otherwise(experiment.reference)
+    drawn = draw(outcome.runs, losses, experiment.reference, Path(plots) if plots else beside, otherwise=otherwise)
     outcome.written = [*write(outcome, drawn), *(picture.file for picture in drawn)]
     return outcome
 

@@ -11,6 +11,7 @@ from ragmoe.evaluation.experiment import VALID, Experiment, LanguageExperiment
 from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, command_of, default_folder, head, of_finished, write
 from ragmoe.evaluation.language_results import FILE, LanguageResults, results_place
+from ragmoe.evaluation.loss_figure import Curve
 from ragmoe.evaluation.machine import commit
 from ragmoe.evaluation.perplexity import DocumentLoss, Perplexity, compare_perplexity, perplexity
 from ragmoe.evaluation.perturbation import REAL
@@ -97,9 +98,7 @@ def gather_language(folder: ExperimentFolder, digests: Mapping[str, str], comman
         comparison_table(percent),
         *(_domain_table([t for t in percent if t[2].setting.partition("+")[0] == setting]) for setting in runs),
         _last_expert_table(runs) if len(runs) > 1 and runs[first] else None,
-        training_gap(
-            {arm: [folder.losses(arm, seed) for seed in experiment.seeds] for arm in experiment.arms}, reference
-        ),
+        training_gap(_comparable_losses(folder, reference), reference),
         _arm_table(runs[first], experiment.notes, seconds, reference) if runs[first] else None,
     ]
     return Outcome(
@@ -113,6 +112,13 @@ def gather_language(folder: ExperimentFolder, digests: Mapping[str, str], comman
         missing=missing,
         lines=head(folder, result, missing, list(experiment.settings)),
     )
+
+
+def _comparable_losses(folder: ExperimentFolder, reference: str) -> dict[str, list[Curve]]:
+    """The losses of arms that learned from the same text as the reference, one curve a seed."""
+    experiment, otherwise = folder.experiment, folder.learning_otherwise(reference)
+    arms = [arm for arm in experiment.arms if arm not in otherwise]
+    return {arm: [folder.losses(arm, seed) for seed in experiment.seeds] for arm in arms}
 
 
 def _finished(

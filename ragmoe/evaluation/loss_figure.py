@@ -13,8 +13,12 @@ from ragmoe.evaluation.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, V
 Curve = Sequence[tuple[int, float]]
 
 
-def losses(by_arm: Mapping[str, Sequence[Curve]]) -> Drawn | None:
-    """The loss of each arm's training, as the mean over its seeds, smoothed."""
+def losses(by_arm: Mapping[str, Sequence[Curve]], otherwise: Sequence[str] = ()) -> Drawn | None:
+    """The loss of each arm's training, as the mean over its seeds, smoothed.
+
+    Args:
+        otherwise: arms that learned from other material, which the caption names.
+    """
     curves = {arm: smoothed(_mean_curve(of_arm)) for arm, of_arm in by_arm.items()}
     curves = {arm: curve for arm, curve in curves.items() if len(curve) > 1}
     if not curves:
@@ -37,8 +41,11 @@ def losses(by_arm: Mapping[str, Sequence[Curve]]) -> Drawn | None:
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("training loss of the answers (nats)")
     figure.legend(loc="outside right upper")
-    caption = "Mean over the seeds, smoothed by an exponential average over a fifth of the training. "
-    caption += "The steep beginning leaves the picture at the top."
+    seeds = max(sum(bool(curve) for curve in by_arm[arm]) for arm in curves)
+    caption = f"{'Mean over the seeds, s' if seeds > 1 else 'S'}moothed by an exponential average over a fifth of the "
+    caption += "training. The steep beginning leaves the picture at the top."
+    if shown := [arm for arm in curves if arm in otherwise]:
+        caption += f" Not to be compared with the others: {', '.join(shown)}, which learned from other material."
     return Drawn(figure, "loss.png", "Training loss", caption)
 
 

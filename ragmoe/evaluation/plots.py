@@ -61,6 +61,8 @@ def draw(
     losses: Mapping[str, Sequence[Curve]],
     baseline: str,
     folder: Path,
+    *,
+    otherwise: Sequence[str] = (),
 ) -> list[Picture]:
     """Draw every picture that the results are enough for. The same results give the same bytes.
 
@@ -69,6 +71,7 @@ def draw(
         losses: by arm, of each seed's training.
         baseline: the arm that differences are drawn against.
         folder: where the files go.
+        otherwise: arms that learned from other material, whose losses are of other text.
     """
     import matplotlib
 
@@ -81,7 +84,7 @@ def draw(
             figures.differences(first, baseline),
             figures.load(first),
             figures.neighbours(by_task),
-            loss_figure.losses(losses),
+            loss_figure.losses(losses, otherwise),
         ]
         return [_save(figure, folder) for figure in drawn if figure is not None]
 

@@ -38,6 +38,13 @@ def report(arms: Arms, *, seconds: Mapping[str, float | None] | None = None) -> 
     return [table for table in tables if table is not None]
 
 
+def _alone(run: Results) -> str:
+    """Of the documents resampled, how many are single questions since nobody knows of which document they are."""
+    counted = [sample for sample in run.samples[REAL] if sample.answerable and sample.status == "ok"]
+    unknown = sum(sample.doc_id == sample.id for sample in counted)
+    return f", {unknown} of them single questions whose document is not known" if unknown else ""
+
+
 # Said where it makes a difference.
 _PAST = " Past the threshold, unanswerable questions count too: to answer none is right there."
 
@@ -68,7 +75,7 @@ def quality(arms: Arms, metrics: Sequence[str] = ("f1", "em")) -> Table:
         ["domain", "n", *arms],
         rows,
         note="Best guess on answerable questions, 0 to 100; macro is the mean over domains; the interval resamples "
-        f"{real['macro']['documents']} documents within domains."
+        f"{real['macro']['documents']} documents within domains{_alone(first)}."
         + (_PAST if real["macro"]["answerable"] < real["macro"]["total"] else "")
         + (" ± is the standard deviation over seeds." if several else "")
         + few_documents(*(span.per_domain_documents for span in spans if span)),

@@ -1,6 +1,6 @@
 """How far ahead of the dense arm the others are while they train: whether a difference still grows tells what to try.
 
-All arms of an experiment see the same text in the same order, so their running losses are compared step by step.
+Arms that learn from the same material see it in the same order, so their running losses are compared step by step.
 """
 
 from __future__ import annotations

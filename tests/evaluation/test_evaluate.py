@@ -12,6 +12,7 @@ from ragmoe.corpus.types import Question
 from ragmoe.evaluation import Results, evaluate
 from ragmoe.evaluation import run as run_module
 from ragmoe.evaluation.perturbation import partners
+from ragmoe.evaluation.report import quality
 from ragmoe.evaluation.samples import read_samples
 
 DOMAINS = ["rivers", "rivers", "rivers", "coins", "coins"]
@@ -280,6 +281,17 @@ def test_a_question_that_nothing_could_answer_is_not_scored_zero(
     )
     assert found["b"].status == "ok" and "a#rejection" not in found
     assert results.real["macro"]["coverage"] == 0.5
+
+
+def test_questions_whose_document_nobody_knows_are_no_documents(
+    make_reader: MakeReader, make_task: MakeTask, index: Any
+) -> None:
+    known = {"id": "q1", "question": "When did the long bridge open?", "answers": ["in 1911"], "gold_ids": ["r1"]}
+    asked = [known, *({"id": f"x{at}", "question": f"What is {at}?", "answers": ["a"]} for at in range(3))]
+    note = quality({"m": [evaluate(make_reader(), make_task(asked, setting="open"), index)]}).note
+    assert "resamples 4 documents within domains, 3 of them single questions whose document is not known." in note
+    note = quality({"m": [evaluate(make_reader(), make_task(asked[:1], setting="open"), index)]}).note
+    assert "resamples 1 documents within domains." in note
 
 
 def test_two_evaluations_do_not_write_to_one_folder(

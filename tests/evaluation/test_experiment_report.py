@@ -13,6 +13,7 @@ import yaml
 from ragmoe import ConfigError, DataError, RagmoeError
 from ragmoe.evaluation import plots
 from ragmoe.evaluation.experiment import load_experiment
+from ragmoe.evaluation.experiment_folder import ExperimentFolder
 from ragmoe.evaluation.experiment_report import Outcome, report_experiment
 from ragmoe.evaluation.experiment_run import run_experiment
 from ragmoe.evaluation.experiment_tables import added_table
@@ -188,6 +189,28 @@ def test_figures_are_of_the_commits_that_they_were_measured_at(
     make_task([{**row, "answers": ["Barges"]} if row["id"] == "q2" else row for row in rows])
     later = "- evaluated at commit: first (dense, retrieval); third (dense); fourth (dense, retrieval)"
     assert later in run_at("fourth")
+
+
+@pytest.mark.parametrize(
+    ("material", "reference", "otherwise"),
+    [
+        ({"dense": "x", "retrieval": "x"}, "dense", []),
+        ({"dense": "x", "retrieval": "y"}, "dense", ["retrieval"]),
+        ({"dense": "x", "retrieval": "y"}, "retrieval", ["dense"]),
+        # Against a model before training the first arm stands for all; what is not known says nothing.
+        ({"dense": "x", "retrieval": "y"}, "before", ["retrieval"]),
+        ({"retrieval": "y"}, "dense", []),
+        ({}, "dense", []),
+    ],
+)
+def test_losses_of_other_material_are_known(
+    write: Any, tmp_path: Path, material: dict[str, str], reference: str, otherwise: list[str]
+) -> None:
+    folder = ExperimentFolder(load_experiment(write()), tmp_path / "out")
+    for arm, digest in material.items():
+        folder.bundle(arm, 0).mkdir(parents=True)
+        (folder.bundle(arm, 0) / "started.json").write_text(json.dumps({"questions": digest}))
+    assert folder.learning_otherwise(reference) == otherwise
 
 
 def test_goals_are_met_or_not(write: Any, make_task: Any, trained: list[str], tmp_path: Path) -> None:

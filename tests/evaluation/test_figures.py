@@ -132,6 +132,17 @@ def test_losses_are_means_over_the_steps_that_all_seeds_reached() -> None:
     assert losses({"a": [[]]}) is None
 
 
+def test_what_is_learned_from_other_material_is_told() -> None:
+    curves = {arm: [CURVE] for arm in ("a", "replay", "never")}
+    drawn = losses({**curves, "never": [[]]}, ["replay", "never"])
+    assert drawn is not None
+    assert drawn.caption.endswith("Not to be compared with the others: replay, which learned from other material.")
+    assert drawn.caption.startswith("Smoothed by")
+    plain = losses({"a": [CURVE, CURVE]})
+    assert plain is not None and plain.caption.startswith("Mean over the seeds, smoothed by")
+    assert "other material" not in plain.caption
+
+
 def test_smoothing_by_hand() -> None:
     # Fifteen points have a memory of three: half of what was, half of what is new.
     assert smoothed([(i, float(i)) for i in range(15)])[:3] == [(0, 0.0), (1, 0.5), (2, 1.25)]
