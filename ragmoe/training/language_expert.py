@@ -141,6 +141,11 @@ def begin_language_expert(
     progress = partial(show.stage, "retrieving for its own documents") if show else None
     own = Chunks(data, collator, wanted.documents, config.seed, progress)
     others = None
+    if wanted.first_token:
+        raise ConfigError(
+            "new_expert.first_token is given, but a language model finds nothing at its first token",
+            hint="leave it out: it is for readers, which find their no-answer score there",
+        )
     if wanted.train_gate or wanted.start == "nearest":
         others = _other_chunks(wanted, config, index, data, collator, cache, show)
     rows = start_rows(model, wanted.start, partial(_nearest, model, index, own, others), seed=config.seed)

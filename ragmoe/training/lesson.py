@@ -103,10 +103,11 @@ class CallingLesson:
     Args:
         batches: what is read for it.
         follow: whether it does; not needed where what is read is what the expert will be asked.
+        first_token: how much the loss of the sequences' first tokens counts beside that of all tokens.
     """
 
-    def __init__(self, model: SparseModel, batches: LessonBatches, *, follow: bool) -> None:
-        self.model, self.batches, self.follow = model, batches, follow
+    def __init__(self, model: SparseModel, batches: LessonBatches, *, follow: bool, first_token: float = 0.0) -> None:
+        self.model, self.batches, self.follow, self.first_token = model, batches, follow, first_token
 
     def __call__(self, model: Any, at: int, routings: Sequence[Routing], mask_S: Tensor) -> Tensor:
         """The loss of micro-batch ``at``, which fixes its documents.
@@ -119,13 +120,18 @@ class CallingLesson:
         inputs = {name: x.to(device) for name, x in self.batches(at).items()}
         shown_QT = inputs["attention_mask"].bool()
         new_QT = (torch.arange(len(shown_QT), device=device) < self.batches.size).unsqueeze(1).expand_as(shown_QT)
-        new_S, shown_S = new_QT.reshape(-1), shown_QT.reshape(-1)
+        first_QT = torch.zeros_like(shown_QT)
+        first_QT[:, 0] = True
+        new_S, shown_S, first_S = (x_QT.reshape(-1) for x_QT in (new_QT, shown_QT, first_QT))
         losses = []
         for (gate, args), asked in zip(gate_inputs(self.model, inputs, model), routings, strict=True):
             # By its rows alone: its own bias is for questions, see below.
             scores_SE = gate.scores.ranked(gate(*args).logits_SE) + F.pad(gate.balance_bias[:-1], (0, 1))
             margin_S = margins(scores_SE, gate.settings.top_k)
-            losses.append(calling_loss(margin_S, new_S, shown_S))
+            loss = calling_loss(margin_S, new_S, shown_S)
+            if self.first_token:
+                loss = loss + self.first_token * calling_loss(margin_S, new_S, first_S)
+            losses.append(loss / (1 + self.first_token))
             if self.follow:
                 called = (asked.experts_SK == gate.settings.experts - 1).any(dim=-1)[mask_S].float().mean()
                 wanted = (margin_S > 0)[new_S & shown_S].float().mean()

@@ -132,7 +132,7 @@ def begin_new_expert(
     lesson = None
     if wanted.train_gate:
         batches = DocumentBatches(grown, index, documents, config, cache, show)
-        lesson = CallingLesson(grown, batches, follow=not wanted.others)
+        lesson = CallingLesson(grown, batches, follow=not wanted.others, first_token=wanted.first_token)
     else:
         freeze_gates(grown)
     ordered = sorted(questions, key=lambda q: digest(q.id))

@@ -201,6 +201,9 @@ class NewExpertConfig(Section):
             from their documents.
         documents: how many of the new and of the other documents (of a language model: chunks) the gate learns from
             at most.
+        first_token: of a reader: how much the first token, [CLS], counts in the gate's lesson beside all tokens
+            together. The reader finds its no-answer score there, which rises where that token calls the expert
+            (eval/results/withheld.md). 0 is as one token among all.
         train_gate: False leaves the gate rows as they start, so that only votes lead to the expert.
         keep: share of the calls by its own questions that the expert keeps at least, layer by layer, while its balance
             bias is lowered after training: what nearly calls it is seldom its own. 1 leaves it as it has learned.
@@ -214,6 +217,7 @@ class NewExpertConfig(Section):
     others: list[str] = []
     unseen: list[str] = []
     documents: int = Field(1000, ge=1)
+    first_token: float = Field(0.0, ge=0)
     train_gate: bool = True
     keep: float = Field(0.95, gt=0, le=1)
     gate_bias: float = Field(0.0, le=0)

@@ -272,6 +272,7 @@ def test_a_killed_addition_goes_on(
         (("new_expert.name=hill",), {}, BundleError, "there is an expert 'hill' already"),
         (("new_expert.joins=x",), {}, BundleError, "answers otherwise than the one that the expert was begun for"),
         (("train.what=all",), {}, ConfigError, "they go together\nragmoe experts add"),
+        (("new_expert.first_token=1.0",), {}, ConfigError, "a language model finds nothing at its first token"),
         (("data.documents=[]", "data.questions=[q]"), {}, ConfigError, "language is given, but no data.documents"),
     ],
 )

@@ -306,6 +306,43 @@ def test_the_lesson_reaches_gate_rows_alone(
     assert first == again != second
 
 
+def test_the_first_token_counts_as_much_as_is_asked_for(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], town: Path
+) -> None:
+    made, others = bundle(), [str(town / "river_train.jsonl")]
+
+    def loss(weight: float, *, blind: bool = False) -> float:
+        run = prepare(market(made, f"new_expert.first_token={weight}", others=others))
+        assert run.new_expert is not None and run.new_expert.lesson is not None
+        lesson = run.new_expert.lesson
+        if blind:
+            # Nothing but the first tokens is there to be learned from.
+            lesson.batches = _FirstAlone(lesson.batches)
+        batch = run.collator([run.dataset[0]])
+        model = run.model.eval()
+        with torch.no_grad():
+            return float(lesson(model, 0, model(**batch)["routings"], batch["attention_mask"].reshape(-1).bool()))
+
+    every, both, mostly = loss(0.0), loss(1.0), loss(1e6)
+    assert every != pytest.approx(mostly, rel=1e-4)
+    assert both == pytest.approx((every + mostly) / 2, rel=1e-4)
+    # A sequence of one token has no other: how much it counts makes no difference.
+    assert loss(0.0, blind=True) == pytest.approx(loss(2.0, blind=True), rel=1e-5)
+
+
+class _FirstAlone:
+    """The first token of each sequence that others give."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches, self.size = batches, batches.size
+
+    def __call__(self, at: int) -> dict[str, Tensor]:
+        inputs = self.batches(at)
+        mask_QT = torch.zeros_like(inputs["attention_mask"])
+        mask_QT[:, 0] = 1
+        return {**inputs, "attention_mask": mask_QT}
+
+
 @pytest.mark.parametrize(("calls", "moved"), [(False, 1.0), (True, -1.0)])
 def test_the_bias_follows_the_questions(
     bundle: Callable[..., Path], market: Callable[..., TrainingConfig], calls: bool, moved: float
