@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ragmoe._errors import ConfigError, RagmoeError
 
@@ -21,6 +25,36 @@ def expect_folder(folder: str | os.PathLike[str], error: type[RagmoeError] = Con
     if not there.is_dir():
         raise error(f"{folder} cannot be made: {there} is a file", hint="name another with --out")
     return there
+
+
+@contextmanager
+def held(folder: Path, lock_name: str, otherwise: RagmoeError) -> Iterator[None]:
+    """Hold a folder, made if need be, for one process; what was made for it and holds nothing in the end goes again.
+
+    Args:
+        lock_name: of the file that says so; it is there meanwhile.
+        otherwise: raised where another process holds it.
+
+    Raises:
+        ConfigError: it is no folder and cannot become one.
+    """
+    expect_folder(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / lock_name, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise otherwise from None
+    try:
+        yield
+    finally:
+        # While it is held: whoever comes next must not hold a file that is gone.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def share(path: Path) -> None:

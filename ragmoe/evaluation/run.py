@@ -7,15 +7,14 @@ that hold its answer (``rejection``), they leave the neighbours too, as they do 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from ragmoe._errors import ConfigError, DataError, ModelError, RagmoeError
+from ragmoe._folders import held
 from ragmoe.corpus.distractors import hard_distractors
 from ragmoe.evaluation.items import Item, prepare
 from ragmoe.evaluation.perturbation import REAL, partners
@@ -74,24 +73,12 @@ def evaluate(
         return _evaluate(run, resume, name)
 
 
-@contextmanager
-def _alone(out: Path | None) -> Iterator[None]:
+def _alone(out: Path | None) -> AbstractContextManager[None]:
     """Let no other process write to a folder meanwhile, whose samples would stand under the figures of this one."""
     if out is None:
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / _LOCK_NAME, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(
-            f"another evaluation is writing to {out}", hint="wait for it to end, or give another folder with --out"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+        return nullcontext()
+    told, hint = f"another evaluation is writing to {out}", "wait for it to end, or give another folder with --out"
+    return held(out, _LOCK_NAME, ConfigError(told, hint=hint))
 
 
 def _evaluate(run: _Run, resume: bool, name: str) -> Results:

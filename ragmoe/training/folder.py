@@ -15,18 +15,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from ragmoe._differences import differences
 from ragmoe._errors import ConfigError, UsageError
-from ragmoe._folders import expect_folder
+from ragmoe._folders import held
 from ragmoe.bundle import MAP_NAME, is_bundle
 from ragmoe.generation.generator import STYLE_NAME
 from ragmoe.training.config import TrainingConfig, explain, read_yaml
@@ -43,33 +42,14 @@ _LEFT = (
 )  # fmt: skip
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if need be, for one process; what was made for it and holds nothing in the end goes again.
+def locked(folder: Path) -> AbstractContextManager[None]:
+    """Hold a folder for one training; see ``held``.
 
     Raises:
         ConfigError: it is none and cannot become one, or another process is training there.
     """
-    expect_folder(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_NAME, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(
-            f"{folder} is locked: another process is training there",
-            hint="wait until it has finished, or name another folder",
-        ) from None
-    try:
-        yield
-    finally:
-        # While it is held: whoever comes next must not hold a file that is gone.
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
+    told, hint = f"{folder} is locked: another process is training there", "wait until it has finished, or name another"
+    return held(folder, LOCK_NAME, ConfigError(told, hint=f"{hint} folder"))
 
 
 def is_started(folder: Path) -> bool:
