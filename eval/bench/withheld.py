@@ -1,21 +1,21 @@
 """Why does a reader withhold more once an expert was added: what moves the score that no answer is there?
 
-    python eval/bench/withheld.py --bundle DIR --expert NAME --data DIR [--index indexes/nine] [--questions 30]
+    python eval/bench/withheld.py --bundle DIR [--bundle DIR] --expert NAME --data DIR [--index indexes/nine]
 
-Reads dev questions of the seven core domains, which the expert is not for, over their gold passages, with the expert
-and with the expert held back, and compares the no-answer scores. A reader finds that score at [CLS]: questions are told
-apart by the sparse layers in which [CLS] calls the expert, and the change of the score is set against the weight of the
-expert there and against the share of all tokens that call it. Questions of one sequence alone; bundles are made by
-eval/experiments/starter_both.yaml. What it does not do: say whether it is right to withhold, which tasks of the setting
-`rejection` do.
+Of each reader reads dev questions of the seven core domains, which the expert is not for, over their gold passages,
+with the expert and with the expert held back, and compares the no-answer scores. A reader finds that score at [CLS]:
+questions are told apart by the sparse layers in which [CLS] calls the expert, and the change of the score is set
+against the weight of the expert there and against the share of all tokens that call it. Questions of one sequence
+alone; bundles are made by eval/experiments/starter_both.yaml. What it does not do: say whether it is right to withhold,
+which tasks of the setting `rejection` do.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,26 +80,36 @@ def changes(bundle: Path, expert: str, index: Index, data: Path, count: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True, help="a reader with an added expert")
+    parser.add_argument("--bundle", type=Path, action="append", required=True, help="a reader with an added expert")
     parser.add_argument("--expert", required=True, help="its name")
     parser.add_argument("--data", type=Path, help="folder with one folder a domain (or RAGMOE_DATA)")
     parser.add_argument("--index", type=Path, default=Path("indexes/nine"))
     parser.add_argument("--questions", type=int, default=30, help="of each domain at most")
     parser.add_argument("--out", type=Path, default=Path("eval/results/withheld.json"))
     arguments = parser.parse_args()
-    found = changes(
-        arguments.bundle,
-        arguments.expert,
-        Index.open(arguments.index),
-        data_folder(arguments.data),
-        arguments.questions,
+    index, data = Index.open(arguments.index), data_folder(arguments.data)
+    rows, parts = [], []
+    for bundle in arguments.bundle:
+        own, part = told(bundle, changes(bundle, arguments.expert, index, data, arguments.questions))
+        rows, parts = [*rows, *own], [*parts, part]
+    bundles = " ".join(f"--bundle {bundle}" for bundle in arguments.bundle)
+    report = (
+        f"# What an added expert does to the no-answer score of other domains' questions: {arguments.expert}\n\n"
+        "Dev questions of seven domains that the expert is not for, each with its gold passage as one sequence, read "
+        "with the expert and with it held back. Change: the no-answer score with it less that without, mean ± standard "
+        "deviation; an answer is given where the score is below the threshold.\n\n"
+        + "\n".join(parts)
+        + f"\nMade by `python eval/bench/withheld.py {bundles} --expert {arguments.expert} --data DIR`.\n"
     )
+    write_result(arguments.out, "withheld", rows, report)
+    print(report)
+
+
+def told(bundle: Path, found: list[Change]) -> tuple[list[dict[str, Any]], str]:
+    """What was found of one reader, as rows and as text."""
     rows, lines = [], []
-    groups: dict[str, list[Change]] = defaultdict(list)
-    for change in found:
-        groups[change.calls].append(change)
     for name in (IN_NONE, ELSEWHERE, IN_LAST):
-        if not (own := groups[name]):
+        if not (own := [change for change in found if change.calls == name]):
             continue
         shifts = np.array([change.shift for change in own])
         tokens, before, live = (100 * np.mean([getattr(c, key) for c in own]) for key in ("tokens", "before", "live"))
@@ -111,7 +121,8 @@ def main() -> None:
             ("answered without it", before / 100, "share"),
             ("answered with it", live / 100, "share"),
         ):
-            rows.append(row(f"[CLS] calls it {name}", metric, float(value), baseline=None, target=None, unit=unit))
+            case = f"{bundle}: [CLS] calls it {name}"
+            rows.append(row(case, metric, float(value), baseline=None, target=None, unit=unit))
         cells = [f"{tokens:.1f} %", f"{shifts.mean():+.2f} ± {shifts.std():.2f}", f"{before:.0f} %", f"{live:.0f} %"]
         lines.append([name, str(len(own)), *cells])
     said = []
@@ -122,20 +133,13 @@ def main() -> None:
     ):
         values = np.array([getattr(change, key) for change in found])
         correlation = float(np.corrcoef(values, shifts)[0, 1]) if values.std() and shifts.std() else float("nan")
-        rows.append(row("correlation with the change", words, correlation, baseline=None, target=None, unit="r"))
+        rows.append(
+            row(f"{bundle}: correlation with the change", words, correlation, baseline=None, target=None, unit="r")
+        )
         said.append(f"{correlation:.2f} with {words}")
-    report = (
-        f"# What an added expert does to the no-answer score of other domains' questions: {arguments.expert}\n\n"
-        f"{len(found)} dev questions of seven domains that the expert is not for, each with its gold passage as one "
-        "sequence, read with the expert and with it held back. Change: the no-answer score with it less that without, "
-        "mean ± standard deviation; an answer is given where the score is below the threshold. Correlation of the "
-        f"change over all questions: {' and '.join(said)}.\n\n"
-        + table(["[CLS] calls it", "questions", "tokens that do", "change", "answered without", "with"], lines)
-        + f"\nMade by `python eval/bench/withheld.py --bundle {arguments.bundle} --expert {arguments.expert} "
-        "--data DIR`.\n"
-    )
-    write_result(arguments.out, "withheld", rows, report)
-    print(report)
+    heads = ["[CLS] calls it", "questions", "tokens that do", "change", "answered without", "with"]
+    text = f"`{bundle}`, {len(found)} questions; correlation of the change over all: {' and '.join(said)}.\n\n"
+    return rows, text + table(heads, lines)
 
 
 if __name__ == "__main__":
