@@ -83,7 +83,9 @@ app.add_typer(
 )
 app.add_typer(data.app, name="data", help="Check, remap and make question files.", rich_help_panel=_GROUPS)
 app.add_typer(eval_.app, name="eval", help="Run and compare evaluations and experiments.", rich_help_panel=_GROUPS)
-app.add_typer(experts.app, name="experts", help="Show, add, prune and merge single experts.", rich_help_panel=_GROUPS)
+app.add_typer(
+    experts.app, name="experts", help="Show, add, take, prune and merge single experts.", rich_help_panel=_GROUPS
+)
 app.add_typer(gates.app, name="gates", help="List gates and what else routes.", rich_help_panel=_GROUPS)
 app.add_typer(losses.app, name="losses", help="Show what a gate can be trained by.", rich_help_panel=_GROUPS)
 app.command("init", short_help="Give any checkpoint gates that see neighbours.", epilog=INIT_EXAMPLES)(init)
