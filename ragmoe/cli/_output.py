@@ -50,7 +50,20 @@ def set_data(data: Path | None) -> None:
 
 
 def complain(results: Sequence[Results], folder: Path, again: str = "the same command") -> None:
-    """Failed questions are never passed over: the figures are out, and so is the exit code."""
+    """Questions that have no score are never passed over: of those that failed the exit code tells too."""
+    # What names no passage to read was told before.
+    unscored = [
+        sample
+        for result in results
+        for sample in result.samples.get("real", ())
+        if sample.status == "unscored" and not (sample.error or "").startswith("the question has no")
+    ]
+    if unscored:
+        typer.echo(
+            f"{many(len(unscored), 'question')} could not be scored (left out of every mean); {unscored[0].id}: "
+            f"{unscored[0].error}",
+            err=True,
+        )
     failed = [sample for result in results for sample in result.errors]
     if failed:
         raise RagmoeError(

@@ -267,6 +267,18 @@ def test_gold_needs_gold_ids(ragmoe: Any, small_city: Path, bundle: Path, tmp_pa
     assert "have no gold_ids" not in err
 
 
+def test_what_could_not_be_scored_is_told(ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (small_city / "questions.jsonl").read_text().splitlines()]
+    rows[1] |= {"answers": ["true"], "answer_type": "yesno"}
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "t.yaml").write_text("name: t\nquestions: [q.jsonl]\n")
+    run = ("eval", "run", tmp_path / "t.yaml", "--model", bundle, "--index", small_city / "index", "--out", tmp_path)
+    code, out, err = ragmoe(*run)
+    assert code == 0 and "75.0 %" in out
+    told = "1 question could not be scored (left out of every mean); q2: answers ['true'] to a yesno question"
+    assert told in err
+
+
 def test_a_stopped_run_says_the_command_that_goes_on(
     ragmoe: Any, small_city: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
