@@ -51,13 +51,9 @@ def set_data(data: Path | None) -> None:
 
 def complain(results: Sequence[Results], folder: Path, again: str = "the same command") -> None:
     """Questions that have no score are never passed over: of those that failed the exit code tells too."""
-    # What names no passage to read was told before.
-    unscored = [
-        sample
-        for result in results
-        for sample in result.samples.get("real", ())
-        if sample.status == "unscored" and not (sample.error or "").startswith("the question has no")
-    ]
+    from ragmoe.evaluation.perturbation import REAL
+
+    unscored = [s for result in results for s in result.samples.get(REAL, ()) if s.status == "unscored"]
     if unscored:
         typer.echo(
             f"{many(len(unscored), 'question')} could not be scored (left out of every mean); {unscored[0].id}: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Run and compare evaluations.", no_args_is_help=True)
 
 _TASKS = Path("eval") / "tasks"
+# By these a task makes another evaluation of the same questions.
+_ASKED_BY = ("setting", "question_field", "passages", "neighbours", "retriever")
 _RUN_EXAMPLES = """Examples:
 
   ragmoe eval run demo_gold demo_open --model runs/halvern --out runs/halvern-eval
@@ -162,7 +164,7 @@ def compare(
     found = []
     of_a, of_b = find_runs(run_a), find_runs(run_b)
     pairs = _pairs(of_a, of_b, run_a, run_b)
-    alone = sorted({*of_a} ^ {*of_b}) if len(pairs) > 1 or not len(of_a) == len(of_b) == 1 else []
+    alone = [] if len(of_a) == len(of_b) == 1 else sorted({*of_a} ^ {*of_b})
     for a, b in pairs:
         setting = a.setting if a.setting == b.setting else f"{a.setting} − {b.setting}"
         result = compare_samples([a.samples[REAL]], [b.samples[REAL]], metric=metric, setting=setting)
@@ -276,30 +278,13 @@ def _require_same(tasks: list[tuple[Task, Path]], model: str, given: Index | Non
             f"--limit {limit}" if limit else "all questions of each domain": limit != now,
             f"the model {there.model}": there.model != model,
             "another index": given is not None and there.index_digest != given.digest,
-            **_otherwise(there.task, task),
+            **{f"{key}: {there.task[key]}": there.task[key] != getattr(task, key) for key in _ASKED_BY},
         }
         if differing := [what for what, differs in said.items() if differs]:
             raise UsageError(
                 f"{folder} holds a finished evaluation of {' and '.join(differing)}, which would be replaced",
                 hint="give another folder with --out, or --no-resume to replace it",
             )
-
-
-def _otherwise(there: dict[str, Any], task: Task) -> dict[str, bool]:
-    """Each setting of a task by which another evaluation would be made of it, in words, and whether it differs."""
-    named = set(type(task).model_fields) - {
-        "name",
-        "description",
-        "questions",
-        "index",
-        "corpus",
-        "label",
-        "perturbations",
-    }
-    now = task.model_dump(mode="json")
-    return {
-        f"{key}: {there[key]}": there[key] != now[key] for key in sorted(named - {"limit_per_domain"}) if key in there
-    }
 
 
 def _pairs(

@@ -137,10 +137,6 @@ class ExperimentFolder:
         place = self.bundle(arm, seed)
         return read_map(place).content if is_bundle(place) else None
 
-    def figures(self, arm: str, seed: int, task: Task) -> dict[str, Any]:
-        """What was found for an arm on a task; empty where nothing was."""
-        return self._evaluation(arm, seed, task)
-
     def measured(self, arm: str, seed: int, name: str, *, anew: bool = False) -> None:
         """Record that figures of an arm on a task, or in a setting, were made, or scored, at this commit.
 
@@ -185,9 +181,11 @@ class ExperimentFolder:
 
     def learning_otherwise(self, reference: str) -> list[str]:
         """The arms that learned from other material than another: their losses are of other text."""
-        known = {arm: {self._material(arm, seed) for seed in self.experiment.seeds} for arm in self.experiment.arms}
-        own = known.get(reference, set()) - {None} or next((of for of in known.values() if of - {None}), set()) - {None}
-        return [arm for arm, of in known.items() if own and of - {None} and not (of & own)]
+        found = {arm: {self._material(arm, seed) for seed in self.experiment.seeds} for arm in self.experiment.arms}
+        known = {arm: digests - {None} for arm, digests in found.items() if digests - {None}}
+        # Against a model before training the first arm stands for all.
+        own = known.get(reference) or next(iter(known.values()), set())
+        return [arm for arm, digests in known.items() if not digests & own]
 
     def _check_same(
         self, seen: dict[str, tuple[str, str]], named: str, content: str | None, of_arm: tuple[str, int], what: str
@@ -273,7 +271,7 @@ class ExperimentFolder:
         if self.trained(arm, seed):
             if done < len(tasks):
                 return f"{'' if arm in self.experiment.untrained_arms else 'trained, '}{done} of {len(tasks)} tasks"
-            value = self._evaluation(arm, seed, tasks[0])["conditions"]["real"]["macro"]["f1"]
+            value = self.figures(arm, seed, tasks[0])["conditions"]["real"]["macro"]["f1"]
             return "finished" if value is None else f"F1 {value:.1f}"
         steps = [step for step, _ in self.losses(arm, seed)]
         if steps:
@@ -336,7 +334,7 @@ class ExperimentFolder:
         for arm in self.experiment.arm_names:
             for seed in self.experiment.seeds:
                 digests = [self.note(arm, seed).get("index")]
-                digests += [self._evaluation(arm, seed, task).get("index_digest") for task in tasks]
+                digests += [self.figures(arm, seed, task).get("index_digest") for task in tasks]
                 used |= {digest: f"{arm} seed {seed}" for digest in digests if digest and digest not in used}
         if len(used) > 1:
             those = ", ".join(f"{digest[:12]} ({where})" for digest, where in used.items())
@@ -346,8 +344,8 @@ class ExperimentFolder:
             )
         return next(iter(used), None)
 
-    def _evaluation(self, arm: str, seed: int, task: Task) -> dict[str, Any]:
-        """The task's block of ``results.json``; empty where there is none."""
+    def figures(self, arm: str, seed: int, task: Task) -> dict[str, Any]:
+        """What was found for an arm on a task, its block of ``results.json``; empty where nothing was."""
         return _block_of(_read_json(self.place(arm, seed) / task.name / RESULTS_NAME), task)
 
 

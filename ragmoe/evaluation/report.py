@@ -38,7 +38,7 @@ def report(arms: Arms, *, seconds: Mapping[str, float | None] | None = None) -> 
     return [table for table in tables if table is not None]
 
 
-def _alone(run: Results) -> str:
+def _single_questions(run: Results) -> str:
     """Of the documents resampled, how many are single questions since nobody knows of which document they are."""
     counted = [sample for sample in run.samples[REAL] if sample.answerable and sample.status == "ok"]
     unknown = sum(sample.doc_id == sample.id for sample in counted)
@@ -75,7 +75,7 @@ def quality(arms: Arms, metrics: Sequence[str] = ("f1", "em")) -> Table:
         ["domain", "n", *arms],
         rows,
         note="Best guess on answerable questions, 0 to 100; macro is the mean over domains; the interval resamples "
-        f"{real['macro']['documents']} documents within domains{_alone(first)}."
+        f"{real['macro']['documents']} documents within domains{_single_questions(first)}."
         + (_PAST if real["macro"]["answerable"] < real["macro"]["total"] else "")
         + (" ± is the standard deviation over seeds." if several else "")
         + few_documents(*(span.per_domain_documents for span in spans if span)),

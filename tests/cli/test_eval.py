@@ -169,7 +169,7 @@ def test_a_finished_evaluation_is_not_replaced_by_another(
     again = ("eval", "run", other, "--model", bundle, "--out", tmp_path / "a")
     other.write_text(yaml.safe_dump({**spec, "setting": "open", "passages": 1}))
     code, _, err = ragmoe(*again)
-    assert code == 2 and "a finished evaluation of passages: 5 and setting: gold, which would be replaced" in err
+    assert code == 2 and "a finished evaluation of setting: gold and passages: 5, which would be replaced" in err
     other.write_text(yaml.safe_dump({**spec, "perturbations": ["null"]}))
     assert ragmoe(*again)[0] == 0
     assert (tmp_path / "a" / "small" / "samples.null.jsonl").is_file()

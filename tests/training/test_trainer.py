@@ -275,10 +275,10 @@ def test_accumulation_does_not_change_a_step(config: Config, tmp_path: Path) -> 
             torch.testing.assert_close(other[name], gradient, atol=2e-6, rtol=1e-4, msg=name)
 
 
-def test_each_part_has_its_rate(config: Config) -> None:
+def test_each_part_has_its_rate(config: Config, tmp_path: Path) -> None:
     made = load_config(config(**{"train.gate_learning_rate": 1e-2, "train.experts_learning_rate": 2e-2}))
     run = prepare(made)
-    trainer = _trainer(run, made, "unused")
+    trainer = _trainer(run, made, tmp_path / "unused")
     groups = trainer.create_optimizer().param_groups
     names = {id(p): name for name, p in run.model.named_parameters()}
     rates = {part_of(names[id(p)]): group["lr"] for group in groups for p in group["params"]}
