@@ -20,10 +20,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
 from _lm_data import DOMAINS, valid_files
 from _result import row, table, write_result
 from transformers import AutoTokenizer
 
+from ragmoe._ridge import ridge
 from ragmoe.corpus import read_documents
 from ragmoe.corpus.leaks import LeakGuard
 from ragmoe.gates.attention import weigh
@@ -42,17 +44,15 @@ METRICS = ("of the domain", "voted into it", "tokens voted into it", "classified
 class Classifier:
     """Names the domain of an embedding: a ridge regression on those of an index's passages, (P, R) and (P, D)."""
 
-    def __init__(self, index: Index, domains: list[str], penalty: float = 1.0) -> None:
+    def __init__(self, index: Index, domains: list[str]) -> None:
         self.names = sorted(set(domains))
-        x_PR = np.asarray(index.embeddings, dtype=np.float64)
-        y_PD = (np.array(domains)[:, None] == np.array(self.names)).astype(np.float64)
-        self.middle_R, self.share_D = x_PR.mean(axis=0), y_PD.mean(axis=0)
-        x_PR -= self.middle_R
-        square_RR = x_PR.T @ x_PR + penalty * np.eye(x_PR.shape[1])
-        self.weight_RD = np.linalg.solve(square_RR, x_PR.T @ (y_PD - self.share_D))
+        x_PR = torch.from_numpy(np.asarray(index.embeddings, dtype=np.float32))
+        y_PD = torch.from_numpy(np.array(domains)[:, None] == np.array(self.names))
+        self.weight_DR, self.offset_D = ridge([(x_PR, y_PD)])
 
     def __call__(self, embedding_R: np.ndarray) -> str:
-        return self.names[int(np.argmax((embedding_R - self.middle_R) @ self.weight_RD + self.share_D))]
+        scores_D = torch.from_numpy(embedding_R) @ self.weight_DR.T + self.offset_D
+        return self.names[int(scores_D.argmax())]
 
 
 def judge(

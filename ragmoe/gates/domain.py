@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ragmoe._errors import ConfigError, ModelError
+from ragmoe._ridge import ridge
 from ragmoe.gates.attention import weigh
 from ragmoe.gates.base import NEVER, GateSettings, register_gate
 from ragmoe.gates.token import TokenGate
@@ -168,10 +169,4 @@ class RidgeGate(FittedDomainGate):
     penalty = 1.0
 
     def solve(self, x_QR: Tensor, y_QD: Tensor) -> tuple[Tensor, Tensor]:
-        # In double precision, and around the means: so the offset is not penalised.
-        x_QR, y_QD = x_QR.double(), y_QD.double()
-        middle_R, share_D = x_QR.mean(dim=0), y_QD.mean(dim=0)
-        x_QR = x_QR - middle_R
-        square_RR = x_QR.T @ x_QR + self.penalty * torch.eye(x_QR.shape[1], dtype=x_QR.dtype)
-        weight_DR = torch.linalg.solve(square_RR, x_QR.T @ (y_QD - share_D)).T
-        return weight_DR.float(), (share_D - weight_DR @ middle_R).float()
+        return ridge([(x_QR, y_QD)], self.penalty)

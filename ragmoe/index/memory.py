@@ -9,8 +9,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,15 @@ from ragmoe._folders import refuse_link, share
 from ragmoe.index import manifest as manifests
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ragmoe.index.folder import Index
     from ragmoe.index.rows import OldIndex
     from ragmoe.neighbours import Neighbours
 
 FOLDER = "memory"
+# Passages that a regression takes up at a time.
+_BLOCK = 65_536
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class ExpertMemory:
     layers: list[int]
     bundle: str
     index: str
+    # Weight and offset of the regression behind ``guess``, once it was made.
+    _regression: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def digest(self) -> str:
@@ -86,12 +92,42 @@ class ExpertMemory:
         """What some rows of the index vote, float32 (N, L, E)."""
         return self.affinity_PLE[np.asarray(rows_N, dtype=np.int64)].astype(np.float32)
 
+    def guess(self, embeddings_MR: Tensor, index: Index) -> Tensor:
+        """What embeddings would vote that are no passages: each for one expert a layer, or for none, float32 (M, L, E).
+
+        It is the expert that a ridge regression of the passages' affinity on their embeddings gives the largest score.
+        Nothing is searched. Source: the closed-form gate of DUME.
+        """
+        import torch
+        from torch.nn import functional as F
+
+        from ragmoe._ridge import ridge
+
+        _, L, E = self.affinity_PLE.shape
+        regression = self._regression or ridge(self._examples(index))
+        object.__setattr__(self, "_regression", regression)
+        weight_OR, offset_O = regression
+        scores_MLE = F.linear(embeddings_MR.float(), weight_OR, offset_O).unflatten(1, (L, E + 1))
+        return F.one_hot(scores_MLE.argmax(dim=-1), E + 1)[..., :E].to(torch.float32)
+
+    def _examples(self, index: Index) -> Iterator[tuple[Tensor, Tensor]]:
+        """The passages' embeddings and affinity in blocks; what speaks for no expert is one more, (Q, L E+1)."""
+        import torch
+
+        for begin in range(0, len(index), _BLOCK):
+            x_QR = torch.from_numpy(np.asarray(index.embeddings[begin : begin + _BLOCK], dtype=np.float32))
+            y_QLE = torch.from_numpy(self.affinity_PLE[begin : begin + _BLOCK].astype(np.float32))
+            yield x_QR, torch.cat([y_QLE, 1 - y_QLE.sum(dim=-1, keepdim=True)], dim=-1).flatten(1)
+
     def recall(self, neighbours: Neighbours, index: Index) -> Neighbours:
-        """The neighbours with their votes."""
+        """The neighbours with their votes; those that are no passages, which have no ids, vote as ``guess`` says."""
         import torch
 
         B, N = neighbours.mask_BN.shape
         votes_BNLE = torch.zeros(B, N, *self.affinity_PLE.shape[1:])
+        if not neighbours.passage_ids:
+            votes_BNLE[neighbours.mask_BN] = self.guess(neighbours.embeddings_BNR[neighbours.mask_BN], index)
+            return replace(neighbours, votes_BNLE=votes_BNLE)
         for b, (mask_N, ids) in enumerate(zip(neighbours.mask_BN, neighbours.passage_ids, strict=True)):
             votes_BNLE[b, mask_N] = torch.from_numpy(self.votes(index.rows(ids)))
         return replace(neighbours, votes_BNLE=votes_BNLE)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,7 +30,7 @@ from ragmoe.training.config import DataConfig, LanguageConfig, TrainingConfig
 from ragmoe.training.data import Say, say_replayed
 from ragmoe.training.digests import digest, is_held
 from ragmoe.training.raft import drop_neighbours
-from ragmoe.training.retrieved import Retrieved, neighbours_of
+from ragmoe.training.retrieved import Retrieved, embedded, neighbours_of
 
 # Of the passages that a chunk retrieves many are of its own document, most of all in the corpus that is indexed.
 _SPARE = 100
@@ -172,6 +174,8 @@ class LanguageDataset(Dataset):
         self.index, self.guard = index, None
         # The neighbours of a chunk that some were retrieved for: which retrieval's, and its question there.
         self._found: dict[int, tuple[Retrieved, int]] = {}
+        # The embeddings of what is asked before a chunk, where those are shown.
+        self._embedded: dict[int, NDArray[np.float32]] = {}
         if index is None or not retrieves:
             return
         self.guard = LeakGuard(documents, index.iterate())
@@ -197,10 +201,15 @@ class LanguageDataset(Dataset):
         Those that are shown are known from the start. Of a large corpus a short run shows few, so no others are.
         """
         index = self.index if self.retrieves else None
-        asked = sorted({at for place in places for at in self._asking(place)} - self._found.keys())
+        known = self._embedded if self.config.shown == "queries" else self._found
+        asked = sorted({at for place in places for at in self._asking(place)} - known.keys())
         if index is None or not asked:
             return
         texts, n = [self.query(at) for at in asked], min(self.config.neighbours + _SPARE, len(index))
+        if self.config.shown == "queries":
+            vectors_QR = embedded(index, texts, self.cache, progress=progress)
+            self._embedded.update(zip(asked, vectors_QR, strict=True))
+            return
         retrieved = Retrieved.of(index, texts, n, self.config.retriever, self.cache, progress=progress)
         self._found.update((at, (retrieved, query)) for query, at in enumerate(asked))
 
@@ -225,12 +234,12 @@ class LanguageDataset(Dataset):
             return None
         if guard is None:
             return self.recall(Neighbours.empty(1, index.width, self.config.neighbours), domain)
+        if self.config.shown == "queries":
+            return self.recall(self._queries(place, index.width), domain)
         grams, n = guard.grams(chunk.text), self.config.neighbours
         best: dict[int, float] = {}
         for at in self._asking(place):
-            if at not in self._found:
-                raise ValueError(f"chunk {place} is none of those shown, and no neighbours were retrieved for it")
-            retrieved, query = self._found[at]
+            retrieved, query = self._known(self._found, at, place)
             for row, score in retrieved.found(query, n, lambda row: guard.allows(chunk.document, grams, row)):
                 best[row] = max(score, best.get(row, score))
         # What one query found stays as its retriever ranked it.
@@ -238,6 +247,20 @@ class LanguageDataset(Dataset):
         rows_N, scores_N = np.full(n, -1, dtype=np.int64), np.zeros(n, dtype=np.float32)
         rows_N[: len(shown)], scores_N[: len(shown)] = shown, [best[row] for row in shown]
         return self.recall(neighbours_of(index, rows_N, scores_N), domain)
+
+    def _queries(self, place: int, width: int) -> Neighbours:
+        """The embeddings of what is asked for a chunk in the place of neighbours, all of one weight and without ids."""
+        vectors = [torch.from_numpy(self._known(self._embedded, at, place)) for at in self._asking(place)]
+        if not vectors:
+            return Neighbours.empty(1, width, self.config.queries)
+        embeddings_BNR = torch.stack(vectors).unsqueeze(0)
+        scores_BN = torch.zeros(embeddings_BNR.shape[:2])
+        return Neighbours(embeddings_BNR, scores_BN, torch.ones_like(scores_BN, dtype=torch.bool), [])
+
+    def _known(self, known: Mapping[int, Any], at: int, place: int) -> Any:
+        if at not in known:
+            raise ValueError(f"chunk {place} is none of those shown, and no neighbours were retrieved for it")
+        return known[at]
 
 
 class LanguageCollator:

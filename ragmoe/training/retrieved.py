@@ -1,4 +1,4 @@
-"""The neighbours of many questions, kept between runs so that no question is retrieved for twice.
+"""The neighbours of many questions, or their embeddings, kept between runs so that none is made twice.
 
 Q questions, N neighbours, R encoder width.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,10 @@ _CHUNK = 256
 # What was retrieved is kept at least so often: as much is lost where a run is killed.
 _KEEP_SECONDS = 60.0
 
-Found = tuple[NDArray[np.int64], NDArray[np.float32]]
+# Of one question, and of some whose texts are given.
+Found = tuple[NDArray[Any], ...]
+Finds = Callable[[Sequence[str]], Iterable[Found]]
+Progress = Callable[[int, int], None]
 
 
 class Retrieved:
@@ -50,7 +55,7 @@ class Retrieved:
         retriever: str | None,
         cache: Path,
         *,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Retrieved:
         """Retrieve for those of some questions that nothing was kept for, by the same index, retriever and number.
 
@@ -62,13 +67,11 @@ class Retrieved:
             progress: called with questions done and questions to retrieve for; not where all are known.
         """
         retriever = retriever or index.retriever
-        kept = _Kept(cache / f"neighbours-{digest(chr(31).join([index.digest, str(n), retriever]))}")
-        keys = [digest(text) for text in texts]
-        wanted = {key: text for key, text in zip(keys, texts, strict=True) if key not in kept.found}
-        if wanted:
-            _retrieve(index, wanted, n, retriever, kept, progress or (lambda done, total: None))
-        rows_QN = np.stack([kept.found[key][0] for key in keys]) if keys else np.empty((0, n), np.int64)
-        scores_QN = np.stack([kept.found[key][1] for key in keys]) if keys else np.empty((0, n), np.float32)
+        named = f"neighbours-{digest(chr(31).join([index.digest, str(n), retriever]))}"
+        kept = _Kept(cache / named, ("rows", "scores"))
+        found = kept.all_of(texts, partial(_retrieve, index, n, retriever), progress)
+        rows_QN = np.stack([rows_N for rows_N, _ in found]) if found else np.empty((0, n), np.int64)
+        scores_QN = np.stack([scores_N for _, scores_N in found]) if found else np.empty((0, n), np.float32)
         return cls(index, rows_QN, scores_QN)
 
     def ids(self, question: int) -> list[str]:
@@ -95,44 +98,72 @@ def neighbours_of(index: Index, rows_N: NDArray[np.int64], scores_N: NDArray[np.
     return Neighbours(embeddings_BNR, torch.from_numpy(scores_N).unsqueeze(0), mask_BN, [names])
 
 
+def embedded(
+    index: Index, texts: Sequence[str], cache: Path, *, progress: Progress | None = None
+) -> NDArray[np.float32]:
+    """The embeddings of questions as an index's encoder makes them, float32 (Q, R); kept as ``Retrieved.of`` keeps."""
+    # The encoder alone does not say how long texts are treated.
+    kept = _Kept(cache / f"embeddings-{digest(index.digest)}", ("embeddings",))
+    found = kept.all_of(texts, lambda asked: ((vector_R,) for vector_R in index.encode(asked)), progress)
+    return np.stack([vector_R for (vector_R,) in found]) if found else np.empty((0, index.width), np.float32)
+
+
 class _Kept:
     """What is known of questions by the digests of their texts: files of a folder, each written once and whole.
 
-    Processes that retrieve at a time each write files of their own, so none waits for another.
+    Processes that work at a time each write files of their own, so none waits for another.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, names: tuple[str, ...]) -> None:
+        self.folder, self.names = folder, names
         self.found: dict[str, Found] = {}
         self._unsaved: list[str] = []
         self._saved_at = time.monotonic()
         for path in sorted(folder.glob("*.safetensors")):
-            # What cannot be read is retrieved again.
+            # What cannot be read is found again.
             with contextlib.suppress(SafetensorError, OSError, KeyError):
                 self._read(path)
 
     def _read(self, path: Path) -> None:
         stored = load_file(path)
-        names, rows_QN, scores_QN = stored["questions"], stored["rows"], stored["scores"]
-        for name, rows_N, scores_N in zip(names, rows_QN, scores_QN, strict=True):
-            self.found[name.tobytes().decode("ascii")] = rows_N, scores_N
+        parts = [stored[name] for name in ("questions", *self.names)]
+        for key, *found in zip(*parts, strict=True):
+            self.found[key.tobytes().decode("ascii")] = tuple(found)
 
-    def add(self, key: str, rows_N: NDArray[np.int64], scores_N: NDArray[np.float32]) -> None:
-        self.found[key] = rows_N, scores_N
-        self._unsaved.append(key)
+    def all_of(self, texts: Sequence[str], find: Finds, progress: Progress | None) -> list[Found]:
+        """What is known of questions, in their order; what is not is found first, and kept as it is found."""
+        keys = [digest(text) for text in texts]
+        wanted = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.found}
+        if wanted:
+            self._find(wanted, find, progress or (lambda done, total: None))
+        return [self.found[key] for key in keys]
+
+    def _find(self, wanted: dict[str, str], find: Finds, progress: Progress) -> None:
+        keys, texts = list(wanted), list(wanted.values())
+        progress(0, len(texts))
+        try:
+            for begin in range(0, len(texts), _CHUNK):
+                asked = slice(begin, begin + _CHUNK)
+                for key, found in zip(keys[asked], find(texts[asked]), strict=True):
+                    self.found[key] = found
+                    self._unsaved.append(key)
+                self.save(now=False)
+                progress(min(begin + _CHUNK, len(texts)), len(texts))
+        finally:
+            self.save()
 
     def save(self, *, now: bool = True) -> None:
         """Write what was added since; without ``now``, only if the last time is long enough ago."""
         if not self._unsaved or not (now or time.monotonic() - self._saved_at >= _KEEP_SECONDS):
             return
-        found = [self.found[key] for key in self._unsaved]
+        found = zip(*(self.found[key] for key in self._unsaved), strict=True)
+        questions = np.frombuffer("".join(self._unsaved).encode("ascii"), np.uint8)
         tensors = {
-            "questions": np.frombuffer("".join(self._unsaved).encode("ascii"), np.uint8).reshape(len(found), -1).copy(),
-            "rows": np.stack([rows_N for rows_N, _ in found]),
-            "scores": np.stack([scores_N for _, scores_N in found]),
+            "questions": questions.reshape(len(self._unsaved), -1).copy(),
+            **{name: np.stack(parts) for name, parts in zip(self.names, found, strict=True)},
         }
         name = digest("".join(self._unsaved))
-        # An index may lie where nothing can be written; then the next run retrieves again.
+        # An index may lie where nothing can be written; then the next run finds it again.
         part = self.folder / f"{name}.{os.getpid()}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -145,21 +176,11 @@ class _Kept:
         self._unsaved, self._saved_at = [], time.monotonic()
 
 
-def _retrieve(
-    index: Index, wanted: dict[str, str], n: int, retriever: str, kept: _Kept, progress: Callable[[int, int], None]
-) -> None:
-    """Find the neighbours of some questions, by the digests of their texts, and keep them."""
-    keys, texts = list(wanted), list(wanted.values())
-    progress(0, len(texts))
-    try:
-        for begin in range(0, len(texts), _CHUNK):
-            found = index.neighbours(texts[begin : begin + _CHUNK], n, retriever=retriever)
-            for at, ids in enumerate(found.passage_ids):
-                rows_N, scores_N = np.full(n, -1, dtype=np.int64), np.zeros(n, dtype=np.float32)
-                rows_N[: len(ids)] = index.rows(ids)
-                scores_N[: len(ids)] = found.scores_BN[at, : len(ids)].numpy()
-                kept.add(keys[begin + at], rows_N, scores_N)
-            kept.save(now=False)
-            progress(min(begin + _CHUNK, len(texts)), len(texts))
-    finally:
-        kept.save()
+def _retrieve(index: Index, n: int, retriever: str, texts: Sequence[str]) -> Iterator[Found]:
+    """Rows and scores of the n neighbours of each question; row -1 where there are fewer."""
+    found = index.neighbours(texts, n, retriever=retriever)
+    for at, ids in enumerate(found.passage_ids):
+        rows_N, scores_N = np.full(n, -1, dtype=np.int64), np.zeros(n, dtype=np.float32)
+        rows_N[: len(ids)] = index.rows(ids)
+        scores_N[: len(ids)] = found.scores_BN[at, : len(ids)].numpy()
+        yield rows_N, scores_N

@@ -113,6 +113,9 @@ class LanguageConfig(Section):
         queries: from how many queries its neighbours come: its own, and those of the chunks before it, which have been
             asked already. The best by score of all that they find are shown, so that a document's topic is not lost
             where the last chunk says little of it.
+        shown: what the gate sees: the ``passages`` that are found; or the embeddings of the ``queries`` themselves, for
+            which nothing is searched and which vote as a ridge regression on the index's passages says
+            (``ExpertMemory.guess``): a control of what the passages bring.
         neighbours: N, how many the gate sees.
         retriever: None means the index's default.
         drop_all, drop_each: neighbour dropout, as in ``RaftConfig``; for training alone.
@@ -123,6 +126,7 @@ class LanguageConfig(Section):
     query_chunks: int = Field(1, ge=1)
     # Left out where it is one: evaluations from before there was a choice stay what they are.
     queries: int = Field(1, ge=1, exclude_if=lambda queries: queries == 1)
+    shown: Literal["passages", "queries"] = Field("passages", exclude_if=lambda shown: shown == "passages")
     neighbours: int = Field(16, ge=1)
     retriever: str | None = None
     drop_all: float = Field(0.0, ge=0.0, le=1.0)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from stub_encoder import StubEncoder
 
-from ragmoe import IndexFolderError
+from ragmoe import IndexFolderError, Neighbours
 from ragmoe.index import BuildOptions, Index, build_index
 from ragmoe.index.memory import ExpertMemory, memory_path, read_memory, recall_memory
 
@@ -50,6 +51,27 @@ def test_recall_puts_the_votes_in_the_neighbours_places(index: Index) -> None:
         for n, name in enumerate(found.passage_ids[b]):
             if kept.mask_BN[b, n]:
                 assert np.array_equal(kept.votes_BNLE[b, n].numpy(), memory.votes([index.row(name)])[0])
+
+
+def test_what_is_no_passage_votes_as_a_regression_on_the_passages_says(index: Index) -> None:
+    memory = recorded(index)
+    near_NR = torch.from_numpy(index.embeddings[:3].astype(np.float32))
+    embeddings_BNR = near_NR + 0.3 * torch.randn(2, 3, index.width, generator=torch.Generator().manual_seed(0))
+    mask_BN = torch.tensor([[True, True, True], [True, False, False]])
+    nameless = Neighbours(embeddings_BNR, torch.zeros(2, 3), mask_BN, [])
+    found = memory.recall(nameless, index)
+    # In float64 and with the offset as a column whose weight is not penalised.
+    x_PR = np.concatenate([index.embeddings.astype(np.float64), np.ones((len(index), 1))], axis=1)
+    penalty = np.diag([1.0] * index.width + [0.0])
+    for layer in range(len(LAYERS)):
+        said_PE = memory.affinity_PLE[:, layer].astype(np.float64)
+        y_PE = np.concatenate([said_PE, 1 - said_PE.sum(axis=1, keepdims=True)], axis=1)
+        weight = np.linalg.solve(x_PR.T @ x_PR + penalty, x_PR.T @ y_PE)
+        for b, n in mask_BN.nonzero().tolist():
+            best = int(np.argmax([*embeddings_BNR[b, n].tolist(), 1.0] @ weight))
+            expected = [float(best == expert) for expert in range(3)]
+            assert found.votes_BNLE[b, n, layer].tolist() == expected
+    assert not found.votes_BNLE[1, 1:].any() and found.votes_BNLE.any()
 
 
 def test_what_was_recorded_is_kept_and_found_again(index: Index) -> None:

@@ -168,6 +168,29 @@ def test_several_queries_bring_the_best_they_find(leaky: Path, tmp_path: Path) -
     assert not three.neighbours(begin).mask_BN.any()
 
 
+def test_queries_are_shown_in_the_place_of_what_they_find(
+    leaky: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A control that searches nothing: each query's embedding, all of one weight, and none before a second chunk."""
+    monkeypatch.setattr(Index, "neighbours", lambda *_, **__: pytest.fail("something was searched"))
+    data = dataset(leaky, tmp_path, shown="queries", queries=3)
+    place = next(i for i, chunk in enumerate(data.chunks) if chunk.document == 1 and chunk.number == 4)
+    asked = [data.query(at) for at in (place - 2, place - 1, place)]
+    found = data.neighbours(place)
+    assert torch.equal(found.embeddings_BNR[0], torch.from_numpy(data.index.encode(asked)))
+    assert found.mask_BN.all() and found.mask_BN.shape == (1, 3) and not found.scores_BN.any()
+    assert not found.passage_ids
+    assert data.neighbours(place - 3).mask_BN.sum() == 1 and not data.neighbours(place - 4).mask_BN.any()
+    batch = LanguageCollator(byte_tokenizer())([data.example(at) for at in (place - 4, place - 3, place)])
+    assert batch["neighbour_mask"].sum(dim=1).tolist() == [0, 1, 3]
+    # They are kept: another run encodes nothing.
+    monkeypatch.setattr(Index, "encode", lambda *_: pytest.fail("something was encoded twice"))
+    again = dataset(leaky, tmp_path, shown="queries", queries=3)
+    assert torch.equal(again.neighbours(place).embeddings_BNR, found.embeddings_BNR)
+    dropped = again.example(place, random.Random(0)).neighbours
+    assert dropped is not None and dropped.mask_BN.shape == (1, 3)
+
+
 def test_the_order_is_the_seeds(leaky: Path, tmp_path: Path) -> None:
     one, again, other = (dataset(leaky, tmp_path, examples=40, seed=s, drop_each=0.5) for s in (1, 1, 2))
     assert one.order == again.order != other.order
