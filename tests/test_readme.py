@@ -49,6 +49,21 @@ def test_the_make_targets_exist() -> None:
         assert re.search(rf"^{target.split()[1]}:", makefile, flags=re.MULTILINE), target
 
 
+@pytest.mark.parametrize("page", ["README.md", "eval/results/README.md", "data/README.md", "ragmoe/starter/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    """To files that are there, and to headings of theirs."""
+    place = ROOT / page
+    for target in re.findall(r"\]\(<?([^)>]+)>?\)", place.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        found = (place.parent / path) if path else place
+        assert found.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-") for words in headings}, target
+
+
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     for name in ("data", "eval", "indexes"):
