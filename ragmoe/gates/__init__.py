@@ -2,6 +2,7 @@
 
 from ragmoe.gates.attention import NeighbourAttention
 from ragmoe.gates.base import Gate, GateSettings, gate_class, gate_names, register_gate
+from ragmoe.gates.clusters import ClusterGate
 from ragmoe.gates.context import ContextGate
 from ragmoe.gates.domain import CentroidGate, FittedDomainGate, OracleGate, RidgeGate
 from ragmoe.gates.hierarchical import HierarchicalGate
@@ -18,6 +19,7 @@ from ragmoe.gates.token import SoftmaxGate, TokenGate
 
 __all__ = [
     "CentroidGate",
+    "ClusterGate",
     "ContextGate",
     "FittedDomainGate",
     "Gate",

@@ -90,6 +90,7 @@ class Gate(nn.Module, ABC):
     Attributes:
         uses_neighbours: whether it looks at the neighbours at all.
         uses_votes: whether it wants their votes (``Neighbours.votes_BNLE``).
+        counts_votes: whether neighbours vote in it, by what is recorded (``uses_votes``) or by their embeddings.
         uses_domain: whether it wants the question's domain (``Neighbours.domain_B``).
         takes_common: whether it knows experts of all domains (``common_experts``).
         takes_groups: whether it knows groups of experts (``groups``).
@@ -103,6 +104,7 @@ class Gate(nn.Module, ABC):
 
     uses_neighbours: ClassVar[bool] = False
     uses_votes: ClassVar[bool] = False
+    counts_votes: ClassVar[bool] = False
     uses_domain: ClassVar[bool] = False
     takes_common: ClassVar[bool] = False
     takes_groups: ClassVar[bool] = False

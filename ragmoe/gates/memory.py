@@ -7,6 +7,8 @@ S tokens of B questions, N neighbours, L sparse layers, E experts, A attention w
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -25,17 +27,15 @@ _UNIT = 10.0
 TEMPERATURE = 0.1
 
 
-@register_gate("memory")
-class MemoryGate(TokenGate):
-    """``logits = W_t x + s v``: the votes of the neighbours, weighted by the softmax of their scores.
+class VotingGate(TokenGate):
+    """``logits = W_t x + s v``, with ``v`` what the neighbours vote, weighted by the softmax of their scores.
 
-    Wherever there are no neighbours, or none of them has memory, it is the token gate; at step 0 too, for the learned
-    scale ``s`` starts at zero unless ``vote_start`` says otherwise.
+    Wherever there are no neighbours, or none of them votes, it is the token gate; at step 0 too, for the learned scale
+    ``s`` starts at zero unless ``vote_start`` says otherwise.
     """
 
     uses_neighbours = True
-    uses_votes = True
-    summary = "token state plus the votes of the neighbours for the experts that have served them"
+    counts_votes = True
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__(settings)
@@ -44,6 +44,10 @@ class MemoryGate(TokenGate):
 
     def reset_parameters(self) -> None:
         init.constant_(self.vote_scale, self.settings.vote_start / _UNIT)
+
+    @abstractmethod
+    def votes(self, neighbours: Neighbours) -> Tensor:
+        """What each neighbour votes, float32 (B, N, E), summing to one over E, or to zero where it votes for none."""
 
     def logits(self, x_SD: Tensor, neighbours: Neighbours | None) -> Tensor:
         logits_SE = super().logits(x_SD, neighbours)
@@ -56,11 +60,23 @@ class MemoryGate(TokenGate):
         return missed(self, x_SD, neighbours)
 
 
+@register_gate("memory")
+class MemoryGate(VotingGate):
+    """The votes are those that the passages of an index carry (``Neighbours.votes_BNLE``)."""
+
+    uses_votes = True
+    summary = "token state plus the votes of the neighbours for the experts that have served them"
+
+    def votes(self, neighbours: Neighbours) -> Tensor:
+        return recorded_votes(self, neighbours)
+
+
 @register_gate("retrieval+memory")
 class RetrievalMemoryGate(RetrievalGate):
     """``logits = W_t x + W_c c + s v``: context and votes, both weighted by each token's own attention."""
 
     uses_votes = True
+    counts_votes = True
     summary = "the retrieval gate, with the votes of the neighbours that each token attends to"
 
     def __init__(self, settings: GateSettings) -> None:
@@ -78,20 +94,23 @@ class RetrievalMemoryGate(RetrievalGate):
         if neighbours is None:
             return logits_SE
         prepared = neighbours.prepared(self.settings.layer)
-        found_SV = self.attention(x_SD, neighbours, votes(self, neighbours), prepared)
+        found_SV = self.attention(x_SD, neighbours, self.votes(neighbours), prepared)
         context_SA, votes_SE = found_SV.split([self.attention.width, self.settings.experts], dim=-1)
         return logits_SE + self.context(context_SA) + _UNIT * self.vote_scale * votes_SE
+
+    def votes(self, neighbours: Neighbours) -> Tensor:
+        return recorded_votes(self, neighbours)
 
     def missed(self, x_SD: Tensor, neighbours: Neighbours) -> Tensor:
         return missed(self, x_SD, neighbours)
 
 
-def heard(gate: Gate, neighbours: Neighbours) -> Tensor:
+def heard(gate: VotingGate | RetrievalMemoryGate, neighbours: Neighbours) -> Tensor:
     """What the neighbours of each question vote, weighted by the softmax of their scores, float32 (B, E)."""
-    return torch.einsum("bn,bne->be", weigh(neighbours, TEMPERATURE), votes(gate, neighbours))
+    return torch.einsum("bn,bne->be", weigh(neighbours, TEMPERATURE), gate.votes(neighbours))
 
 
-def missed(gate: MemoryGate | RetrievalMemoryGate, x_SD: Tensor, neighbours: Neighbours) -> Tensor:
+def missed(gate: VotingGate | RetrievalMemoryGate, x_SD: Tensor, neighbours: Neighbours) -> Tensor:
     """The cross-entropy of the token's own choice to the votes, float32 (S,), without a gradient to the token states.
 
     Votes for nothing count nothing, and so do those for experts that are held back.
@@ -104,8 +123,8 @@ def missed(gate: MemoryGate | RetrievalMemoryGate, x_SD: Tensor, neighbours: Nei
     return -(votes_SE * log_SE.masked_fill(votes_SE == 0, 0.0)).sum(dim=-1)
 
 
-def votes(gate: Gate, neighbours: Neighbours) -> Tensor:
-    """The votes of the neighbours in a gate's own layer, float32 (B, N, E).
+def recorded_votes(gate: Gate, neighbours: Neighbours) -> Tensor:
+    """The votes that neighbours carry for a gate's own layer, float32 (B, N, E).
 
     Raises:
         ModelError: the neighbours carry none, or for other experts.

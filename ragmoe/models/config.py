@@ -192,7 +192,7 @@ def check_gate(config: Any) -> None:
     for name, knows, what in (
         ("expert_groups", gate.takes_groups, "knows no groups"),
         ("expert_types", gate.takes_types, "knows no types of tokens"),
-        ("vote_start", gate.uses_votes, "counts no votes"),
+        ("vote_start", gate.counts_votes, "counts no votes"),
         ("common_experts", gate.takes_common, "knows no domains they could share"),
     ):
         if (value := getattr(config, name)) != getattr(type(config), name) and not knows:

@@ -66,12 +66,12 @@ class Votes(TokenLoss):
     beside it is learned elsewhere. Tokens of questions whose neighbours vote for nothing count 0.
     """
 
-    summary = "teaches the token state to choose as the votes do, for where nothing is found; needs a gate with memory"
+    summary = "teaches the token state to choose as the votes do, for where nothing is found; needs a gate with votes"
     source = "knowledge distillation (Hinton et al. 2015), from the votes to the token gate"
     needs_votes = True
 
     def check(self, config: Any) -> None:
-        if not gate_class(config.gate).uses_votes:
+        if not gate_class(config.gate).counts_votes:
             raise ModelError(
                 f"the loss 'votes' teaches what the neighbours vote, and the gate {config.gate!r} counts no votes",
                 hint="model.gate=memory",

@@ -1,14 +1,16 @@
-"""A start for gates that learn from the neighbours' embeddings: an expert for each kind of neighbours.
+"""A start for gates that see the neighbours: an expert for each kind of them.
 
 Experts begin alike, so what a gate is taught about neighbours at first is noise: it cannot learn to bring the right
 specialist before there are specialists. Here what is learned from is divided by what it retrieves, and each part goes
-to an expert of its own from the first step on; no domain is named, and the gate learns on from there. Source:
+to an expert of its own from the first step on; no domain is named. A gate that learns from the neighbours' embeddings
+learns on from there, where `train.context_start` asks for it; the gate `clusters` keeps its clusters. Source:
 Gururangan et al. 2023 (c-BTM), whose clusters are of the text itself, and stay as they are.
-Q examples, R encoder width, E experts.
+Q examples, P passages, R encoder width, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,33 +20,79 @@ from torch.nn import functional as F
 
 from ragmoe._errors import ConfigError, DataError
 from ragmoe._words import many
-from ragmoe.gates import ContextGate, gate_class, gate_names
+from ragmoe.gates import ClusterGate, ContextGate, gate_class, gate_names
+from ragmoe.index import Index
 from ragmoe.neighbours import Neighbours
 from ragmoe.training.callbacks import Shows
 from ragmoe.training.config import TrainingConfig
 
 # Examples that are clustered at most: some hundreds for each of few experts.
 _EXAMPLES = 4096
+# Passages that are clustered at most.
+_PASSAGES = 65_536
 
 
-def start_gates(model: Any, dataset: Any, config: TrainingConfig, show: Shows | None = None) -> None:
-    """Start a model's gates as ``train.context_start`` says, from the first examples of what it will learn from.
+def start_gates(
+    model: Any, index: Index | None, dataset: Any, config: TrainingConfig, show: Shows | None = None
+) -> None:
+    """Find the clusters of gates that go by them, and start others as ``train.context_start`` says.
 
     Args:
-        dataset: of examples with one row of ``neighbours`` each.
+        index: whose passages the clusters are of; None for models whose gate sees no neighbours.
+        dataset: of examples with one row of ``neighbours`` each, of which the first start a gate.
 
     Raises:
-        DataError: see ``start_from_clusters``.
+        DataError: fewer passages, or examples that have neighbours, than there are experts.
     """
+    say = show.line if show else lambda line: None
+    if index is not None and (shares := place_clusters(model, index, seed=config.seed)):
+        say(f"the gates go by {many(len(shares), 'cluster')} of passages, {_told(shares)} of them each")
     if config.train.context_start is None:
         return
     found = [dataset[at].neighbours for at in range(min(len(dataset), _EXAMPLES))]
     shares = start_from_clusters(model, Neighbours.stack(found), config.train.context_start, seed=config.seed)
-    if show:
-        show.line(
-            f"the gates start from {many(len(shares), 'cluster')} of neighbours, which hold "
-            f"{min(shares):.0%} to {max(shares):.0%} of the examples each"
+    say(
+        f"the gates start from {many(len(shares), 'cluster')} of neighbours, which hold {_told(shares)} of the "
+        "examples each"
+    )
+
+
+def _told(shares: Sequence[float]) -> str:
+    return f"{min(shares):.0%} to {max(shares):.0%}"
+
+
+@torch.no_grad()
+def place_clusters(model: Any, index: Index, *, seed: int = 0) -> list[float]:
+    """Divide an index's passages into as many clusters as there are experts, for the ``clusters`` gates of a model.
+
+    All layers go by the same ones, and gates that have theirs keep them.
+
+    Args:
+        seed: of the clustering, and of what is drawn from an index of more than 65,536 passages.
+
+    Returns:
+        The share of the passages in each cluster, in the order of the experts; nothing where no gate wants any.
+
+    Raises:
+        DataError: the index has fewer passages than there are experts.
+    """
+    gates = [gate for gate in getattr(model, "gates", []) if isinstance(gate, ClusterGate) and not gate.is_ready]
+    if not gates:
+        return []
+    rows = np.arange(len(index))
+    if len(rows) > _PASSAGES:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, _PASSAGES, replace=False))
+    if len(rows) < model.config.experts:
+        raise DataError(
+            f"{index.folder} has {many(len(rows), 'passage')}: expected at least {model.config.experts}, the number of "
+            "experts, for the gate 'clusters'",
+            hint="fewer experts, or another gate: model.gate=retrieval",
         )
+    points_PR = torch.from_numpy(np.asarray(index.embeddings[rows], dtype=np.float32))
+    centroids_ER, shares = _clusters(points_PR, model.config.experts, seed)
+    for gate in gates:
+        gate.centroids.copy_(centroids_ER)
+    return shares
 
 
 def start_from_clusters(model: Any, neighbours: Neighbours, lead: float, *, seed: int = 0) -> list[float]:
@@ -64,6 +112,12 @@ def start_from_clusters(model: Any, neighbours: Neighbours, lead: float, *, seed
         DataError: fewer examples have neighbours than there are experts.
     """
     neighbours = neighbours.rows(neighbours.mask_BN.any(dim=1).nonzero().flatten().tolist())
+    if len(neighbours) < model.config.experts:
+        raise DataError(
+            f"{many(len(neighbours), 'example')} to learn from have neighbours: expected at least "
+            f"{model.config.experts}, the number of experts, to start a gate from clusters",
+            hint="leave train.context_start out, or train with more text",
+        )
     centres_ER, shares = _clusters(_mean(neighbours), model.config.experts, seed)
     # What all centres have in common speaks for none of them.
     directions_ER = centres_ER - centres_ER.mean(dim=0)
@@ -103,18 +157,12 @@ def _mean(neighbours: Neighbours) -> Tensor:
     return (neighbours.embeddings_BNR.float() * mask_QN1).sum(dim=1) / mask_QN1.sum(dim=1)
 
 
-def _clusters(mean_QR: Tensor, experts: int, seed: int) -> tuple[Tensor, list[float]]:
+def _clusters(points_QR: Tensor, experts: int, seed: int) -> tuple[Tensor, list[float]]:
     """Centres of unit length, (E, R), and each one's share of the rows."""
     import faiss
 
-    Q, R = mean_QR.shape
-    if experts > Q:
-        raise DataError(
-            f"{many(Q, 'example')} to learn from have neighbours: expected at least {experts}, the number of experts, "
-            "to start a gate from clusters",
-            hint="leave train.context_start out, or train with more text",
-        )
-    points = F.normalize(mean_QR, dim=1).numpy()
+    Q, R = points_QR.shape
+    points = F.normalize(points_QR, dim=1).numpy()
     means = faiss.Kmeans(
         R, experts, niter=25, nredo=5, spherical=True, seed=seed, min_points_per_centroid=1, max_points_per_centroid=Q
     )

@@ -215,6 +215,6 @@ def prepare_generator(config: TrainingConfig, *, cache: Path | None = None, show
     )
     check_decoder_losses(model.config, fit, sees_neighbours=generator.gate_sees_neighbours)
     check_votes(model, index, show.line if show else None)
-    start_gates(model, dataset, config, show)
+    start_gates(model, index, dataset, config, show)
     collator = GeneratorCollator(generator.prompts, sees_neighbours=generator.gate_sees_neighbours, raw=raw)
     return GeneratorRun(config, index, model, style, dataset, collator, len(questions) - len(fit), adapted)

@@ -100,7 +100,7 @@ def prepare_language(config: TrainingConfig, *, cache: Path | None = None, show:
         retrieves=reads_neighbours(model),
         progress=partial(show.stage, "retrieving neighbours") if show else None,
     )
-    start_gates(model, dataset, config, show)
+    start_gates(model, index, dataset, config, show)
     collator = LanguageCollator(tokenizer)
     expert = begin_language_expert(model, config, index, dataset, collator, cache, show)
     check_votes(model if expert is None else expert.model, index, show.line if show else None)

@@ -206,7 +206,7 @@ def prepare_reader(config: TrainingConfig, *, cache: Path | None = None, show: S
     )
     collator = RaftCollator(model.tokenizer, config.raft, raw=raw)
     fit_gates(model, index, fit, of_fit, config.raft.neighbours, again=train.what in TRAINS_GATES)
-    start_gates(model, dataset, config, show)
+    start_gates(model, index, dataset, config, show)
     left_out = len(questions) - len(known)
     return Run(config, index, model, adapted, dataset, collator, held, of_held, left_out, new_expert)
 

@@ -18,6 +18,8 @@ def trained(name: str, **changes: float) -> Gate:
     gate = gate_class(name)(settings)
     for parameter in gate.parameters():
         torch.nn.init.normal_(parameter)
+    if name == "clusters":
+        gate.centroids.normal_()
     return gate
 
 
@@ -47,7 +49,7 @@ def test_gates_with_memory_expect_the_votes(neighbours: Neighbours) -> None:
     assert torch.allclose(gate.foresee(neighbours, state_D), votes_BE + gate.token.weight @ state_D, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["retrieval", "pooled", "memory", "retrieval+memory"])
+@pytest.mark.parametrize("name", ["retrieval", "pooled", "memory", "retrieval+memory", "clusters"])
 def test_they_expect_what_they_then_say_of_such_a_token(name: str, neighbours: Neighbours) -> None:
     """Under noise and dropout too, which are the training's; the bias counts, for it moves the choice."""
     gate = trained(name, noise=3.0, token_dropout=0.9)

@@ -17,7 +17,7 @@ SETTINGS = GateSettings(width=16, experts=E, top_k=2, neighbour_width=12, attent
 B, T, N = 3, 6, 4
 
 
-@pytest.fixture(params=["pooled", "retrieval", "memory", "retrieval+memory"])
+@pytest.fixture(params=["pooled", "retrieval", "memory", "retrieval+memory", "clusters"])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -29,6 +29,8 @@ def gate(name: str) -> Gate:
     with torch.no_grad():
         for parameter in gate.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
+        if name == "clusters":
+            gate.centroids.copy_(F.normalize(torch.randn(E, 12), dim=-1))
     return gate.eval()
 
 
@@ -63,7 +65,7 @@ def test_at_step_0_equals_the_token_gate_bit_for_bit(
 
 
 def test_neighbours_matter_to_a_trained_gate(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
-    assert (gate(x_SD, neighbours).logits_SE - token_part(gate, x_SD)).abs().min(dim=1).values.max() > 0.01
+    assert (gate(x_SD, neighbours).logits_SE - token_part(gate, x_SD)).abs().amax(dim=1).min() > 0.01
 
 
 def test_no_neighbours_leave_the_token_part_bit_for_bit(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
@@ -203,6 +205,26 @@ def test_memory_gate_against_a_loop(gate: Gate, x_SD: Tensor, neighbours: Neighb
         assert torch.allclose(logits_SE[b * T : (b + 1) * T], want_TE, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["clusters"])
+def test_cluster_gate_against_a_loop(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    logits_SE = gate.logits(x_SD, neighbours)
+    for b in range(B):
+        have = [n for n in range(N) if neighbours.mask_BN[b, n]]
+        weights = (neighbours.scores_BN[b, have] / 0.1).softmax(dim=0)
+        votes_E = torch.zeros(E)
+        for n, weight in zip(have, weights, strict=True):
+            distance_E = (gate.centroids - neighbours.embeddings_BNR[b, n]).norm(dim=1)
+            votes_E[distance_E.argmin()] += weight
+        want_TE = token_part(gate, x_SD[b * T : (b + 1) * T]) + 10 * gate.vote_scale * votes_E
+        assert torch.allclose(logits_SE[b * T : (b + 1) * T], want_TE, atol=1e-5)
+
+
+def test_no_neighbour_votes_before_there_are_clusters(x_SD: Tensor, neighbours: Neighbours) -> None:
+    gate = gate_class("clusters")(replace(SETTINGS, vote_start=4.0))
+    assert not gate.is_ready
+    assert torch.equal(gate(x_SD, neighbours).logits_SE, token_part(gate, x_SD))
+
+
 @pytest.mark.parametrize("name", ["memory", "retrieval+memory"])
 def test_neighbours_that_do_not_vote_are_refused(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
     with pytest.raises(ModelError, match="carry no votes") as caught:
@@ -224,6 +246,8 @@ def test_gradients_reach_every_parameter_and_stay_finite(gate: Gate, x_SD: Tenso
 
 def test_gradients_reach_the_context_at_step_0(name: str, x_SD: Tensor, neighbours: Neighbours) -> None:
     gate = gate_class(name)(SETTINGS)
+    if name == "clusters":
+        gate.centroids.normal_()
     gate(x_SD, neighbours).weights_SK[:, 0].sum().backward()
     late = [p for at, p in gate.named_parameters() if at in ("context.weight", "vote_scale")]
     assert late and all(parameter.grad.any() for parameter in late)

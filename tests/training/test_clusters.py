@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from ragmoe import ConfigError, DataError, Neighbours
 from ragmoe.gates import Gate, GateSettings, gate_class
+from ragmoe.gates.joining import why_none_can_join
 from ragmoe.training import load_config, prepare, train
-from ragmoe.training.clusters import start_from_clusters
+from ragmoe.training.clusters import place_clusters, start_from_clusters
 
 E, R, N, OF_EACH = 4, 24, 3, 6
 SETTINGS = GateSettings(width=16, experts=E, top_k=2, neighbour_width=R, attention_width=8)
@@ -136,3 +137,36 @@ def test_a_language_model_starts_from_clusters(config: Config, world: Path, base
     ):
         with pytest.raises(ConfigError, match=what):
             prepare(load_config(config(**given, model=model)), show=SimpleNamespace(stage=None, line=None))
+
+
+def test_a_cluster_gates_clusters_are_those_of_the_index(config: Config, tmp_path: Path) -> None:
+    """Every passage votes for one expert, alike in all layers; the clusters are saved, and stay what they are."""
+    lines: list[str] = []
+    show = SimpleNamespace(stage=lambda *_: None, line=lines.append)
+    given = config(**{"model.gate": "clusters", "model.vote_start": 2.0, "model.losses": {"votes": 0.1}})
+    run = prepare(load_config(given), show=show)
+    gates, index = run.model.gates, run.index
+    assert len(gates) == 2 and torch.equal(gates[0].centroids, gates[1].centroids)
+    told = [line for line in lines if line.startswith("the gates go by 4 clusters of passages, ")]
+    assert told and told[0].endswith(" of them each")
+    passages = torch.from_numpy(index.embeddings.astype("float32"))
+    found = Neighbours(passages.unsqueeze(0), torch.zeros(1, len(index)), torch.ones(1, len(index)).bool())
+    votes_PE = gates[0].votes(found)[0]
+    assert votes_PE.sum(dim=1).eq(1).all() and votes_PE.any(dim=0).all()
+    # Each centroid is the direction of what votes for it.
+    for votes_P, centroid_R in zip(votes_PE.T.bool(), gates[0].centroids, strict=True):
+        own_R = F.normalize(passages[votes_P].mean(dim=0), dim=0)
+        assert torch.allclose(own_R, centroid_R, atol=1e-3)
+    result = train(given, out=tmp_path / "out", show=show)
+    assert result is not None
+    again = prepare(load_config(config(base=str(tmp_path / "out"), model={}, seed=5)), show=show)
+    assert torch.equal(again.model.gates[1].centroids, gates[1].centroids)
+    message, _ = why_none_can_join("clusters")
+    assert "its clusters divide what it was trained with among the experts it has" in message
+
+
+def test_an_index_of_fewer_passages_than_experts_has_no_clusters(config: Config) -> None:
+    index = SimpleNamespace(folder="few", embeddings=torch.randn(3, R).numpy(), __len__=lambda: 3)
+    with pytest.raises(DataError, match="few has 3 passages: expected at least 4, the number of experts"):
+        place_clusters(model_of("clusters"), type("Few", (), {**vars(index), "__len__": lambda self: 3})())
+    assert place_clusters(model_of("token"), None) == []
