@@ -213,17 +213,22 @@ class ExperimentFolder:
             return
         # Read back as a configuration: one that was written before a setting existed has that setting's default.
         before = _as(type(config), kept)
-        now = config.model_dump(mode="json")
+        now, note = config.model_dump(mode="json"), self.note(arm, seed)
+        began, base = note.get("base"), None if moved else _digest_of_base(config)
+        # What is known by its content may lie elsewhere now.
+        if None not in (began, base):
+            before = {**before, "base": now["base"]}
+        if None not in (note.get("index"), self.index):
+            before = {**before, "data": {**before.get("data", {}), "index": now["data"]["index"]}}
         if moved:
             before, now = _portable(before), _portable(now)
         differing = differences(before, now)
-        if self.note(arm, seed).get("index", self.index) != self.index:
+        if note.get("index", self.index) != self.index:
             differing.append("the index's content")
-        began, base = self.note(arm, seed).get("base"), None if moved else _digest_of_base(config)
         # A base that is not here, or another machine's, says nothing.
         if None not in (began, base) and began != base:
             differing.append(f"the base's content ({config.base} has changed since)")
-        trained = self.note(arm, seed).get("content")
+        trained = note.get("content")
         if trained is not None and self._content(arm, seed) not in (None, trained):
             raise ConfigError(
                 f"{self.bundle(arm, seed)} answers otherwise than it was trained to: it was changed since",

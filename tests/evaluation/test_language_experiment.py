@@ -366,6 +366,21 @@ def test_an_arm_that_lacks_neighbours_to_be_shown_is_not_finished(folder: Path, 
     assert "retrieval seed 0" in report_language_experiment(load(folder), out=tmp_path).missing
 
 
+def test_base_and_index_may_lie_elsewhere_and_are_known_by_their_content(folder: Path, tmp_path: Path) -> None:
+    run_language_experiment(load(folder), out=tmp_path, only=["dense"])
+    training = tmp_path / "dense" / "seed-0" / "bundle" / "training.yaml"
+    kept = yaml.safe_load(training.read_text())
+    moved = {**kept, "base": "/elsewhere/base", "data": {**kept["data"], "index": "/elsewhere/index"}}
+    training.write_text(yaml.safe_dump(moved))
+    said: list[str] = []
+    run_language_experiment(load(folder), out=tmp_path, only=["dense"], say=said.append)
+    assert said == ["dense, seed 0: trained already"]
+    note = tmp_path / "dense" / "seed-0" / "arm.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "base": None}))
+    with pytest.raises(ConfigError, match=r"it differs in base \('/elsewhere/base', now"):
+        run_language_experiment(load(folder), out=tmp_path, only=["dense"])
+
+
 def test_a_report_of_what_was_trained_otherwise_is_refused(folder: Path, tmp_path: Path) -> None:
     run_language_experiment(load(folder), out=tmp_path, only=["dense"])
     changed = load_experiment(folder / "experiment.yaml", overrides=["train.steps=9"])
