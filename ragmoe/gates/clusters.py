@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ragmoe.gates.base import GateSettings, register_gate
+from ragmoe.gates.linear import expert_logits
 from ragmoe.gates.memory import VotingGate
 from ragmoe.neighbours import Neighbours
 
@@ -23,12 +24,12 @@ class ClusterGate(VotingGate):
 
     The clusters are those of the passages of the index that it is trained with, as many as there are experts, found
     before the first step (``ragmoe.training.clusters``); their centroids belong to the gate, so passages of any index
-    of the same encoder vote. Before, no neighbour votes. Source: Gururangan et al. 2023 (c-BTM), whose clusters choose
+    of the same encoder vote. Before, no neighbour votes. A new expert's cluster lies around its own documents; those
+    of an expert that is held back go to the next nearest. Source: Gururangan et al. 2023 (c-BTM), whose clusters choose
     an expert for the text itself.
     """
 
     own_parameters: ClassVar[tuple[str, ...]] = (*VotingGate.own_parameters, "centroids")
-    fixed_experts = "its clusters divide what it was trained with among the experts it has"
     summary = "token state plus a vote of each neighbour for the expert in whose cluster it lies; needs no labels"
 
     def __init__(self, settings: GateSettings) -> None:
@@ -48,7 +49,9 @@ class ClusterGate(VotingGate):
         return bool(self.centroids.any())
 
     def votes(self, neighbours: Neighbours) -> Tensor:
-        centroids_ER = self.centroids.float()
-        nearness_BNE = F.linear(neighbours.embeddings_BNR.float(), centroids_ER)
-        votes_BNE = F.one_hot(nearness_BNE.argmax(dim=-1), self.settings.experts).float()
+        # A merged expert's centroid is a mean of two, which is shorter.
+        centroids_ER = F.normalize(self.centroids.float(), dim=1)
+        nearness_BNE = expert_logits(neighbours.embeddings_BNR.float(), centroids_ER)
+        nearest_BN = nearness_BNE.masked_fill(~self.available, -torch.inf).argmax(dim=-1)
+        votes_BNE = F.one_hot(nearest_BN, self.settings.experts).float()
         return votes_BNE * (neighbours.mask_BN.unsqueeze(-1) & centroids_ER.any())

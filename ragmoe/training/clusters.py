@@ -45,7 +45,8 @@ def start_gates(
         DataError: fewer passages, or examples that have neighbours, than there are experts.
     """
     say = show.line if show else lambda line: None
-    if index is not None and (shares := place_clusters(model, index, seed=config.seed)):
+    # Where an expert joins, the others stay what they are.
+    if index is not None and config.new_expert is None and (shares := place_clusters(model, index, seed=config.seed)):
         say(f"the gates go by {many(len(shares), 'cluster')} of passages, {_told(shares)} of them each")
     if config.train.context_start is None:
         return

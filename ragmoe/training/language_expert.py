@@ -41,6 +41,7 @@ from ragmoe.training.new_expert import (
     freeze_gates,
     joined,
     nearest_centroid,
+    start_cluster,
     start_rows,
     wanted_expert,
 )
@@ -149,6 +150,8 @@ def begin_language_expert(
     if wanted.train_gate or wanted.start == "nearest":
         others = _other_chunks(wanted, config, index, data, collator, cache, show)
     rows = start_rows(model, wanted.start, partial(_nearest, model, index, own, others), seed=config.seed)
+    if index is not None:
+        rows |= start_cluster(model, rows, lambda: index.encode(own.texts(PLACED)))
     grown = grow(model, rows, id=id, name=wanted.name)
     lesson = None
     for chunks in (own, others):

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ragmoe._errors import BundleError, ConfigError, ModelError
 from ragmoe.bundle import is_bundle, read_map
 from ragmoe.bundle.experts import check_name
 from ragmoe.corpus.types import Question
 from ragmoe.experts import FeedForward
+from ragmoe.gates import ClusterGate
 from ragmoe.index import Index
 from ragmoe.models import RagmoeBertForQuestionAnswering
 from ragmoe.models.growth import grow, settle
@@ -128,6 +130,7 @@ def begin_new_expert(
     raw = config.data.question_field == "question_raw"
     documents = find_documents(wanted, index, questions, held, raw=raw)
     rows = start_rows(model, wanted.start, lambda: nearest_expert(model, index, documents), seed=config.seed)
+    rows |= start_cluster(model, rows, lambda: _embeddings(index, documents.new[:PLACED]))
     grown = grow(model, rows, id=id, name=wanted.name)
     lesson = None
     if wanted.train_gate:
@@ -262,6 +265,20 @@ def start_rows(model: Any, start: str, nearest: Callable[[], int], *, seed: int)
             else:
                 rows[name] = state[name][source].clone()
     return rows
+
+
+def start_cluster(model: Any, names: Iterable[str], embeddings: Callable[[], np.ndarray]) -> dict[str, Tensor]:
+    """The centroid of a new expert's cluster, of its own documents, where a model's gates go by clusters.
+
+    Args:
+        names: of the new expert's rows.
+        embeddings: of some of its documents, float32 (P, R); called where they are wanted.
+    """
+    # Where the others have none yet, all passages would be the new one's.
+    if not any(isinstance(gate, ClusterGate) and gate.is_ready for gate in model.gates):
+        return {}
+    centroid_R = F.normalize(torch.from_numpy(embeddings().mean(axis=0)), dim=0)
+    return {name: centroid_R for name in names if name.endswith(".centroids")}
 
 
 def nearest_expert(model: RagmoeBertForQuestionAnswering, index: Index, documents: Documents) -> int:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from ragmoe import ConfigError, DataError, Neighbours
 from ragmoe.gates import Gate, GateSettings, gate_class
-from ragmoe.gates.joining import why_none_can_join
 from ragmoe.training import load_config, prepare, train
 from ragmoe.training.clusters import place_clusters, start_from_clusters
 
@@ -161,8 +160,6 @@ def test_a_cluster_gates_clusters_are_those_of_the_index(config: Config, tmp_pat
     assert result is not None
     again = prepare(load_config(config(base=str(tmp_path / "out"), model={}, seed=5)), show=show)
     assert torch.equal(again.model.gates[1].centroids, gates[1].centroids)
-    message, _ = why_none_can_join("clusters")
-    assert "its clusters divide what it was trained with among the experts it has" in message
 
 
 def test_an_index_of_fewer_passages_than_experts_has_no_clusters(config: Config) -> None:

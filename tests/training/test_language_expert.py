@@ -14,6 +14,7 @@ import pytest
 import torch
 from stub_encoder import StubEncoder
 from tiny_decoder import byte_tokenizer, tiny_llama
+from torch.nn import functional as F
 
 from ragmoe import BundleError, ConfigError, DataError, load_decoder
 from ragmoe.bundle import prune_experts, read_bundle, read_map
@@ -30,6 +31,8 @@ WORDS = {
     "hill": "stone path sheep heath pine fog",
     "market": "bread bread bread bread bread cheese",
 }
+# Rows of experts that nothing trains.
+BUFFERS = ("balance_bias", "centroids")
 QUICK = (
     "train.batch_size=4", "train.precision=fp32", "log_every=1", "language.chunk_tokens=40",
     "language.context_tokens=8", "language.neighbours=3", "train.gate_learning_rate=0.3",
@@ -97,7 +100,12 @@ def judges(land: Path) -> Judges:
 
 @pytest.mark.parametrize(
     ("kind", "gate", "start", "half"),
-    [("lora", "retrieval", "shared", False), ("ffn", "token", "nearest", True), ("lora", "memory", "hill", False)],
+    [
+        ("lora", "retrieval", "shared", False),
+        ("ffn", "token", "nearest", True),
+        ("lora", "memory", "hill", False),
+        ("ffn", "clusters", "river", False),
+    ],
 )
 def test_only_the_new_expert_moves(
     bundle: Callable[..., Path], market: Callable[..., TrainingConfig], land: Path, kind: str, gate: str, start: str,
@@ -121,7 +129,7 @@ def test_only_the_new_expert_moves(
     assert own["num_local_experts"] == 4 and own["expert_names"][-1] == "market"
     certificate = added.certificate
     assert certificate["parameters"]["trained"] == sum(
-        x[0].numel() for name, x in after.items() if name in map_.fused and not name.endswith("balance_bias")
+        x[0].numel() for name, x in after.items() if name in map_.fused and not name.endswith(BUFFERS)
     )
     assert (certificate["start"], certificate["documents"], certificate["chunks"]) == (start, 4, 16)
     assert [row["domain"] for row in certificate["old"]] == ["river", "hill", "all"]
@@ -168,6 +176,33 @@ def test_votes_lead_to_it_without_its_gate_being_trained(
     certificate = add_expert(folder, config, judges(land)).certificate
     # But for the first chunk of a document, which has no neighbours that could vote.
     assert certificate["new"]["routed"]["tokens"] > 0.5 > 0.2 > certificate["old"][-1]["routed"]["tokens"]
+
+
+def test_its_cluster_leads_to_it_without_its_gate_being_trained(
+    bundle: Callable[..., Path], market: Callable[..., TrainingConfig], land: Path
+) -> None:
+    """A new expert's cluster is of its own documents; held back it leaves the old domains to the bit as they were."""
+    start, documents = (
+        bundle(gate="clusters", vote_start=8.0),
+        [str(land / f"{d}_train.jsonl") for d in ("river", "hill")],
+    )
+    options = BuildOptions(
+        tuple(documents), start.with_name("known"), encoder=StubEncoder(), chunk_words=8, chunk_overlap=0, rechunk=True
+    )
+    build_index(options)
+    known = {"documents": documents, "index": str(options.out)}
+    few = {"steps": 2, "batch_size": 4, "learning_rate": 1e-5, "precision": "fp32"}
+    folder = start.with_name("clustered")
+    train({"base": str(start), "data": known, "train": few, "checkpoint_every": 0}, out=folder)
+    config = market(folder, "new_expert.train_gate=false")
+    run = prepare(config)
+    index = Index.open(land / "index")
+    own = run.new_expert.own
+    want_R = F.normalize(torch.from_numpy(index.encode(own.texts(256)).mean(axis=0)), dim=0)
+    assert all(torch.allclose(gate.centroids[-1], want_R, atol=1e-6) for gate in run.model.gates)
+    certificate = add_expert(folder, config, judges(land)).certificate
+    assert certificate["new"]["routed"]["tokens"] > 0.5 > 0.2 > certificate["old"][-1]["routed"]["tokens"]
+    assert all(row["masked"] == row["before"] and row["identical"] for row in certificate["old"])
 
 
 def test_a_token_gate_needs_no_index_but_something_to_tell_apart(
