@@ -55,7 +55,7 @@ def scores(by_task: Mapping[str, Arms]) -> Drawn | None:
             _score(axes, y, runs[arm], VERMILION if arm == DENSE else BLUE)
             if arm == DENSE and (mean := _macro(runs[arm])) is not None:
                 axes.axvline(mean, color=VERMILION, linestyle="--", linewidth=1, zorder=0)
-        axes.set_title(_title(runs))
+        axes.set_title(_title(runs, "\n"))
         axes.set_xlabel("macro F1 (points)")
     spans = [interval([run.samples[REAL] for run in of_arm]) for runs in by_task.values() for of_arm in runs.values()]
     seeds = max(len(of_arm) for runs in by_task.values() for of_arm in runs.values())
@@ -182,7 +182,7 @@ def neighbours(by_task: Mapping[str, Arms]) -> Drawn | None:
                 markeredgecolor=colour if marker == "|" else "white",
                 label=label,
             )
-        axes.set_title(_title(runs))
+        axes.set_title(_title(runs, "\n"))
         axes.set_xlabel("macro F1 (points)")
     handles, labels = axes_T[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", title="neighbours shown\nto the gate", alignment="left")
@@ -203,9 +203,10 @@ def _ranked(runs: Arms) -> list[str]:
     return sorted(runs, key=lambda arm: -1.0 if (mean := _macro(runs[arm])) is None else mean)
 
 
-def _title(runs: Arms) -> str:
+def _title(runs: Arms, between: str = " ") -> str:
+    """A task's name and its setting; between panels that stand side by side best in two lines."""
     first = next(iter(runs.values()))[0]
-    return first.name if first.name == first.setting else f"{first.name} ({first.setting})"
+    return first.name if first.name == first.setting else f"{first.name}{between}({first.setting})"
 
 
 def blank(width: float, height: float) -> Figure:
