@@ -215,10 +215,11 @@ class ExperimentFolder:
         before = _as(type(config), kept)
         now, note = config.model_dump(mode="json"), self.note(arm, seed)
         began, base = note.get("base"), None if moved else _digest_of_base(config)
-        # What is known by its content may lie elsewhere now.
-        if None not in (began, base):
+        # What is known by its content may lie elsewhere now; a training that goes on wants it where it was.
+        done = self.trained(arm, seed)
+        if done and None not in (began, base):
             before = {**before, "base": now["base"]}
-        if None not in (note.get("index"), self.index):
+        if done and None not in (note.get("index"), self.index):
             before = {**before, "data": {**before.get("data", {}), "index": now["data"]["index"]}}
         if moved:
             before, now = _portable(before), _portable(now)

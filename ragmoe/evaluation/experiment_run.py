@@ -199,6 +199,7 @@ def _model(
     from ragmoe.models import load
     from ragmoe.models.xlora import XLoraReader
     from ragmoe.training.build import build_model
+    from ragmoe.training.clusters import place_clusters
     from ragmoe.training.generator import open_generator, trains_generator
 
     config = folder.experiment.training(arm, seed, index.folder)
@@ -206,11 +207,15 @@ def _model(
         folder.begin_untrained(arm, seed, config)
     if trains_generator(config):
         if arm in folder.experiment.untrained_arms:
-            return open_generator(config, index)
+            generator = open_generator(config, index)
+            place_clusters(generator.model, index, seed=config.seed)
+            return generator
         return Generator.load(bundle_of(folder, arm, seed, index, say, show))
     if arm in folder.experiment.untrained_arms:
         import torch
 
-        return build_model(config, index, on_cpu=not torch.cuda.is_available())
+        model = build_model(config, index, on_cpu=not torch.cuda.is_available())
+        place_clusters(model, index, seed=config.seed)
+        return model
     bundle = bundle_of(folder, arm, seed, index, say, show)
     return XLoraReader.from_pretrained(bundle) if config.train.what == "xlora" else load(bundle)

@@ -111,6 +111,7 @@ def _model(
     from transformers import set_seed
 
     from ragmoe.generation import Generator
+    from ragmoe.training.clusters import place_clusters
     from ragmoe.training.config import LanguageConfig
     from ragmoe.training.decoders import open_decoder
 
@@ -120,6 +121,7 @@ def _model(
         # What is drawn at the start is drawn as in training.
         set_seed(config.seed)
         opened = open_decoder(config, index, (config.language or LanguageConfig()).neighbours)
+        place_clusters(opened.model, index, seed=config.seed)
         return opened.model, opened.tokenizer, config
     generator = Generator.load(bundle_of(folder, arm, seed, index, say, show))
     return generator.model, generator.tokenizer, config

@@ -89,8 +89,8 @@ class Gate(nn.Module, ABC):
 
     Attributes:
         uses_neighbours: whether it looks at the neighbours at all.
-        uses_votes: whether it wants their votes (``Neighbours.votes_BNLE``).
-        counts_votes: whether neighbours vote in it, by what is recorded (``uses_votes``) or by their embeddings.
+        uses_votes: whether it wants the votes that are recorded for them (``Neighbours.votes_BNLE``).
+        counts_votes: whether neighbours vote in it, by what is recorded (it is True then) or by their embeddings.
         uses_domain: whether it wants the question's domain (``Neighbours.domain_B``).
         takes_common: whether it knows experts of all domains (``common_experts``).
         takes_groups: whether it knows groups of experts (``groups``).
@@ -116,6 +116,10 @@ class Gate(nn.Module, ABC):
     keeps_token_gate: ClassVar[bool] = False
     own_parameters: ClassVar[tuple[str, ...]] = ("balance_bias",)
     summary: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **named: object) -> None:
+        super().__init_subclass__(**named)
+        cls.counts_votes |= cls.uses_votes
 
     def __init__(self, settings: GateSettings) -> None:
         super().__init__()

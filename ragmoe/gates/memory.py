@@ -76,7 +76,6 @@ class RetrievalMemoryGate(RetrievalGate):
     """``logits = W_t x + W_c c + s v``: context and votes, both weighted by each token's own attention."""
 
     uses_votes = True
-    counts_votes = True
     summary = "the retrieval gate, with the votes of the neighbours that each token attends to"
 
     def __init__(self, settings: GateSettings) -> None:
@@ -107,7 +106,7 @@ class RetrievalMemoryGate(RetrievalGate):
 
 def heard(gate: VotingGate | RetrievalMemoryGate, neighbours: Neighbours) -> Tensor:
     """What the neighbours of each question vote, weighted by the softmax of their scores, float32 (B, E)."""
-    return torch.einsum("bn,bne->be", weigh(neighbours, TEMPERATURE), gate.votes(neighbours))
+    return torch.einsum("bn,bne->be", weigh(neighbours, TEMPERATURE).float(), gate.votes(neighbours).float())
 
 
 def missed(gate: VotingGate | RetrievalMemoryGate, x_SD: Tensor, neighbours: Neighbours) -> Tensor:

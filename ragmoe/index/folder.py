@@ -166,16 +166,15 @@ class Index:
             self._check_digests([file for file in self.manifest.files if file.startswith(f"{name}/")])
             return Bm25Searcher(path, len(self))
 
-    def encode(self, queries: Sequence[str]) -> NDArray[np.float32]:
-        """The vectors of queries, float32 (B, R), unit length, with the query prompt.
+    def encode(self, queries: Sequence[str], *, passages: bool = False) -> NDArray[np.float32]:
+        """The vectors of queries, float32 (B, R), unit length, with the query prompt; or with that of passages.
 
         One that is longer than the encoder reads is treated as such a passage of this index: by default it is the
         token-weighted mean of its windows.
         """
-        asked = [Passage(id="", text=query) for query in queries]
-        vectors, _ = encode_passages(
-            asked, self.encoder, mode=self.manifest.long_passages.mode, prompt=self.manifest.encoder.query_prompt
-        )
+        asked, how = [Passage(id="", text=query) for query in queries], self.manifest.encoder
+        prompt = how.passage_prompt if passages else how.query_prompt
+        vectors, _ = encode_passages(asked, self.encoder, mode=self.manifest.long_passages.mode, prompt=prompt)
         return vectors
 
     def search(

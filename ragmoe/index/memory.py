@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FOLDER = "memory"
 # Passages that a regression takes up at a time.
-_BLOCK = 65_536
+_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,17 @@ class ExpertMemory:
             y_QLE = torch.from_numpy(self.affinity_PLE[begin : begin + _BLOCK].astype(np.float32))
             yield x_QR, torch.cat([y_QLE, 1 - y_QLE.sum(dim=-1, keepdim=True)], dim=-1).flatten(1)
 
-    def recall(self, neighbours: Neighbours, index: Index) -> Neighbours:
-        """The neighbours with their votes; those that are no passages, which have no ids, vote as ``guess`` says."""
+    def recall(self, neighbours: Neighbours, index: Index, *, guess: bool = False) -> Neighbours:
+        """The neighbours with their votes.
+
+        Args:
+            guess: they are no passages, and vote as ``guess`` says.
+        """
         import torch
 
         B, N = neighbours.mask_BN.shape
         votes_BNLE = torch.zeros(B, N, *self.affinity_PLE.shape[1:])
-        if not neighbours.passage_ids:
+        if guess:
             votes_BNLE[neighbours.mask_BN] = self.guess(neighbours.embeddings_BNR[neighbours.mask_BN], index)
             return replace(neighbours, votes_BNLE=votes_BNLE)
         for b, (mask_N, ids) in enumerate(zip(neighbours.mask_BN, neighbours.passage_ids, strict=True)):

@@ -44,9 +44,9 @@ class RagmoeBertConfig(BertConfig):
         gate_width: width of the retrieval gate's attention.
         neighbour_width: width R of the index's embeddings; ``neighbours`` how many of them the gate sees.
         common_experts: the last so many experts belong to no domain (oracle, centroid and ridge gates).
-        vote_start: what a unanimous vote of the neighbours is worth at first, in units of logit (gates with memory). At
-            zero they start as the gate without memory, and no vote helps before some expert is better than others at
-            some domain; a few units make that so from the first step.
+        vote_start: what a unanimous vote of the neighbours is worth at first, in units of logit (gates ``memory``,
+            ``retrieval+memory`` and ``clusters``). At zero they start as gates without votes, and no vote helps before
+            some expert is better than others at some domain; a few units make that so from the first step.
         neighbour_summary: add what a token's attention finds among the neighbours to its state before each sparse
             layer, whatever the gate sees: the control that separates routing from extra input.
         balance_loss, z_loss: weights of the routing losses ``load_balance`` and ``z``.

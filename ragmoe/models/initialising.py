@@ -21,6 +21,7 @@ from ragmoe._errors import BundleError, ModelError
 from ragmoe._folders import expect_folder
 from ragmoe._quiet import quiet_loading
 from ragmoe.bundle import is_bundle, read_map
+from ragmoe.gates import ClusterGate
 from ragmoe.models.bert import RagmoeBertForQuestionAnswering
 from ragmoe.models.config import RagmoeBertConfig
 from ragmoe.models.families import FAMILIES
@@ -73,6 +74,8 @@ def init(
     made = make(base, layers=layers, init=init, amount=amount, seed=seed, **settings)
     made.model.save_pretrained(out, message=f"{made.how} of {base}")
     made.notes.extend(_copy_tokenizer(base_path(str(base)), Path(out)))
+    if any(isinstance(gate, ClusterGate) for gate in made.model.gates):
+        made.notes.append("its gates have no clusters yet, so no neighbour votes: ragmoe train finds them in an index")
     return made
 
 

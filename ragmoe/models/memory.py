@@ -72,18 +72,21 @@ class MemoryMixin:
         """Look again, with the next question, at what is recorded with an index."""
         self.__dict__.pop("_memory", None)
 
-    def recall(self, neighbours: Neighbours, index: Index, domains: Sequence[str] | None = None) -> Neighbours:
+    def recall(
+        self, neighbours: Neighbours, index: Index, domains: Sequence[str] | None = None, *, guess: bool = False
+    ) -> Neighbours:
         """The neighbours with what the gates want beside their embeddings; as they are where that is nothing.
 
         Args:
             domains: of the questions: for the oracle gate, where only an evaluation knows them, and for losses.
+            guess: the neighbours are no passages of the index (see ``ExpertMemory.guess``).
 
         Raises:
             ModelError: the oracle gate was given no domains.
         """
         memory = self.memory(index)
         if memory is not None:
-            neighbours = memory.recall(neighbours, index)
+            neighbours = memory.recall(neighbours, index, guess=guess)
         routed = bool(self.sparse_layers) and gate_class(self.config.gate).uses_domain
         if routed and domains is None:
             raise ModelError("the oracle gate routes by the questions' domains, which only an evaluation knows")

@@ -149,13 +149,18 @@ def trained_parts(what: str) -> set[str]:
 def refuse_idle(config: TrainingConfig) -> None:
     """Raise ConfigError for a setting that would change nothing. (Arms of an experiment may share such settings.)"""
     train, parts = config.train, trained_parts(config.train.what)
-    documents = bool(config.data.documents)
+    documents, language = bool(config.data.documents), config.language or LanguageConfig()
     learned, what = "but data.documents are learned from", f"but train.what is {train.what!r}"
     idle = (
         ("raft", documents and config.raft != RaftConfig(), learned),
         ("generate", documents and config.generate is not None, learned),
         ("train.gate_learning_rate", train.gate_learning_rate is not None and "gate" not in parts, what),
         ("train.experts_learning_rate", train.experts_learning_rate is not None and "experts" not in parts, what),
+        (
+            "language.retriever",
+            language.retriever is not None and language.shown == "queries",
+            "but language.shown is 'queries', for which nothing is searched",
+        ),
         ("train.lora", train.lora != LoraConfig() and train.what != "lora", what),
     )
     for name, given, why in idle:

@@ -178,7 +178,8 @@ class LanguageDataset(Dataset):
         self._embedded: dict[int, NDArray[np.float32]] = {}
         if index is None or not retrieves:
             return
-        self.guard = LeakGuard(documents, index.iterate())
+        if config.shown == "passages":
+            self.guard = LeakGuard(documents, index.iterate())
         self.cache = cache
         self.retrieve(self.order, progress)
 
@@ -205,11 +206,12 @@ class LanguageDataset(Dataset):
         asked = sorted({at for place in places for at in self._asking(place)} - known.keys())
         if index is None or not asked:
             return
-        texts, n = [self.query(at) for at in asked], min(self.config.neighbours + _SPARE, len(index))
+        texts = [self.query(at) for at in asked]
         if self.config.shown == "queries":
             vectors_QR = embedded(index, texts, self.cache, progress=progress)
             self._embedded.update(zip(asked, vectors_QR, strict=True))
             return
+        n = min(self.config.neighbours + _SPARE, len(index))
         retrieved = Retrieved.of(index, texts, n, self.config.retriever, self.cache, progress=progress)
         self._found.update((at, (retrieved, query)) for query, at in enumerate(asked))
 
@@ -226,16 +228,17 @@ class LanguageDataset(Dataset):
         """The neighbours of a chunk, without what would tell it (see ``LeakGuard``); None without an index.
 
         They are the best by score of what its own query found and, where ``queries`` says so, those of the chunks
-        before it. The chunk is one of those that are shown, or that ``retrieve`` was asked for.
+        before it; or these queries themselves, where they are ``shown``. The chunk is one of those that are shown, or
+        that ``retrieve`` was asked for.
         """
         index, guard, chunk = self.index, self.guard, self.chunks[place]
         domain = self.documents[chunk.document].domain
         if index is None:
             return None
+        if self.retrieves and self.config.shown == "queries":
+            return self.recall(self._queries(place, index.width), domain)
         if guard is None:
             return self.recall(Neighbours.empty(1, index.width, self.config.neighbours), domain)
-        if self.config.shown == "queries":
-            return self.recall(self._queries(place, index.width), domain)
         grams, n = guard.grams(chunk.text), self.config.neighbours
         best: dict[int, float] = {}
         for at in self._asking(place):
@@ -257,7 +260,8 @@ class LanguageDataset(Dataset):
         scores_BN = torch.zeros(embeddings_BNR.shape[:2])
         return Neighbours(embeddings_BNR, scores_BN, torch.ones_like(scores_BN, dtype=torch.bool), [])
 
-    def _known(self, known: Mapping[int, Any], at: int, place: int) -> Any:
+    @staticmethod
+    def _known(known: Mapping[int, Any], at: int, place: int) -> Any:
         if at not in known:
             raise ValueError(f"chunk {place} is none of those shown, and no neighbours were retrieved for it")
         return known[at]

@@ -151,7 +151,7 @@ def begin_language_expert(
         others = _other_chunks(wanted, config, index, data, collator, cache, show)
     rows = start_rows(model, wanted.start, partial(_nearest, model, index, own, others), seed=config.seed)
     if index is not None:
-        rows |= start_cluster(model, rows, lambda: index.encode(own.texts(PLACED)))
+        rows |= start_cluster(model, rows, lambda: index.encode(own.texts(PLACED), passages=True))
     grown = grow(model, rows, id=id, name=wanted.name)
     lesson = None
     for chunks in (own, others):
@@ -165,8 +165,11 @@ def begin_language_expert(
 
 
 def recalling(model: Any, index: Index | None) -> Any:
-    """What a dataset asks of a model for neighbours of a document of some domain (see ``MemoryMixin.recall``)."""
-    return lambda neighbours, domain: model.recall(neighbours, index, [domain])
+    """What a dataset asks of a model for neighbours of a document of some domain (see ``MemoryMixin.recall``).
+
+    Where they have no ids, they are queries that are shown in the place of passages.
+    """
+    return lambda neighbours, domain: model.recall(neighbours, index, [domain], guess=not neighbours.passage_ids)
 
 
 def _other_chunks(

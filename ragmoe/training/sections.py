@@ -114,8 +114,8 @@ class LanguageConfig(Section):
             asked already. The best by score of all that they find are shown, so that a document's topic is not lost
             where the last chunk says little of it.
         shown: what the gate sees: the ``passages`` that are found; or the embeddings of the ``queries`` themselves, for
-            which nothing is searched and which vote as a ridge regression on the index's passages says
-            (``ExpertMemory.guess``): a control of what the passages bring.
+            which nothing is searched (``neighbours`` and ``retriever`` say nothing then): a control of what the
+            passages bring. Where recorded votes count, queries vote as ``ExpertMemory.guess`` says.
         neighbours: N, how many the gate sees.
         retriever: None means the index's default.
         drop_all, drop_each: neighbour dropout, as in ``RaftConfig``; for training alone.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ragmoe._errors import ModelError
+from ragmoe.gates import ClusterGate
 
 if TYPE_CHECKING:
     from ragmoe.index import Index
@@ -13,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def memory_of(model: Any, index: Index | None) -> ExpertMemory | None:
-    """What the passages of an index vote in a model's gates; None for gates that count no votes."""
+    """What the passages of an index vote in a model's gates; None for gates that count no recorded votes."""
     return model.memory(index) if index is not None and hasattr(model, "memory") else None
 
 
 def check_votes(model: Any, index: Index | None, say: Callable[[str], object] | None) -> None:
-    """Say where a gate counts votes and no passage of the index has one.
+    """Say where a gate counts votes and no passage of the index has one, or none lies in a cluster.
 
     Args:
         say: called with a line that says so.
@@ -26,6 +27,9 @@ def check_votes(model: Any, index: Index | None, say: Callable[[str], object] | 
     Raises:
         ModelError: a loss is to learn from votes, of which there are none.
     """
+    clustered = [gate for gate in getattr(model, "gates", []) if isinstance(gate, ClusterGate)]
+    if say is not None and clustered and not all(gate.is_ready for gate in clustered):
+        say("no neighbour votes: the gate 'clusters' has none yet; ragmoe train finds them, when it trains the bundle")
     memory = memory_of(model, index)
     if memory is None or index is None or memory.affinity_PLE.any():
         return

@@ -55,7 +55,9 @@ def test_a_mixture_has_its_gates_exchanged(ragmoe: Any, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=4)).save_pretrained(tmp_path / "base")
     code, out, _ = ragmoe("init", "--base", tmp_path / "base", "--out", tmp_path / "out", "--gate", "memory")
     assert code == 0 and "gate exchange, mixtral to ragmoe_mixtral with 4 experts and the gate 'memory'" in out
-    assert "layers changed (3 of 3): 0, 1, 2" in out
+    assert "layers changed (3 of 3): 0, 1, 2" in out and "no clusters yet" not in out
+    code, out, _ = ragmoe("init", "--base", tmp_path / "base", "--out", tmp_path / "three", "--gate", "clusters")
+    assert code == 0 and "its gates have no clusters yet, so no neighbour votes" in out.replace("\n", " ")
     code, _, err = ragmoe("init", "--base", tmp_path / "base", "--out", tmp_path / "two", "--experts", 8)
     assert code == 1 and "keeps its experts: experts cannot be chosen" in err.replace("\n", " ")
 

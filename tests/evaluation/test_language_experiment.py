@@ -165,6 +165,24 @@ def test_an_untrained_retrieval_gate_makes_nothing_of_neighbours(folder: Path, t
         report_language_experiment(experiment, out=tmp_path)
 
 
+def test_an_untrained_cluster_gate_has_its_clusters(folder: Path, tmp_path: Path) -> None:
+    """Before training it is what the arm begins as, whose neighbours vote."""
+    spec = yaml.safe_load((folder / "experiment.yaml").read_text())
+    del spec["notes"], spec["comparisons"]
+    spec |= {
+        "index": str(folder / "index"), "documents": [str(folder / "valid.jsonl")], "untrained": {"before": "clusters"},
+        "arms": {"clusters": {"model.gate": "clusters", "model.vote_start": 8.0}},
+    }  # fmt: skip
+    spec["train"]["data"]["documents"], spec["train"]["base"] = [str(folder / "train.jsonl")], str(folder / "base")
+    (tmp_path / "clusters.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    experiment = load_experiment(tmp_path / "clusters.yaml")
+    assert isinstance(experiment, LanguageExperiment)
+    run_language_experiment(experiment, out=tmp_path / "out", only=["before"])
+    found = LanguageResults.load(tmp_path / "out" / "before" / "seed-0")
+    # Two experts that are equally likely have .69.
+    assert found is not None and found.routing is not None and found.routing["gate_entropy"] < 0.4
+
+
 def arriving(folder: Path, tmp_path: Path, known: str = "river") -> dict[str, Any]:
     """An experiment in which an expert for the market arrives, as its file gives it, without arms."""
     given = {**SPARSE, "neighbour_width": 64, "expert_names": [known, "spare"]}

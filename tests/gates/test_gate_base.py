@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ragmoe import ConfigError, ModelError, Neighbours
-from ragmoe.gates import Gate, GateSettings, gate_class, gate_names, register_gate
+from ragmoe.gates import Gate, GateSettings, TokenGate, gate_class, gate_names, register_gate
 from ragmoe.gates.base import _GATES
 
 SETTINGS = GateSettings(width=16, experts=5, top_k=2, neighbour_width=12, attention_width=8)
@@ -23,6 +23,13 @@ def trained(name: str, **changes: object) -> Gate:
         for parameter in gate.parameters():
             parameter.copy_(torch.randn_like(parameter))
     return gate.eval()
+
+
+def test_a_gate_that_wants_recorded_votes_counts_votes() -> None:
+    class Mine(TokenGate):
+        uses_votes = True
+
+    assert Mine.counts_votes and gate_class("clusters").counts_votes and not TokenGate.counts_votes
 
 
 def some_neighbours(questions: int = 3, n: int = 4, width: int = SETTINGS.neighbour_width) -> Neighbours:

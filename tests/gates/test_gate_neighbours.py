@@ -68,6 +68,12 @@ def test_neighbours_matter_to_a_trained_gate(gate: Gate, x_SD: Tensor, neighbour
     assert (gate(x_SD, neighbours).logits_SE - token_part(gate, x_SD)).abs().amax(dim=1).min() > 0.01
 
 
+def test_half_precision_throughout(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
+    want_SE = gate(x_SD, neighbours).logits_SE
+    half = gate.bfloat16()(x_SD.bfloat16(), neighbours.to(torch.bfloat16)).logits_SE
+    assert torch.allclose(half, want_SE, atol=0.1, rtol=0.05)
+
+
 def test_no_neighbours_leave_the_token_part_bit_for_bit(gate: Gate, x_SD: Tensor, neighbours: Neighbours) -> None:
     want = token_part(gate, x_SD)
     nobody = torch.zeros(B, N, dtype=torch.bool)

@@ -59,7 +59,9 @@ def test_what_is_no_passage_votes_as_a_regression_on_the_passages_says(index: In
     embeddings_BNR = near_NR + 0.3 * torch.randn(2, 3, index.width, generator=torch.Generator().manual_seed(0))
     mask_BN = torch.tensor([[True, True, True], [True, False, False]])
     nameless = Neighbours(embeddings_BNR, torch.zeros(2, 3), mask_BN, [])
-    found = memory.recall(nameless, index)
+    with pytest.raises(ValueError, match="argument"):
+        memory.recall(nameless, index)
+    found = memory.recall(nameless, index, guess=True)
     # In float64 and with the offset as a column whose weight is not penalised.
     x_PR = np.concatenate([index.embeddings.astype(np.float64), np.ones((len(index), 1))], axis=1)
     penalty = np.diag([1.0] * index.width + [0.0])

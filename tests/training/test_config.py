@@ -54,6 +54,15 @@ def test_wrong_overrides_are_named(config: Config, override: str, said: str) -> 
         ({"train.lora": {"rank": 4}}, "train.lora"),
         ({"data.documents": ["d.jsonl"], "data.questions": []}, "raft"),
         ({"data.documents": ["d.jsonl"], "data.questions": [], "raft": {}, "generate": {}}, "generate"),
+        (
+            {
+                "data.documents": ["d.jsonl"],
+                "data.questions": [],
+                "raft": {},
+                "language": {"shown": "queries", "retriever": "bm25"},
+            },
+            r"language\.retriever",
+        ),
     ],
 )
 def test_settings_that_would_change_nothing_are_refused(

@@ -104,7 +104,6 @@ def judges(land: Path) -> Judges:
         ("lora", "retrieval", "shared", False),
         ("ffn", "token", "nearest", True),
         ("lora", "memory", "hill", False),
-        ("ffn", "clusters", "river", False),
     ],
 )
 def test_only_the_new_expert_moves(
