@@ -45,8 +45,11 @@ def start_gates(
         DataError: fewer passages, or examples that have neighbours, than there are experts.
     """
     say = show.line if show else lambda line: None
-    # Where an expert joins, the others stay what they are.
-    if index is not None and config.new_expert is None and (shares := place_clusters(model, index, seed=config.seed)):
+    if config.new_expert is not None:
+        # The others stay what they are.
+        if waiting(model):
+            say("its gates have no clusters, so no neighbour votes: ragmoe train finds them in an index")
+    elif index is not None and (shares := place_clusters(model, index, seed=config.seed)):
         say(f"the gates go by {many(len(shares), 'cluster')} of passages, {_told(shares)} of them each")
     if config.train.context_start is None:
         return
@@ -56,6 +59,11 @@ def start_gates(
         f"the gates start from {many(len(shares), 'cluster')} of neighbours, which hold {_told(shares)} of the "
         "examples each"
     )
+
+
+def waiting(model: Any) -> list[ClusterGate]:
+    """The ``clusters`` gates of a model whose clusters were not found yet."""
+    return [gate for gate in getattr(model, "gates", []) if isinstance(gate, ClusterGate) and not gate.is_ready]
 
 
 def _told(shares: Sequence[float]) -> str:
@@ -77,7 +85,7 @@ def place_clusters(model: Any, index: Index, *, seed: int = 0) -> list[float]:
     Raises:
         DataError: the index has fewer passages than there are experts.
     """
-    gates = [gate for gate in getattr(model, "gates", []) if isinstance(gate, ClusterGate) and not gate.is_ready]
+    gates = waiting(model)
     if not gates:
         return []
     rows = np.arange(len(index))

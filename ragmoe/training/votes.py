@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ragmoe._errors import ModelError
-from ragmoe.gates import ClusterGate
 
 if TYPE_CHECKING:
     from ragmoe.index import Index
@@ -19,7 +18,7 @@ def memory_of(model: Any, index: Index | None) -> ExpertMemory | None:
 
 
 def check_votes(model: Any, index: Index | None, say: Callable[[str], object] | None) -> None:
-    """Say where a gate counts votes and no passage of the index has one, or none lies in a cluster.
+    """Say where a gate counts recorded votes and no passage of the index has one.
 
     Args:
         say: called with a line that says so.
@@ -27,9 +26,6 @@ def check_votes(model: Any, index: Index | None, say: Callable[[str], object] | 
     Raises:
         ModelError: a loss is to learn from votes, of which there are none.
     """
-    clustered = [gate for gate in getattr(model, "gates", []) if isinstance(gate, ClusterGate)]
-    if say is not None and clustered and not all(gate.is_ready for gate in clustered):
-        say("no neighbour votes: the gate 'clusters' has none yet; ragmoe train finds them, when it trains the bundle")
     memory = memory_of(model, index)
     if memory is None or index is None or memory.affinity_PLE.any():
         return

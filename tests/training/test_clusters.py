@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ragmoe import ConfigError, DataError, Neighbours
 from ragmoe.gates import Gate, GateSettings, gate_class
 from ragmoe.training import load_config, prepare, train
-from ragmoe.training.clusters import place_clusters, start_from_clusters
+from ragmoe.training.clusters import place_clusters, start_from_clusters, start_gates
 
 E, R, N, OF_EACH = 4, 24, 3, 6
 SETTINGS = GateSettings(width=16, experts=E, top_k=2, neighbour_width=R, attention_width=8)
@@ -167,3 +167,16 @@ def test_an_index_of_fewer_passages_than_experts_has_no_clusters(config: Config)
     with pytest.raises(DataError, match="few has 3 passages: expected at least 4, the number of experts"):
         place_clusters(model_of("clusters"), few)
     assert place_clusters(model_of("token"), None) == []
+
+
+def test_an_expert_that_joins_finds_no_clusters_and_is_told_so() -> None:
+    lines: list[str] = []
+    show: Any = SimpleNamespace(stage=None, line=lines.append)
+    joins: Any = SimpleNamespace(new_expert={}, seed=0, train=SimpleNamespace(context_start=None))
+    model, ready = model_of("clusters"), model_of("clusters")
+    for gate in ready.gates:
+        gate.centroids.normal_()
+    for one in (model, ready, model_of("token")):
+        start_gates(one, None, [], joins, show)
+    assert len(lines) == 1 and lines[0].startswith("its gates have no clusters, so no neighbour votes")
+    assert not any(gate.is_ready for gate in model.gates)
