@@ -25,8 +25,8 @@ class ClusterGate(VotingGate):
     The clusters are those of the passages of the index that it is trained with, as many as there are experts, found
     before the first step (``ragmoe.training.place_clusters``); their centroids belong to the gate, so passages of any
     index of the same encoder vote. Until then no neighbour votes. Which cluster goes to which expert is left to chance:
-    it is a gate for experts that begin alike. A new expert's cluster lies around its own documents; those
-    of an expert that is held back go to the next nearest. Source: Gururangan et al. 2023 (c-BTM), whose clusters choose
+    it is a gate for experts that begin alike. A new expert's cluster lies around its own documents, and the passages of
+    an expert that is held back vote for the next nearest. Source: Gururangan et al. 2023 (c-BTM), whose clusters choose
     an expert for the text itself.
     """
 

@@ -74,7 +74,7 @@ def init(
     made = make(base, layers=layers, init=init, amount=amount, seed=seed, **settings)
     made.model.save_pretrained(out, message=f"{made.how} of {base}")
     made.notes.extend(_copy_tokenizer(base_path(str(base)), Path(out)))
-    if any(isinstance(gate, ClusterGate) for gate in made.model.gates):
+    if any(isinstance(gate, ClusterGate) and not gate.is_ready for gate in made.model.gates):
         made.notes.append("its gates have no clusters yet, so no neighbour votes: ragmoe train finds them in an index")
     return made
 

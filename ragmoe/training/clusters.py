@@ -47,7 +47,7 @@ def start_gates(
     say = show.line if show else lambda line: None
     if config.new_expert is not None:
         # The others stay what they are.
-        if waiting(model):
+        if without_clusters(model):
             say("its gates have no clusters, so no neighbour votes: ragmoe train finds them in an index")
     elif index is not None and (shares := place_clusters(model, index, seed=config.seed)):
         say(f"the gates go by {many(len(shares), 'cluster')} of passages, {_told(shares)} of them each")
@@ -61,7 +61,7 @@ def start_gates(
     )
 
 
-def waiting(model: Any) -> list[ClusterGate]:
+def without_clusters(model: Any) -> list[ClusterGate]:
     """The ``clusters`` gates of a model whose clusters were not found yet."""
     return [gate for gate in getattr(model, "gates", []) if isinstance(gate, ClusterGate) and not gate.is_ready]
 
@@ -85,7 +85,7 @@ def place_clusters(model: Any, index: Index, *, seed: int = 0) -> list[float]:
     Raises:
         DataError: the index has fewer passages than there are experts.
     """
-    gates = waiting(model)
+    gates = without_clusters(model)
     if not gates:
         return []
     rows = np.arange(len(index))
